@@ -1,0 +1,208 @@
+"""Every experiment as a Python function that returns one frozen Config.
+
+python train.py                                   # pydocs_mdlm, the demo
+python train.py text8_d3pm --lr=5e-4 --seed=2     # a config and typed overrides
+"""
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+
+from diffusion import LOSSES, SCHEDULES
+
+LR_DECAYS = ("constant", "cosine", "linear")
+TIME_INPUTS = ("sigma", "step")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+def fail(message):
+    """Every bad input ends here: one line on stderr, exit code 2, nothing written."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@dataclass(frozen=True)
+class Config:
+    # data
+    data: str = "pydocs"  # folder under data/, or a path to one, made by data/prepare.py
+    vocab_size: int = 2048  # V real tokens; MASK is one more, the last row of the embedding
+    seq_len: int = 256
+    # model
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 256
+    cond_dim: int = 128  # width of the adaLN conditioning; 0: plain pre-norm blocks, no adaLN
+    time_cond: bool = False  # False: adaLN sees a constant, as in MDLM's released model
+    time_input: str = "sigma"  # what the time embedding reads: sigma(t) (MDLM, SEDD) or 1000 t (nanoDD)
+    tied: bool = False  # the head is the first V rows of the embedding, without bias (nanoDD)
+    causal: bool = False
+    dropout: float = 0.0
+    # diffusion
+    loss: str = "mdlm"
+    schedule: str = "linear"
+    T: int = 0  # number of diffusion steps; 0: continuous time
+    t_min: float = 0.0  # smallest t drawn in continuous-time training
+    aux_ce: float = 0.0  # d3pm: weight of the auxiliary cross-entropy over every token
+    # optimisation
+    steps: int = 1000
+    batch_size: int = 16  # sequences per optimiser step, all GPUs together
+    micro_batch: int = 16  # most sequences per GPU per forward: changes memory, not the gradient
+    lr: float = 1e-3
+    min_lr: float = 0.0  # where cosine and linear decay end
+    lr_decay: str = "constant"
+    warmup: int = 100
+    decay_steps: int = 0  # linear: the last so many steps decay; 0: all after the warm-up
+    muon_lr: float = 0.0  # > 0: torch.optim.Muon at this rate for the blocks' matrices, AdamW for the rest
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on tensors of two or more dimensions
+    grad_clip: float = 1.0
+    ema: float = 0.9999  # decay of update n: m / (m + ema_warmup), at most ema, with m = n - ema_start
+    ema_start: int = -1  # -1 and 9: MDLM's (1 + n) / (10 + n)
+    ema_warmup: int = 9
+    # run
+    seed: int = 1
+    device: str = "auto"  # cuda where there is one, else cpu
+    dtype: str = "auto"  # autocast to bfloat16 where the hardware has it, else float32
+    compile: bool = True  # torch.compile of the trunk; CUDA only
+    eval_every: int = 1000
+    eval_windows: int = 256  # windows of the validation split per evaluation; 0: all of it
+    save_every: int = 1000
+    samples: int = 4  # printed at the end of a run
+    out_dir: str = ""  # default: out/<config>
+    wandb: bool = False
+
+    @property
+    def mask_id(self):
+        return self.vocab_size
+
+    def __post_init__(self):
+        """Raises ValueError with one line that names the field and what is allowed."""
+        choices = dict(
+            loss=LOSSES, schedule=SCHEDULES, lr_decay=LR_DECAYS, time_input=TIME_INPUTS, dtype=DTYPES
+        )
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            at_least = 1 if f.name in POSITIVE else -1 if f.name == "ema_start" else 0
+            if f.type in (int, float) and not at_least <= value < float("inf"):
+                raise ValueError(f"{f.name}={value}: must be at least {at_least}")
+        for name in ("t_min", "dropout", "ema", "beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be below 1")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(
+                f"n_embd={self.n_embd}: must be a multiple of 2 * n_head = {2 * self.n_head} (rotary pairs)"
+            )
+        if self.time_cond and not self.cond_dim:
+            raise ValueError("time_cond=True: needs cond_dim > 0")
+        if self.loss == "d3pm" and not self.T:
+            raise ValueError("loss=d3pm: needs T, the number of diffusion steps, e.g. --T=1000")
+        if self.aux_ce and self.loss != "d3pm":
+            raise ValueError(f"aux_ce={self.aux_ce}: only loss=d3pm has an auxiliary cross-entropy")
+
+
+POSITIVE = "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every save_every".split()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Experiments. A number without a source is ours; upstream's numbers are read off its code.
+
+
+def pydocs_mdlm():
+    """The demo: Python's own documentation, four minutes on two CPU cores, nothing to download."""
+    return Config()
+
+
+def owt_mdlm():
+    """MDLM on OpenWebText, small (Sahoo et al. 2024, arXiv 2406.07524; kuleshov-group/mdlm configs/).
+    Test perplexity there: at most 23.2 after 1M steps (262B masked tokens)."""
+    return Config(
+        data="openwebtext_wrap1024", vocab_size=50257, seq_len=1024,  # MDLM packs [BOS] 1022 tokens [EOS]
+        n_layer=12, n_head=12, n_embd=768, cond_dim=128, time_cond=False, dropout=0.1,
+        loss="mdlm", T=0, t_min=1e-3,  # sampling_eps
+        steps=1_000_000, batch_size=512, micro_batch=32,
+        lr=3e-4, lr_decay="constant", warmup=2500,
+        beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, grad_clip=1.0, ema=0.9999,
+        seed=1, eval_every=10_000, eval_windows=2048, save_every=2500,
+    )  # fmt: skip
+
+
+def text8_mdlm():
+    """MDLM's recipe at text8's standard size: 27 characters, 256 of them a row, 1M steps of 512 rows, as
+    D3PM (arXiv 2107.03006) and MD4 (arXiv 2406.04329) train it; others report at most 1.40 bits/char."""
+    return replace(owt_mdlm(), data="text8", vocab_size=27, seq_len=256, micro_batch=64)
+
+
+def text8_d3pm():
+    """nanoDD on text8 (flukeskywalker/nanoDD, configs.d3pm_text8): 92,402,176 parameters, reported test
+    bound 1.37 bits/char. Our d3pm is T times nanoDD's per-step loss, so that it is in nats per token;
+    the clip of 0.1 and AdamW's 1e-8 there are T times larger here, which makes the updates the same."""
+    return Config(
+        data="text8", vocab_size=27, seq_len=256,
+        n_layer=12, n_head=12, n_embd=768, cond_dim=128, time_cond=True, time_input="step", tied=True,
+        dropout=0.025,
+        loss="d3pm", T=1000, aux_ce=0.05,
+        steps=500_000, batch_size=1024, micro_batch=256,
+        lr=1e-3, min_lr=1e-5, lr_decay="cosine", warmup=2500,
+        beta1=0.9, beta2=0.98, eps=1e-8 * 1000, weight_decay=0.1, grad_clip=0.1 * 1000,
+        ema=0.9999, ema_start=101, ema_warmup=1,  # ema-pytorch: 100 plain copies, then m / (m + 1)
+        seed=1, eval_every=25_000, eval_windows=2048, save_every=2500,
+    )  # fmt: skip
+
+
+def owt_d3pm():
+    """nanoDD on OpenWebText (configs.d3pm_openwebtext_8gpu); no result published there."""
+    return replace(
+        text8_d3pm(), data="openwebtext", vocab_size=50257, seq_len=1024, dropout=0.0, lr=6e-4, seed=9,
+        micro_batch=16,
+    )  # fmt: skip
+
+
+CONFIGS = {f.__name__: f for f in (pydocs_mdlm, text8_mdlm, text8_d3pm, owt_mdlm, owt_d3pm)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def boolean(text):
+    return bool(("false", "true").index(text.lower()))  # ValueError on anything else
+
+
+def from_cli(argv=None, doc=None, flags=()):
+    """[CONFIG] [--field=value ...] [--flag ...] -> (Config, namespace of the flags). Bad input: exit 2."""
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.error = fail
+    p.add_argument("config", nargs="?", default="pydocs_mdlm", help=", ".join(CONFIGS))
+    for flag, text in flags:
+        p.add_argument(f"--{flag}", action="store_true", help=text)
+    for f in fields(Config):
+        kind = boolean if f.type is bool else f.type
+        p.add_argument(f"--{f.name}", type=kind, metavar=f.type.__name__, default=argparse.SUPPRESS)
+    args, unknown = p.parse_known_args(argv)
+    if unknown:
+        fail(f"unknown argument {unknown[0]}; the fields are {', '.join(f.name for f in fields(Config))}")
+    if args.config not in CONFIGS:
+        fail(f"unknown config {args.config!r}; the configs are {', '.join(CONFIGS)}")
+    given = {f.name: vars(args).pop(f.name) for f in fields(Config) if f.name in args}
+    given.setdefault("out_dir", f"out/{args.config}")
+    try:
+        return replace(CONFIGS[args.config](), **given), args
+    except ValueError as e:
+        fail(f"{args.config}: {e}")
+
+
+def from_dict(values, where):
+    """The Config that a checkpoint or config.json holds; `where` names the file in the message."""
+    try:
+        return Config(**values)
+    except (TypeError, ValueError) as e:
+        fail(f"{where}: not a config of this version ({e})")
+
+
+__all__ = ["CONFIGS", "Config", "asdict", "fail", "from_cli", "from_dict", "replace"]

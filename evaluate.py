@@ -1,0 +1,153 @@
+"""The likelihood bound of a checkpoint over a whole split, with its standard error.
+
+python evaluate.py out/pydocs_mdlm/ckpt.pt                      # test split, continuous time
+python evaluate.py out/owt_mdlm/ckpt.pt --split val --json
+python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a 1000-step sampler
+"""
+
+import argparse
+import json
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from configs import fail, replace
+from data.corpus import read_split, take
+from diffusion import exact_count_bound, mdlm
+from model import autocast, load, pick_device
+
+
+def strata(windows, rng):
+    """(windows,) numbers in (0, 1), one in each windows-th of it as far as pairs allow: u for the first of two
+    neighbours, 1 - u for the second. A batch of pairs then always masks the same number of tokens."""
+    half = (windows + 1) // 2
+    u = (rng.permutation(half) + rng.random(half)) / half
+    return np.stack([u, 1 - u], 1).reshape(-1)[:windows]
+
+
+def standard_error(nats, u, tokens):
+    """Standard error of sum(nats) / sum(tokens), from nats (passes, W), u (passes, W), tokens (W,).
+
+    It covers the random masks and the choice of windows. How nats depend on u is no source of error, since u
+    is stratified: that part is fitted by a cubic and taken out. Then windows are the independent units."""
+    W = len(tokens)
+    if W < 8:
+        return math.nan  # too few windows to tell
+    y = nats / tokens
+    residual = y - np.polyval(np.polyfit(u.ravel(), y.ravel(), 3), u)
+    return float(np.sqrt(((residual.mean(0) * tokens) ** 2).sum() * W / (W - 4)) / tokens.sum())
+
+
+@torch.no_grad()
+def bound(model, ids, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, cast=None, quiet=True):
+    """The bound on -log p of a split in nats per token: {"nats", "se", "tokens", "forwards"}.
+
+    The split is cut into fixed windows of seq_len (the last may be shorter); windows > 0 takes that many,
+    evenly spaced. T = 0: exact mask counts (`exact_count_bound`), else D3PM's T-step bound, step stratified.
+    Under torch.distributed the ranks share the windows, and all return the result of all."""
+    L, device = cfg.seq_len, next(model.parameters()).device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    starts = np.arange(0, len(ids), L)
+    if 0 < windows < len(starts):
+        starts = starts[np.linspace(0, len(starts) - 1, windows).astype(int)]
+    tokens = np.minimum(L, len(ids) - starts)
+    W = len(starts)
+    rng = np.random.Generator(np.random.Philox(seed))
+    u = np.stack([strata(W, rng) for _ in range(passes)])
+    batches = [slice(i, min(i + batch_size, W)) for i in range(0, W, batch_size)]
+    if tokens[-1] < L and batches[-1].stop - batches[-1].start > 1:  # the short last window goes alone
+        batches[-1:] = [slice(batches[-1].start, W - 1), slice(W - 1, W)]
+    jobs = [(p, b) for p in range(passes) for b in batches]
+
+    nats = torch.zeros(passes, W, dtype=torch.float64, device=device)
+    for job, (p, b) in enumerate(tqdm(jobs[rank::world], disable=quiet or rank > 0, unit="batch", leave=False)):
+        torch.manual_seed(seed * 1_000_003 + job * world + rank)
+        x0 = torch.from_numpy(take(ids, starts[b], int(tokens[b.start]), cfg, where)).to(device)
+        v = torch.from_numpy(u[p, b]).to(device)
+        maskable = torch.ones_like(x0, dtype=torch.bool)
+        with cast or torch.autocast(device.type, enabled=False):
+            if T:
+                t = (torch.floor(v * T) + 1) / T
+                nats[p, b] = mdlm(model, x0, maskable, replace(cfg, loss="mdlm", aux_ce=0.0, T=T), t).double().sum(-1)
+            else:
+                count = (torch.floor(v * x0.shape[1]) + 1).long()
+                nats[p, b] = exact_count_bound(model, x0, maskable, cfg, count).double()
+    if world > 1:
+        dist.all_reduce(nats)
+    nats = nats.cpu().numpy()
+    return {
+        "nats": float(nats.mean(0).sum() / tokens.sum()),
+        "se": standard_error(nats, u, tokens),
+        "tokens": int(tokens.sum()),
+        "forwards": passes * W,
+    }
+
+
+def report(result, meta, split):
+    """The figures people quote, each with its standard error, from the nats per token of `bound`."""
+    of = meta["splits"][split]
+    bits, per_char = 1 / math.log(2), of["tokens"] / of["characters"]
+    nats, se = result["nats"], result["se"]
+    return {
+        "split": split,
+        "bits_per_char": nats * bits * per_char,
+        "bits_per_char_se": se * bits * per_char,
+        "bits_per_token": nats * bits,
+        "bits_per_token_se": se * bits,
+        "perplexity": math.exp(nats),
+        "perplexity_se": math.exp(nats) * se,
+        **result,
+    }
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.error = fail
+    p.add_argument("ckpt")
+    p.add_argument("--split", default="test", help="train, val or test")
+    p.add_argument("--data", help="another prepared corpus with the same tokenizer; default: the training data")
+    p.add_argument("--T", type=int, default=0, help="diffusion steps of the bound; 0: continuous time")
+    p.add_argument("--passes", type=int, default=1, help="forwards per window")
+    p.add_argument("--batch_size", type=int, default=32)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--no_ema", action="store_true", help="the raw weights")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    p.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else")
+    args = p.parse_args(argv)
+    for name, least in dict(T=0, passes=1, batch_size=1, seed=0).items():
+        if getattr(args, name) < least:
+            fail(f"--{name} {getattr(args, name)}: must be at least {least}")
+
+    device = pick_device(args.device)
+    model, cfg = load(args.ckpt, ema=not args.no_ema, device=device)
+    data = args.data or cfg.data
+    ids, meta = read_split(data, args.split, cfg)
+    if meta["tokenizer"] != model.tokenizer:
+        fail(f"{data}: made with another tokenizer than {args.ckpt}")
+    cast = autocast(device, args.dtype)
+    result = bound(
+        model, ids, cfg, f"{data}/{args.split}.bin", args.T, args.passes, 0, args.batch_size, args.seed, cast,
+        quiet=args.json,
+    )  # fmt: skip
+    result = report(result, meta, args.split) | {
+        "ckpt": args.ckpt, "step": model.step, "data": data, "T": args.T, "passes": args.passes,
+        "seed": args.seed, "ema": not args.no_ema, "dtype": "bfloat16" if cast._enabled else "float32",
+    }  # fmt: skip
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for name in ("bits_per_char", "bits_per_token", "perplexity"):
+            print(f"{name.replace('_', ' '):15} <= {result[name]:.4f} ± {result[name + '_se']:.4f}")
+        time = f"{args.T} steps" if args.T else "continuous time"
+        print(f"{args.split} split of {data}, {result['tokens']:,} tokens, {time}, {result['forwards']:,} forwards")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The network: a diffusion transformer (DiT) over tokens, and the only reader of checkpoints.
+
+MDLM's and SEDD's DiT (which descends from Peebles & Xie, arXiv 2212.09748): bidirectional attention with
+rotary positions, weight-only LayerNorm, and adaLN-zero: a small network of t gives each block six vectors
+that shift, scale and gate it, all zero at the start, so that every block begins as the identity.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from configs import fail, from_dict
+from diffusion import alpha
+
+
+def rotary_tables(length, head_dim, base=10_000):
+    """cos and sin (length, head_dim) of the half-split (NeoX) convention: dimension j turns with j + half."""
+    half = head_dim // 2
+    freq = base ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * freq  # (length, half)
+    return angle.cos().repeat(1, 2).float(), angle.sin().repeat(1, 2).float()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of dimensions of x (..., L, head_dim) by its position's angle."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        d = cfg.n_embd
+        self.n_head, self.causal, self.dropout = cfg.n_head, cfg.causal, cfg.dropout
+        self.norm1 = nn.LayerNorm(d, bias=False)
+        self.qkv = nn.Linear(d, 3 * d, bias=False)  # rows: all of q, all of k, all of v
+        self.attn_out = nn.Linear(d, d, bias=False)
+        self.norm2 = nn.LayerNorm(d, bias=False)
+        self.mlp_in = nn.Linear(d, 4 * d)
+        self.mlp_out = nn.Linear(4 * d, d)
+        self.ada = nn.Linear(cfg.cond_dim, 6 * d) if cfg.cond_dim else None
+
+    def attention(self, x, cos, sin):
+        B, L, d = x.shape
+        qkv = self.qkv(x).view(B, L, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k = rotate(qkv[:2], cos, sin)  # (B, H, L, head_dim) each
+        y = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=self.causal)
+        return self.attn_out(y.transpose(1, 2).reshape(B, L, d))
+
+    def mlp(self, x):
+        return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
+
+    def forward(self, x, c, cos, sin):
+        """x (B, L, d) float32 residual stream, c (1 or B, 1, cond_dim) or None."""
+        if c is None:
+            x = x + F.dropout(self.attention(self.norm1(x), cos, sin), self.dropout, self.training)
+            return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c).chunk(6, -1)
+        y = self.attention(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
+        x = x + gate1 * F.dropout(y, self.dropout, self.training)
+        y = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return x + gate2 * F.dropout(y, self.dropout, self.training)
+
+
+class TimeEmbedding(nn.Module):
+    """A scalar per row -> 128 cosines and 128 sines of it -> a two-layer network -> (B, 1, cond_dim)."""
+
+    def __init__(self, cond_dim):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(256, cond_dim), nn.Linear(cond_dim, cond_dim)
+
+    def forward(self, s):
+        freq = torch.exp(-math.log(10_000) / 128 * torch.arange(128, device=s.device))
+        angle = s.float()[:, None] * freq
+        c = self.fc2(F.silu(self.fc1(torch.cat((angle.cos(), angle.sin()), -1))))
+        return F.silu(c)[:, None]  # the SiLU in front of every block's `ada`, applied once
+
+
+class DiT(nn.Module):
+    """model(x, t, at) -> (N, V) logits for the N True positions of `at` (B, L), row by row; (B, L, V) without
+    `at`. Diffusion and AR models alike.
+
+    Initialisation: torch's own for linear layers, except
+        embedding        uniform +-1/sqrt(d) (MDLM, SEDD); tied: normal 1/sqrt(d), cut at 3 sigma (nanoDD)
+        ada, final_ada   zero: every block starts as the identity
+        head             zero: every masked token starts at a cost of exactly ln V
+    Without adaLN (cond_dim = 0) the blocks' two output matrices are zero, for the same reason."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, d = cfg, cfg.n_embd
+        self.embed = nn.Embedding(cfg.vocab_size + 1, d)  # the last row is MASK
+        self.time = TimeEmbedding(cfg.cond_dim) if cfg.cond_dim else None
+        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
+        self.final_norm = nn.LayerNorm(d, bias=False)
+        self.final_ada = nn.Linear(cfg.cond_dim, 2 * d) if cfg.cond_dim else None
+        self.head = None if cfg.tied else nn.Linear(d, cfg.vocab_size)
+        cos, sin = rotary_tables(cfg.seq_len, d // cfg.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+        std = d**-0.5
+        if cfg.tied:
+            nn.init.trunc_normal_(self.embed.weight, 0, std, -3 * std, 3 * std)
+        else:
+            nn.init.uniform_(self.embed.weight, -std, std)
+        adas = [b.ada for b in self.blocks] + [self.final_ada]
+        outs = [m for b in self.blocks for m in (b.attn_out, b.mlp_out)]
+        for layer in (adas if cfg.cond_dim else outs) + [self.head]:
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def time_input(self, t):
+        """What the time embedding reads: 1000 t (nanoDD's step of 1000), or MDLM's sigma = -log alpha with
+        alpha kept above 1e-3, so that sigma is finite at t = 1. Not time_cond: always sigma = 0, as in MDLM."""
+        if not self.cfg.time_cond:
+            return torch.zeros(1, device=t.device)
+        if self.cfg.time_input == "step":
+            return 1000 * t
+        return -torch.log(1e-3 + (1 - 1e-3) * alpha(self.cfg.schedule, t))
+
+    def hidden(self, x, t):
+        """The trunk: ids (B, L), t (B,) -> (B, L, d). Static shapes: this is what gets compiled."""
+        L = x.shape[1]
+        c = None if self.time is None else self.time(self.time_input(t))
+        h = self.embed(x)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else h.dtype
+        cos, sin = self.cos[:L].to(dtype), self.sin[:L].to(dtype)
+        for block in self.blocks:
+            h = block(h, c, cos, sin)
+        h = self.final_norm(h)
+        if c is None:
+            return h
+        shift, scale = self.final_ada(c).chunk(2, -1)
+        return h * (1 + scale) + shift
+
+    def forward(self, x, t, at=None):
+        h = self.hidden(x, t)
+        h = h if at is None else h[at]  # the head runs only where it is asked
+        head = (self.embed.weight[: self.cfg.vocab_size], None) if self.cfg.tied else (self.head.weight, self.head.bias)
+        return F.linear(h, *head).float()
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def count_parameters(cfg):
+    """(all, without embedding and head) of a config, without allocating it."""
+    with torch.device("meta"):
+        model = DiT(cfg)
+    total = sum(p.numel() for p in model.parameters())
+    return total, sum(p.numel() for p in model.blocks.parameters())
+
+
+def flops_per_token(cfg, masked=0.5):
+    """Multiply-adds x 2 of one training step (forward + twice that backward) per token of the batch: the
+    matrices that every token passes, attention over seq_len keys, and the head on a fraction `masked`."""
+    d = cfg.n_embd
+    matrices = cfg.n_layer * 12 * d * d  # qkv 3, out 1, MLP 8; adaLN's run once per row and are left out
+    attention = cfg.n_layer * 2 * d * cfg.seq_len * (0.5 if cfg.causal else 1)
+    return 6 * (matrices + attention + masked * d * cfg.vocab_size)
+
+
+def pick_device(name):
+    """torch.device of --device: auto is cuda where there is one, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        fail(f"device={name}: not on this machine")
+    return device
+
+
+def autocast(device, dtype):
+    """The autocast context of --dtype: auto is bfloat16 where the hardware multiplies in it, else float32.
+    Weights, the residual stream, norms and losses stay float32."""
+    if dtype == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            cpu = torch.cpu.get_capabilities()
+            fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        dtype = "bfloat16" if fast else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+KIND = "nanoMDLM checkpoint"
+
+
+def read_checkpoint(path, device="cpu"):
+    """The dict that train.py saved: kind, model, ema, optimizer, step, config, tokenizer, torch version ...
+    Plain tensors, numbers, strings and dicts: nothing in the file is executed. Fails in one line."""
+    path = Path(path)
+    if not path.is_file():
+        fail(f"{path}: no such checkpoint")
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # torch raises half a dozen types for a damaged or foreign file
+        fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")
+    if not isinstance(ckpt, dict) or ckpt.get("kind") != KIND:
+        fail(f"{path}: not a checkpoint of this project")
+    return ckpt
+
+
+def load(path, ema=True, device="cpu"):
+    """The only way a checkpoint becomes a model: (model in eval mode, its Config). model.tokenizer is the
+    spec of its data's tokenizer (data/tokenizer.py), model.step the number of optimiser steps."""
+    ckpt = read_checkpoint(path, device)
+    cfg = from_dict(ckpt["config"], path)
+    model = DiT(cfg).to(device)
+    try:
+        model.load_state_dict(ckpt["ema" if ema else "model"])
+    except RuntimeError as e:
+        fail(f"{path}: tensors do not fit its config ({str(e).splitlines()[1].strip()})")
+    model.tokenizer, model.step = ckpt["tokenizer"], ckpt["step"]
+    return model.eval().requires_grad_(False), cfg

@@ -1,0 +1,155 @@
+"""Generate text from a checkpoint: from nothing, from a prompt, or into holes.
+
+python sample.py out/pydocs_mdlm/ckpt.pt --num 4 --watch
+python sample.py out/owt_mdlm/ckpt.pt --prompt "The meaning of life" --steps 256 --top_p 0.9
+python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12] the end."
+"""
+
+import argparse
+import re
+import sys
+
+import torch
+
+from configs import fail
+from data.tokenizer import load_tokenizer
+from diffusion import SAMPLERS, denoiser, row_generators, with_temperature, with_top_p
+from model import autocast, load, pick_device
+
+HOLE = re.compile(r"_{4,}|\[\d+\]")  # ____ is a hole of as many tokens as underscores, [12] one of 12 tokens
+
+
+def prompt_canvas(tokenizer, prompt, length, mask_id):
+    """(length,) ids: the prompt's tokens, then MASK. ValueError when it does not fit."""
+    ids = tokenizer.encode(prompt)
+    if len(ids) > length:
+        raise ValueError(f"the prompt has {len(ids)} tokens, but the length is {length}")
+    return torch.tensor(ids + [mask_id] * (length - len(ids)))
+
+
+def infill_canvas(tokenizer, text, mask_id):
+    """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so the space
+    before a hole belongs to the hole. ValueError without a hole."""
+    ids, end = [], 0
+    for hole in HOLE.finditer(text):
+        piece = text[end : hole.start()]
+        ids += tokenizer.encode(piece if tokenizer.kind == "char" else piece.removesuffix(" "))
+        size = len(hole[0]) if hole[0][0] == "_" else int(hole[0][1:-1])
+        ids += [mask_id] * size
+        end = hole.end()
+    if mask_id not in ids:
+        raise ValueError("no hole in the text: write ____ (a token per underscore, four or more) or [12]")
+    return torch.tensor(ids + tokenizer.encode(text[end:]))
+
+
+def frames(model, cfg, canvas, rows, steps, sampler, temperature=1.0, top_p=1.0, seed=0, dtype="float32"):
+    """Yield (N, L) canvases from the masked one to the text. Row number rows[i] has its own random numbers,
+    so it comes out the same in any batch."""
+    denoise = denoiser(model)
+    if temperature != 1:
+        denoise = with_temperature(denoise, temperature)
+    if top_p != 1:
+        denoise = with_top_p(denoise, top_p)
+    device = next(model.parameters()).device
+    x = canvas.to(device).repeat(len(rows), 1)
+    yield x
+    cast = autocast(device, dtype)
+    sampling = SAMPLERS[sampler](denoise, x, steps, cfg, row_generators(seed, rows))
+    while True:  # autocast only around the sampler's own work, not around the caller's
+        with cast:
+            x = next(sampling, None)
+        if x is None:
+            return
+        yield x
+
+
+def generate(model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler="ddpm_cache", **options):
+    """num texts from `canvas` (L,), by default all MASK. tokenizer: its spec; options: see `frames`."""
+    tokenizer = load_tokenizer(tokenizer)
+    canvas = torch.full((cfg.seq_len,), cfg.mask_id) if canvas is None else canvas
+    texts = []
+    for first in range(0, num, batch_size):
+        rows = range(first, min(first + batch_size, num))
+        for x in frames(model, cfg, canvas, rows, steps, sampler, **options):
+            pass
+        texts += [tokenizer.decode(ids) for ids in x.tolist()]
+    return texts
+
+
+def watch(tokenizer, xs, header):
+    """Redraw one row in the terminal as it is revealed: new tokens bright green, masks dim."""
+    print("\x1b[2J", end="")
+    previous = None
+    for x in xs:
+        ids = x[0].tolist()
+        previous = previous or ids
+        shown = ""
+        for piece, now, before in zip(tokenizer.pieces(ids), ids, previous):
+            style = "2" if now == tokenizer.vocab_size else "1;32" if now != before else ""
+            shown += f"\x1b[{style}m{piece}\x1b[0m" if style else piece
+        print(f"\x1b[H{header}\x1b[K\n\n" + shown.replace("\n", "\x1b[K\n") + "\x1b[J", end="", flush=True)
+        previous = ids
+    print(f"\x1b[H{header}\x1b[K\n\n" + tokenizer.decode(ids).replace("\n", "\x1b[K\n") + "\x1b[J\n")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.error = fail
+    p.add_argument("ckpt")
+    p.add_argument("--prompt", default="", help="text that the sample begins with")
+    p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
+    p.add_argument("--num", type=int, default=1, help="samples")
+    p.add_argument("--length", type=int, help="tokens; default: the model's")
+    p.add_argument("--steps", type=int, default=1000, help="diffusion steps; more never costs over --length calls")
+    p.add_argument("--sampler", default="ddpm_cache", choices=SAMPLERS)
+    p.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
+    p.add_argument("--top_p", type=float, default=1.0, help="nucleus")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--batch_size", type=int, default=16, help="changes memory and speed, not the text")
+    p.add_argument("--no_ema", action="store_true", help="the raw weights")
+    p.add_argument("--watch", action="store_true", help="see the text appear; plain output when piped")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
+    args = p.parse_args(argv)
+    for name, least in dict(num=1, steps=1, length=1, temperature=0, seed=0, batch_size=1).items():
+        value = getattr(args, name)
+        if value is not None and not least <= value < float("inf"):
+            fail(f"--{name} {value}: must be at least {least}")
+    if not 0 < args.top_p <= 1:
+        fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    if args.infill is not None and (args.prompt or args.length):
+        fail("--infill sets the whole text and its length; it excludes --prompt and --length")
+
+    model, cfg = load(args.ckpt, ema=not args.no_ema, device=pick_device(args.device))
+    tokenizer = load_tokenizer(model.tokenizer)
+    length = args.length or cfg.seq_len
+    try:
+        if args.infill is not None:
+            canvas = infill_canvas(tokenizer, args.infill, cfg.mask_id)
+        else:
+            canvas = prompt_canvas(tokenizer, args.prompt, length, cfg.mask_id)
+    except ValueError as e:
+        fail(f"--{'prompt' if args.infill is None else 'infill'}: {e}")
+    if len(canvas) > cfg.seq_len:
+        fail(f"the text would have {len(canvas)} tokens, but the model was trained on {cfg.seq_len} at a time")
+
+    options = dict(
+        steps=args.steps, sampler=args.sampler, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+        dtype=args.dtype,
+    )  # fmt: skip
+    if args.watch and sys.stdout.isatty():
+        for row in range(args.num):
+            header = f"sample {row + 1} of {args.num} · {args.sampler}, {args.steps} steps"
+            watch(tokenizer, frames(model, cfg, canvas, [row], **options), header)
+        return
+    texts = generate(model, model.tokenizer, cfg, args.num, canvas, args.batch_size, **options)
+    for i, text in enumerate(texts):
+        if args.num > 1:
+            print(f"--- sample {i + 1}")
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
