@@ -1,0 +1,449 @@
+"""Prepare a data set: text in, data/<name>/{train,val[,test]}.bin and meta.json out (see corpus.py).
+
+python data/prepare.py pydocs                         # Python's own documentation; nothing is downloaded
+python data/prepare.py text8                          # or --input text8.zip
+python data/prepare.py openwebtext --wrap 1024        # 24 GB of parquet from the hub, or --input FILE...
+python data/prepare.py text --input a.txt b.txt       # any UTF-8 text; --tokenizer bpe, char or gpt2
+
+A data set is one function; its keyword arguments are the options that apply to it.
+"""
+
+import argparse
+import ast
+import hashlib
+import inspect
+import json
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+import threading
+import urllib.request
+import warnings
+import zipfile
+import zlib
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ is on the path
+
+from configs import CONFIGS, fail  # noqa: E402
+from data.corpus import dtype_of, finish, folder_of, partial_of  # noqa: E402
+from data.tokenizer import KINDS, load_tokenizer, train_bpe  # noqa: E402
+
+TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
+TEXT8_CHARACTERS = 100_000_000
+OPENWEBTEXT = "Skylion007/openwebtext"
+OPENWEBTEXT_DOCS = 8_013_769
+EOT = 50256  # GPT-2's <|endoftext|>
+
+
+def cut(sequence):
+    """{split: part}: the first 90 %, the next 5 % and the last 5 %, as text8 is always cut."""
+    n = len(sequence)
+    a, b = n * 90 // 100, n * 95 // 100
+    return {"train": sequence[:a], "val": sequence[a:b], "test": sequence[b:]}
+
+
+def write_texts(folder, source, spec, splits):
+    """Encode and write each split's text; returns meta."""
+    tokenizer = load_tokenizer(spec)
+    for split, text in splits.items():
+        with open(partial_of(folder) / f"{split}.bin", "wb") as f:
+            for i in range(0, len(text), 2**20):  # in pieces: a list of Python ints takes 36 bytes a token
+                np.array(tokenizer.encode(text[i : i + 2**20]), dtype_of(tokenizer.vocab_size)).tofile(f)
+    return finish(folder, source, spec, tokenizer.vocab_size, {s: len(text) for s, text in splits.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# pydocs: text that every Python has
+
+
+def pydocs(folder):
+    """The language reference that help() shows, and the standard library's longer docstrings."""
+    documents = sorted(set(topic_sections()) | set(docstrings()), key=lambda d: (-len(d), d))
+    documents = list(without_repeats(documents))
+    total = sum(map(len, documents))
+    if total < 500_000:
+        fail(f"{stdlib()}: only {total:,} characters of documentation; is Python's source code installed?")
+    # A random order that depends on nothing but the text, then whole documents to the splits.
+    documents.sort(key=lambda d: hashlib.sha256(d.encode()).digest())
+    ends = np.cumsum([len(d) for d in documents]) / total
+    a, b = np.searchsorted(ends, [0.90, 0.95])
+    splits = {"train": documents[:a], "val": documents[a:b], "test": documents[b:]}
+    spec = train_bpe(splits["train"], 2048)
+    source = f"pydoc_data.topics and docstrings of the standard library of Python {platform.python_version()}"
+    return write_texts(
+        folder, source, spec, {s: "".join(d + "\n\n\n" for d in docs) for s, docs in splits.items()}
+    )
+
+
+def stdlib():
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def topic_sections():
+    """The topics, cut at their underlined titles: many a topic is a section of a larger one."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        return
+    for text in topics.values():
+        starts = [m.start() for m in re.finditer(r"^\S.*\n([*=~^\"-])\1{3,}$", text, re.MULTILINE)]
+        for a, b in zip([0, *starts], [*starts, len(text)]):
+            yield text[a:b].strip()
+
+
+def docstrings():
+    """Docstrings of the standard library, read from its source: importing modules has side effects."""
+    skip = set("site-packages dist-packages test tests idlelib lib2to3 turtledemo pydoc_data".split())
+    for path in sorted(stdlib().rglob("*.py")):
+        if skip & set(path.relative_to(stdlib()).parts):
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):  # invalid escapes, here and there
+                tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield (ast.get_docstring(node) or "").strip()  # through inspect.cleandoc
+
+
+def without_repeats(documents, shortest=200, paragraph=80):
+    """Drop every long paragraph that was seen before, then what is too short to be worth reading.
+
+    Topics quote each other and docstrings are copied from class to class: without this, a tenth of the
+    validation text would be in the training text."""
+    seen = set()
+    for document in documents:
+        fresh, prose = [], 0
+        for text in re.split(r"\n(?:[ \t]*\n)+", document):
+            words = " ".join(text.split())
+            if len(words) < paragraph or words not in seen:
+                fresh.append(text)
+                prose += len(words) * (len(words) >= paragraph)
+            seen.add(words)
+        if prose >= shortest / 2 and len("\n\n".join(fresh)) >= shortest:
+            yield "\n\n".join(fresh)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# text8: the first 100 MB of cleaned Wikipedia, 27 characters
+
+
+def text8(folder, input=None):
+    """Matt Mahoney's text8, 90M/5M/5M characters; space is 0, a..z are 1..26 (the ids of nanoDD)."""
+    if input and len(input) > 1:
+        fail(f"{input[1]}: text8 is made of one file, text8.zip or text8")
+    path = Path(input[0]) if input else download(TEXT8_URL, partial_of(folder) / "text8.zip")
+    where, text = input[0] if input else TEXT8_URL, path.read_bytes()
+    if path.suffix == ".zip" or text.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as z:
+                text = z.read("text8")
+        except KeyError:
+            fail(f"{where}: has no member named text8")
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
+            fail(f"{where}: not a zip file, or not all of it ({e})")
+    if len(text) != TEXT8_CHARACTERS:
+        fail(f"{where}: {len(text):,} characters, but text8 has {TEXT8_CHARACTERS:,}")
+    characters = " abcdefghijklmnopqrstuvwxyz"
+    table = np.full(256, 255, np.uint16)
+    table[list(characters.encode())] = np.arange(27)
+    ids = table[np.frombuffer(text, np.uint8)]
+    if ids.max() == 255:
+        at = int(ids.argmax())
+        fail(f"{where}: byte {text[at]} at offset {at}, but text8 has only a..z and space")
+    for split, part in cut(ids).items():
+        part.tofile(partial_of(folder) / f"{split}.bin")
+    (partial_of(folder) / "text8.zip").unlink(missing_ok=True)
+    sizes = {split: len(part) for split, part in cut(ids).items()}
+    return finish(folder, "text8, " + TEXT8_URL, {"kind": "char", "characters": characters}, 27, sizes)
+
+
+def download(url, path):
+    with urllib.request.urlopen(url, timeout=60) as response, open(f"{path}.tmp", "wb") as f:
+        size = int(response.headers.get("Content-Length", 0))
+        with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+            while block := response.read(2**20):
+                f.write(block)
+                bar.update(len(block))
+    if size and os.path.getsize(f"{path}.tmp") != size:
+        fail(f"{url}: the download stopped after {os.path.getsize(f'{path}.tmp'):,} of {size:,} bytes")
+    os.replace(f"{path}.tmp", path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------
+# openwebtext: parquet shards -> one file of ids per shard -> train and val
+
+
+def openwebtext(folder, input=(), wrap=0, val_docs=100_000, workers=os.cpu_count()):
+    """OpenWebText in GPT-2 BPE, <|endoftext|> after every document; val is the last documents, as in MDLM.
+
+    Each finished shard stays in the .partial folder, so that a run that was killed can be started again.
+    wrap: cut the stream into rows [BOS] wrap-2 ids [EOS] (MDLM's packing) instead of leaving it whole."""
+    if wrap and wrap < 3:
+        fail(f"--wrap={wrap}: must be at least 3: BOS, a token, EOS")
+    if val_docs < 1 or workers < 1:
+        fail(f"--val_docs={val_docs} --workers={workers}: must be at least 1")
+    source, shards = ", ".join(Path(p).name for p in input), [str(Path(p).resolve()) for p in input]
+    if not input:
+        source, shards = hub_shards()
+    work = partial_of(folder) / "shards"
+    work.mkdir(exist_ok=True)
+    begin_or_resume(work, dict(source=source, shards=shards, wrap=wrap, val_docs=val_docs))
+    done = tokenize_shards(work, shards, workers)
+
+    tokens, characters = np.array([n for shard in done for n in shard["documents"]], np.int64).reshape(-1, 2).T
+    if not input and len(tokens) != OPENWEBTEXT_DOCS:
+        fail(f"{source}: {len(tokens):,} documents, but there should be {OPENWEBTEXT_DOCS:,}")
+    if len(tokens) <= val_docs:
+        fail(f"{source}: {len(tokens):,} documents, too few for --val_docs={val_docs}")
+    ends = {"train": len(tokens) - val_docs, "val": len(tokens)}  # in documents
+    first, sizes = 0, {}
+    for split, end in ends.items():
+        ids = stream([work / f"{i:05}.bin" for i in range(len(shards))], *(tokens[:n].sum() for n in (first, end)))
+        dropped = write_stream(partial_of(folder) / f"{split}.bin", ids, wrap)
+        text = load_tokenizer({"kind": "gpt2"}).decode(dropped[dropped != EOT])
+        sizes[split] = int(characters[first:end].sum()) - len(text)
+        first = end
+        if not os.path.getsize(partial_of(folder) / f"{split}.bin"):
+            fail(f"{source}: too little text in {split} for one row of --wrap={wrap}")
+    meta = finish(folder, source, {"kind": "gpt2"}, EOT + 1, sizes, wrap)
+    shutil.rmtree(folder / "shards")  # only now: everything before this can be resumed
+    return meta
+
+
+def hub_shards():
+    """(source, URLs in order) of the data set on the hub, pinned to today's revision."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(OPENWEBTEXT)
+    except Exception as e:  # the hub's and httpx' errors have no common base
+        fail(f"{OPENWEBTEXT}: cannot list its files on the hub ({one_line(e)}); or give --input FILE...")
+    names = sorted(s.rfilename for s in info.siblings if re.fullmatch(r"data/train-.*\.parquet", s.rfilename))
+    if not names:
+        fail(f"{OPENWEBTEXT}: the hub has no data/train-*.parquet at revision {info.sha}")
+    return f"{OPENWEBTEXT}@{info.sha}", [f"hub:{info.sha}:{name}" for name in names]
+
+
+def begin_or_resume(work, plan):
+    """Write the plan of a new run, or check that the run in `work` had the same one."""
+    path = work / "plan.json"
+    if path.exists() and json.loads(path.read_text()) != plan:
+        fail(f"{work.parent}: left by a run with other inputs or options; repeat those, or remove it")
+    for left in work.glob("*.tmp"):
+        left.unlink()
+    (work / "plan.json.tmp").write_text(json.dumps(plan))
+    os.replace(work / "plan.json.tmp", path)
+
+
+def tokenize_shards(work, shards, workers):
+    """What tokenize_shard returns, for every shard in order."""
+    threads = max(1, workers // len(shards))
+    with ProcessPoolExecutor(min(workers, len(shards)), initializer=die_with_parent) as pool:
+        jobs = [pool.submit(tokenize_shard, shard, work / f"{i:05}", threads) for i, shard in enumerate(shards)]
+        try:
+            for job in tqdm(as_completed(jobs), total=len(jobs), unit="shard", disable=None):
+                job.result()
+        except ValueError as e:
+            pool.shutdown(cancel_futures=True)
+            fail(e)
+    return [job.result() for job in jobs]
+
+
+def die_with_parent():
+    """Without this, the workers of a killed run would wait for work for ever."""
+    watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def tokenize_shard(shard, target, threads):
+    """One parquet file -> target.bin, all its ids, and target.json: [tokens, characters] of each document.
+
+    target.json is written last and says which file it was made from: a shard that has it is finished."""
+    import pyarrow
+    import pyarrow.parquet
+    import tiktoken
+
+    try:
+        path, identity = fetch(shard)
+        if target.with_suffix(".json").exists():
+            done = json.loads(target.with_suffix(".json").read_text())
+            if done["input"] == identity:
+                return done
+        encoding, documents, temporary = tiktoken.get_encoding("gpt2"), [], f"{target}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as f, pyarrow.parquet.ParquetFile(path) as parquet:
+            if "text" not in parquet.schema_arrow.names:
+                raise ValueError(f"has no column 'text', only {', '.join(parquet.schema_arrow.names)}")
+            for batch in parquet.iter_batches(1000, columns=["text"]):
+                texts = batch.column(0).to_pylist()
+                if not all(isinstance(text, str) for text in texts):
+                    raise ValueError("its column 'text' has rows that are not text")
+                for text, ids in zip(texts, encoding.encode_ordinary_batch(texts, num_threads=threads)):
+                    np.array([*ids, EOT], np.uint16).tofile(f)
+                    documents.append([len(ids) + 1, len(text)])
+        os.replace(temporary, target.with_suffix(".bin"))
+        done = dict(input=identity, documents=documents)
+        Path(temporary).write_text(json.dumps(done))
+        os.replace(temporary, target.with_suffix(".json"))
+        return done
+    except Exception as e:  # as text: not every library's exceptions survive the way to the parent process
+        raise ValueError(f"{shard}: {one_line(e)}") from None
+
+
+def fetch(shard):
+    """(path, what it is) of a shard: a file of the user's, or one of the hub's, in the hub's own cache."""
+    if not shard.startswith("hub:"):
+        about = os.stat(shard)
+        return shard, [shard, about.st_size, about.st_mtime_ns]
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # one bar, of shards, is enough
+    _, revision, name = shard.split(":", 2)
+    return hf_hub_download(OPENWEBTEXT, name, repo_type="dataset", revision=revision), [shard]
+
+
+def stream(paths, start, stop):
+    """Ids [start, stop) of the files one after the other, as arrays of at most 32 MB."""
+    at = 0
+    for path in paths:
+        n = os.path.getsize(path) // 2
+        if n:
+            ids = np.memmap(path, np.uint16, "r")[max(start - at, 0) : max(stop - at, 0)]
+            yield from (ids[i : i + 2**24] for i in range(0, len(ids), 2**24))
+        at += n
+
+
+def write_stream(path, arrays, wrap):
+    """Write the arrays one after the other, wrapped or not; returns the ids that filled no row."""
+    rest = np.empty(0, np.uint16)
+    with open(path, "wb") as f:
+        for ids in arrays:
+            if wrap:
+                ids = np.concatenate([rest, ids])
+                n = len(ids) // (wrap - 2)
+                rows = np.full((n, wrap), EOT, np.uint16)  # BOS and EOS are both <|endoftext|>
+                rows[:, 1:-1] = ids[: n * (wrap - 2)].reshape(n, wrap - 2)
+                ids, rest = rows, ids[n * (wrap - 2) :]
+            ids.tofile(f)
+    return rest
+
+
+# ---------------------------------------------------------------------------------------------------------
+# text: files of your own
+
+
+def text(folder, input=(), tokenizer="bpe", vocab_size=None):
+    """Any UTF-8 files, one after the other, cut by characters."""
+    if not input:
+        fail("text: needs --input FILE...")
+    if tokenizer not in KINDS:
+        fail(f"--tokenizer={tokenizer}: must be one of {', '.join(KINDS)}")
+    if vocab_size and (tokenizer != "bpe" or not 256 < vocab_size <= 2**16):
+        fail(f"--vocab_size={vocab_size}: only for --tokenizer=bpe, 257 to {2**16}")
+    parts = []
+    for path in input:
+        try:
+            part = Path(path).read_bytes().decode().removeprefix("\ufeff")
+        except UnicodeDecodeError as e:
+            fail(f"{path}: not UTF-8: byte {e.object[e.start]:#04x} at offset {e.start}")
+        if not part:
+            fail(f"{path}: empty")
+        parts.append(part if part.endswith("\n") or path == input[-1] else part + "\n")
+    whole = "".join(parts)
+    if len(whole) < 20:
+        fail(f"{input[0]}: {len(whole)} characters are too few to cut into train, val and test")
+    splits = cut(whole)
+    spec = {"kind": tokenizer}
+    if tokenizer == "char":
+        spec["characters"] = "".join(sorted(set(whole)))
+    if tokenizer == "bpe":
+        spec = train_bpe(splits["train"].splitlines(keepends=True), vocab_size or 2048)
+    return write_texts(folder, ", ".join(Path(p).name for p in input), spec, splits)
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+DATASETS = {"pydocs": pydocs, "text8": text8, "openwebtext": openwebtext, "text": text}
+
+
+def prepare(name, out=None, overwrite=False, **options):
+    """Make data/<name>, or the folder `out`; returns its meta. Whatever is wrong with the input is one line,
+    exit code 2, and the folder as it was."""
+    if name not in DATASETS:
+        fail(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
+    allowed = list(inspect.signature(DATASETS[name]).parameters)[1:]
+    for option in options:
+        if option not in allowed:
+            fail(f"--{option} does not apply to {name}; its options are --{' --'.join([*allowed, 'out', 'overwrite'])}")
+    out = out or name + (f"_wrap{options['wrap']}" if options.get("wrap") else "")
+    folder = folder_of(out)
+    if folder.exists() and not overwrite:
+        fail(f"{folder}: exists; --overwrite replaces it")
+    if folder.exists() and not (folder / "meta.json").exists():
+        fail(f"{folder}: exists and is not a prepared data set; remove it yourself if you mean it")
+    partial, resumable = partial_of(folder), name == "openwebtext"
+    try:
+        if not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        meta = DATASETS[name](folder, **options)
+    except BaseException as e:
+        if not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(e, (OSError, ValueError)):
+            fail(one_line(e))
+        raise
+    report(name, out, meta)
+    return meta
+
+
+def one_line(e):
+    if isinstance(e, OSError) and e.filename:
+        return f"{e.filename}: {e.strerror}"
+    return " ".join(str(e).split()) or type(e).__name__
+
+
+def report(name, out, meta):
+    """Print what was made and the command that trains on it."""
+    for split, of in meta["splits"].items():
+        print(f"{split:5} {of['tokens']:14,} tokens {of['characters']:16,} characters")
+    config = {"text8": "text8_mdlm", "openwebtext": "owt_mdlm" if meta["wrap"] else "owt_d3pm"}.get(name, "pydocs_mdlm")
+    cfg, command = CONFIGS[config](), f"python train.py {config}"
+    for field, value in dict(data=out, vocab_size=meta["vocab_size"], seq_len=meta["wrap"]).items():
+        if value and value != getattr(cfg, field):
+            command += f" --{field}={value}"
+    print(f"now train on it: {command}")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.error = fail
+    p.add_argument("name", help=", ".join(DATASETS))
+    p.add_argument("--input", nargs="+", metavar="FILE", help="read these files instead of downloading")
+    p.add_argument("--out", help="folder: a bare name is under data/, anything with a slash is a path")
+    p.add_argument("--tokenizer", help=f"text: {', '.join(KINDS)}; default bpe")
+    p.add_argument("--vocab_size", type=int, help="text, bpe: number of pieces; default 2048")
+    p.add_argument("--wrap", type=int, help="openwebtext: length of rows [BOS] ... [EOS]; default 0, one stream")
+    p.add_argument("--val_docs", type=int, help="openwebtext: the last so many documents are val; default 100000")
+    p.add_argument("--workers", type=int, help="openwebtext: processes; default one per core")
+    p.add_argument("--overwrite", action="store_true", help="replace the folder once the new one is complete")
+    given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
+    prepare(**given)
+
+
+if __name__ == "__main__":
+    main()

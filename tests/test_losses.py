@@ -1,0 +1,240 @@
+"""The losses against their definitions: every mask of a tiny world, exact integrals over t."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from world import MASK, TEXTS, L, V, chi_square_p, exact_model, hostile_model, index, random_joint, tiny
+
+from diffusion import (
+    LOSSES,
+    SCHEDULES,
+    alpha,
+    bound_weight,
+    dalpha,
+    exact_count_bound,
+    mask_exactly,
+    mask_tokens,
+    stratified,
+    time_at,
+    time_of,
+)
+
+TEXT = torch.tensor([0, 2, 1])
+SUBSETS = torch.tensor([[m >> i & 1 for i in range(L)] for m in range(2**L)]).bool()  # (8, L) all masks
+
+
+def ones(x):
+    return torch.ones_like(x, dtype=torch.bool)
+
+
+def expected_loss(loss, model, text, cfg, nodes=400):
+    """E of the loss's sum over a text: all masks enumerated, t by quadrature (T = 0) or by all T steps."""
+    if cfg.T:
+        t = torch.arange(1, cfg.T + 1, dtype=torch.float64) / cfg.T
+        dt = torch.full_like(t, 1 / cfg.T)
+    else:
+        x, w = np.polynomial.legendre.leggauss(nodes)
+        t, dt = torch.from_numpy((x + 1) / 2), torch.from_numpy(w / 2)
+    mass = 1 - alpha(cfg.schedule, t)[:, None]  # (n, 1)
+    probability = mass ** SUBSETS.sum(-1) * (1 - mass) ** (~SUBSETS).sum(-1)  # (n, 8)
+    x0 = text.repeat(len(t) * len(SUBSETS), 1)
+    xt = x0.masked_fill(SUBSETS.repeat(len(t), 1), MASK)
+    nats = LOSSES[loss](model, x0, ones(x0), cfg, t.repeat_interleave(len(SUBSETS)), xt).double().sum(-1)
+    return (nats.view(len(t), -1) * probability * dt[:, None]).sum().item()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_run_from_one_to_zero_with_the_right_slope(schedule):
+    t = torch.linspace(0, 1, 201, dtype=torch.float64, requires_grad=True)
+    a = alpha(schedule, t)
+    assert abs(a[0].item() - 1) < 1e-12 and abs(a[-1].item()) < 1e-12
+    assert (a.diff() < 0).all()
+    slope = torch.autograd.grad(a.sum(), t)[0]
+    torch.testing.assert_close(dalpha(schedule, t.detach()), slope, rtol=1e-9, atol=1e-12)
+    inner = t.detach()[1:-1]
+    torch.testing.assert_close(time_at(schedule, 1 - alpha(schedule, inner)), inner, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("text", [[0, 2, 1], [1, 1, 1]])
+def test_continuous_bound_is_tight_for_the_exact_denoiser(schedule, text):
+    joint = random_joint()
+    bound = expected_loss("mdlm", exact_model(joint), torch.tensor(text), tiny(schedule=schedule))
+    assert bound == pytest.approx(-joint[tuple(text)].log().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("loss", ["mdlm", "d3pm"])
+def test_discrete_bound_falls_to_the_exact_likelihood(loss, schedule):
+    """T = 1 reveals all at once: the sum of the marginals. More steps can only help; 2,000 are nearly exact."""
+    joint = random_joint()
+    model, exact = exact_model(joint), -joint[tuple(TEXT)].log().item()
+    bounds = [expected_loss(loss, model, TEXT, tiny(schedule=schedule, loss=loss, T=T)) for T in (1, 2000)]
+    marginals = [joint.sum([j for j in range(L) if j != i])[TEXT[i]].log().item() for i in range(L)]
+    assert bounds[0] == pytest.approx(-sum(marginals), abs=1e-5)
+    assert bounds[1] == pytest.approx(exact, abs=0.02 if schedule in ("geometric", "sigma_linear") else 2e-3)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_bounds_hold_on_average_over_texts(schedule):
+    """Any network's bound, averaged over texts, is at least the entropy; 4 steps cost more than infinitely many."""
+    joint = random_joint()
+    entropy = -(joint * joint.log()).sum().item()
+    mean = [
+        sum(
+            p.item() * expected_loss("mdlm", exact_model(joint), x, tiny(schedule=schedule, T=T), nodes=100)
+            for x, p in zip(TEXTS, joint.flatten())
+        )
+        for T in (4, 0)
+    ]
+    assert mean[0] > entropy + 1e-3 and mean[1] == pytest.approx(entropy, abs=1e-3)
+
+
+def dense_d3pm(model, x0, xt, t, cfg):
+    """(B, L) of T x KL(q(x_s | xt, x0) || p(x_s | xt)) and of -log p(x0): from the matrices Q_t, nothing else.
+    D3PM, arXiv 2107.03006, section 3: q(x_s | xt, x0) ~ Q_{s->t}[x_s, xt] Qbar_s[x0, x_s]."""
+    K = V + 1
+    kl, ce = torch.zeros(x0.shape, dtype=torch.float64), torch.zeros(x0.shape, dtype=torch.float64)
+    for b in range(len(x0)):
+        a_t, a_s = alpha(cfg.schedule, t[b]).item(), alpha(cfg.schedule, t[b] - 1 / cfg.T).item()
+        absorb = torch.zeros(K, K, dtype=torch.float64)
+        absorb[:, MASK] = 1
+        eye = torch.eye(K, dtype=torch.float64)
+        qbar_s = a_s * eye + (1 - a_s) * absorb
+        q_st = (a_t / a_s) * eye + (1 - a_t / a_s) * absorb
+        prediction = model(xt[b : b + 1], t[b : b + 1], ones(xt[b : b + 1])).softmax(-1)  # (L, V)
+        for i in range(L):
+            posterior = lambda x: (w := q_st[:, xt[b, i]] * qbar_s[x]) / w.sum()  # (K,)
+            q = posterior(x0[b, i])
+            if xt[b, i] == MASK:
+                p = sum(prediction[i, v] * posterior(v) for v in range(V))
+                kl[b, i] = torch.where(q > 0, q * (q / p).log(), 0).sum()
+            ce[b, i] = -prediction[i, x0[b, i]].log()
+    return cfg.T * kl, ce
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("T", [1, 2, 7, 1000])
+def test_losses_equal_the_dense_d3pm_posterior_kl(schedule, T):
+    """mdlm with T steps = D3PM's KL over the whole vocabulary; d3pm adds nanoDD's cross-entropy of all tokens,
+    and in step 1 is T times that alone."""
+    model = hostile_model()
+    x0 = torch.randint(0, V, (60, L))
+    t = torch.randint(1, T + 1, (60,)).double() / T
+    t[:10] = 1 / T
+    xt = mask_tokens(x0, alpha(schedule, t), ones(x0), MASK)
+    xt[:3] = MASK
+    kl, ce = dense_d3pm(model, x0, xt, t, tiny(schedule=schedule, T=T))
+    scale = lambda want, got: torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    scale(kl, LOSSES["mdlm"](model, x0, ones(x0), tiny(schedule=schedule, T=T), t, xt))
+    scale(kl, LOSSES["d3pm"](model, x0, ones(x0), tiny(schedule=schedule, T=T, loss="d3pm"), t, xt))
+    want = torch.where((t * T).round()[:, None] == 1, T * ce, kl + T * 0.05 * ce)
+    cfg = tiny(schedule=schedule, T=T, loss="d3pm", aux_ce=0.05)
+    scale(want, LOSSES["d3pm"](model, x0, ones(x0), cfg, t, xt))
+
+
+def test_mdlm_is_cross_entropy_over_t():
+    """T = 0, linear: CE / t on masked positions, zero elsewhere; T steps of the linear schedule: the same."""
+    model, x0 = hostile_model(), torch.randint(0, V, (500, L))
+    t = torch.randint(1, 101, (500,)).double() / 100
+    xt = mask_tokens(x0, 1 - t, ones(x0), MASK)
+    log_p = model(xt, t, ones(x0)).view(*x0.shape, V)
+    want = -log_p.gather(-1, x0[..., None])[..., 0] / t[:, None] * (xt == MASK)
+    for T in (0, 100):
+        got = LOSSES["mdlm"](model, x0, ones(x0), tiny(T=T), t, xt)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("aux", [0.0, 0.05])
+def test_a_prompt_is_never_masked_and_never_counted(loss, aux):
+    cfg = tiny(loss=loss, T=10, aux_ce=aux if loss == "d3pm" else 0.0)
+    x0 = torch.randint(0, V, (400, L))
+    maskable = torch.rand(x0.shape) < 0.6
+    seen = []
+
+    def model(x, t, at):
+        seen.append((x, at))
+        return hostile_model()(x, t, at)
+
+    nats = LOSSES[loss](model, x0, maskable, cfg)
+    (xt, at) = seen[0]
+    assert (xt == x0)[~maskable].all() and (xt == MASK)[maskable].any()
+    assert (nats[~maskable] == 0).all() and not at[~maskable].any() and nats.sum() > 0
+    if not aux:
+        assert (nats[xt != MASK] == 0).all() and (at == (xt == MASK)).all()  # the head runs on masks only
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_masked_fraction_follows_the_schedule(schedule):
+    t = torch.tensor([0.0, 0.03, 0.5, 0.97, 1.0], dtype=torch.float64)
+    x0 = torch.zeros(5, 40_000, dtype=torch.long)
+    fraction = (mask_tokens(x0, alpha(schedule, t), ones(x0), MASK) == MASK).double().mean(-1)
+    p = 1 - alpha(schedule, t)
+    assert fraction[0] == 0 and fraction[-1] == 1
+    assert ((fraction - p).abs() <= 4 * (p * (1 - p) / 40_000).clamp(min=0).sqrt() + 1e-9).all()
+
+
+def test_stratified_times_fill_every_stratum_once():
+    for _ in range(20):
+        u = stratified(64)
+        assert (torch.floor(u * 64) == torch.arange(64)).all()
+        assert (time_of(u, tiny(T=64)) * 64).round().tolist() == list(range(1, 65))
+    assert time_of(torch.tensor([0.0, 0.999999]), tiny(T=5)).tolist() == [0.2, 1.0]
+    t = time_of(stratified(100_000), tiny(t_min=0.25))
+    assert 0.25 <= t.min() < 0.2501 and 0.9999 < t.max() <= 1 and abs(t.mean().item() - 0.625) < 1e-4
+
+
+def test_mask_exactly_draws_every_subset_equally_often():
+    n, maskable = 30_000, torch.tensor([True, False, True, True, True])
+    x0 = torch.zeros(n, 5, dtype=torch.long)
+    masked = mask_exactly(x0, torch.full((n,), 2), maskable.repeat(n, 1), MASK) == MASK
+    assert (masked.sum(-1) == 2).all() and not masked[:, 1].any()
+    counts = torch.bincount((masked * 2 ** torch.arange(5)).sum(-1))
+    counts = counts[counts > 0].double()
+    assert len(counts) == 6  # 4 choose 2
+    chi2 = ((counts - n / 6) ** 2 / (n / 6)).sum()
+    assert torch.special.gammaincc(torch.tensor(2.5), chi2 / 2) > 1e-4
+
+
+def test_exact_count_bound_is_tight_when_enumerated():
+    joint = random_joint()
+    model, total = exact_model(joint), 0.0
+    for subset in SUBSETS[1:]:
+        count = subset.sum()
+        x0 = TEXT[None]
+        xt = x0.masked_fill(subset, MASK)
+        nats = exact_count_bound(model, x0, ones(x0), tiny(), count[None], xt).item()
+        total += nats / L / math.comb(L, count.item())
+    assert total == pytest.approx(-joint[tuple(TEXT)].log().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_exact_count_bound_of_a_time_conditioned_network_is_its_continuous_bound(schedule):
+    model, cfg = hostile_model(), tiny(schedule=schedule, time_cond=True, cond_dim=8)
+    want = expected_loss("mdlm", model, TEXT, cfg)
+    n = 60_000
+    x0 = TEXT.repeat(n, 1)
+    count = torch.arange(n) % L + 1
+    nats = exact_count_bound(model, x0, ones(x0), cfg, count).double()
+    assert abs(nats.mean().item() - want) < 4 * nats.std().item() / n**0.5
+    without = exact_count_bound(lambda x, t, at: model(x, 0 * t, at), x0, ones(x0), cfg, count).double()
+    assert abs(without.mean().item() - want) > 0.1  # the test can tell
+
+
+def test_weights_stay_finite_next_to_zero():
+    for schedule in SCHEDULES:
+        for T in (0, 1000):
+            t = torch.tensor([1e-3, 2e-3, 0.5, 1.0], dtype=torch.float64)
+            w = bound_weight(t, tiny(schedule=schedule, T=T))
+            assert torch.isfinite(w).all() and (w >= 0).all()
+
+
+def test_the_chi_square_test_can_fail():
+    law = torch.full((27,), 1 / 27, dtype=torch.float64)
+    fair = TEXTS[torch.randint(0, 27, (20_000,))]
+    unfair = torch.where(torch.rand(20_000, 1) < 0.03, TEXTS[:1], fair)
+    assert chi_square_p(fair, law) > 1e-3 and chi_square_p(unfair, law) < 1e-6
+    assert index(TEXTS).unique().numel() == 27

@@ -1,0 +1,87 @@
+"""A world small enough to enumerate: L = 3 tokens of V = 3 letters, 64 canvases. Everything is float64."""
+
+import itertools
+
+import torch
+
+from configs import Config
+from diffusion import alpha
+
+L, V = 3, 3
+MASK = V
+CANVASES = torch.tensor(list(itertools.product(range(V + 1), repeat=L)))  # (64, L), row i has index i
+TEXTS = torch.tensor(list(itertools.product(range(V), repeat=L)))  # (27, L)
+
+
+def index(x):
+    """Canvases (..., L) -> their row in CANVASES."""
+    return (x * torch.tensor([(V + 1) ** (L - 1 - i) for i in range(L)])).sum(-1)
+
+
+def tiny(**fields):
+    return Config(vocab_size=V, seq_len=L, n_embd=8, n_head=2, n_layer=1, **fields)
+
+
+def random_joint(seed=0):
+    """(V, V, V) probabilities of every text, far from independent."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(V**L, dtype=torch.float64, generator=g).mul(1.5).softmax(0).view(V, V, V)
+
+
+def exact_model(joint):
+    """The perfect network for a joint: p(x0_i | the visible tokens), a table over all canvases."""
+    table = torch.zeros(len(CANVASES), L, V, dtype=torch.float64)
+    for k, canvas in enumerate(CANVASES):
+        agree = ((canvas == MASK) | (canvas == TEXTS)).all(-1)
+        for text, p in zip(TEXTS[agree], joint.flatten()[agree]):
+            for i in range(L):
+                table[k, i, text[i]] += p
+    table = (table / table.sum(-1, keepdim=True)).log()
+    return lambda x, t, at: table[index(x)][at]
+
+
+def hostile_model(seed=0):
+    """An arbitrary network: of the canvas, the position and, strongly, the time; sure of wrong answers too."""
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, len(CANVASES), L, V, dtype=torch.float64, generator=g).mul(1.5)
+
+    def model(x, t, at):
+        k = index(x)
+        logits = a[k] + b[k] * (4 * t.double() - 2)[:, None, None]
+        return logits.log_softmax(-1)[at]
+
+    return model
+
+
+def ancestral_law(model, canvas, schedule, steps):
+    """P(text | canvas) (27,) of ancestral sampling, by multiplying out the transitions of all canvases."""
+    everywhere = torch.ones(len(CANVASES), L, dtype=torch.bool)
+    masked = CANVASES == MASK
+    grid = alpha(schedule, torch.arange(steps + 1, dtype=torch.float64) / steps)
+    state = (CANVASES == canvas).all(-1).double()
+    for n in range(steps, 0, -1):
+        r = (grid[n - 1] - grid[n]) / (1 - grid[n])
+        p = model(CANVASES, torch.full((len(CANVASES),), n / steps, dtype=torch.float64), everywhere)
+        p = p.view(len(CANVASES), L, V).exp()
+        step = torch.nn.functional.one_hot(CANVASES, V + 1).double()  # visible tokens stay
+        reveal = torch.cat((r * p, (1 - r).expand(len(CANVASES), L, 1)), -1)
+        step = torch.where(masked[..., None], reveal, step)  # (64, L, V + 1)
+        to = torch.stack([step[:, i, CANVASES[:, i]] for i in range(L)]).prod(0)  # (64 from, 64 to)
+        state = state @ to
+    assert state[masked.any(-1)].sum() < 1e-12
+    return state[index(TEXTS)]
+
+
+def chi_square_p(texts, law):
+    """p-value of samples (N, L) under law (27,); cells of less than 5 expected are pooled."""
+    counts = torch.bincount(index(texts), minlength=len(CANVASES))[index(TEXTS)].double()
+    assert counts.sum() == len(texts), "a sample still holds MASK"
+    expected = law * len(texts)
+    assert counts[law == 0].sum() == 0, "an impossible text was sampled"
+    small = expected < 5
+    cells = torch.cat((counts[~small], counts[small].sum()[None])), torch.cat(
+        (expected[~small], expected[small].sum()[None])
+    )
+    keep = cells[1] > 0
+    chi2 = ((cells[0] - cells[1])[keep] ** 2 / cells[1][keep]).sum()
+    return torch.special.gammaincc((keep.sum() - 1) / 2, chi2 / 2).item()
