@@ -11,6 +11,7 @@ A data set is one function; its keyword arguments are the options that apply to 
 import argparse
 import ast
 import hashlib
+import http.client
 import inspect
 import json
 import multiprocessing
@@ -26,6 +27,7 @@ import warnings
 import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +53,16 @@ def cut(sequence):
     return {"train": sequence[:a], "val": sequence[a:b], "test": sequence[b:]}
 
 
+def tokenizer_of(spec):
+    try:
+        return load_tokenizer(spec)
+    except ValueError as e:
+        fail(e)
+
+
 def write_texts(folder, source, spec, splits):
     """Encode and write each split's text; returns meta."""
-    tokenizer = load_tokenizer(spec)
+    tokenizer = tokenizer_of(spec)
     for split, text in splits.items():
         with open(partial_of(folder) / f"{split}.bin", "wb") as f:
             for i in range(0, len(text), 2**20):  # in pieces: a list of Python ints takes 36 bytes a token
@@ -79,9 +88,8 @@ def pydocs(folder):
     splits = {"train": documents[:a], "val": documents[a:b], "test": documents[b:]}
     spec = train_bpe(splits["train"], 2048)
     source = f"pydoc_data.topics and docstrings of the standard library of Python {platform.python_version()}"
-    return write_texts(
-        folder, source, spec, {s: "".join(d + "\n\n\n" for d in docs) for s, docs in splits.items()}
-    )
+    texts = {split: "".join(d + "\n\n\n" for d in docs) for split, docs in splits.items()}
+    return write_texts(folder, source, spec, texts)
 
 
 def stdlib():
@@ -103,9 +111,11 @@ def topic_sections():
 def docstrings():
     """Docstrings of the standard library, read from its source: importing modules has side effects."""
     skip = set("site-packages dist-packages test tests idlelib lib2to3 turtledemo pydoc_data".split())
-    for path in sorted(stdlib().rglob("*.py")):
-        if skip & set(path.relative_to(stdlib()).parts):
-            continue
+    paths = []
+    for folder, folders, files in os.walk(stdlib()):
+        folders[:] = set(folders) - skip  # os.walk then goes no further there
+        paths += [Path(folder) / name for name in files if name.endswith(".py")]
+    for path in paths:
         try:
             with warnings.catch_warnings(action="ignore"):  # invalid escapes, here and there
                 tree = ast.parse(path.read_bytes())
@@ -119,8 +129,8 @@ def docstrings():
 def without_repeats(documents, shortest=200, paragraph=80):
     """Drop every long paragraph that was seen before, then what is too short to be worth reading.
 
-    Topics quote each other and docstrings are copied from class to class: without this, a tenth of the
-    validation text would be in the training text."""
+    Topics quote each other and docstrings are copied from class to class: without this, about a
+    tenth of the validation text is in the training text too."""
     seen = set()
     for document in documents:
         fresh, prose = [], 0
@@ -169,14 +179,17 @@ def text8(folder, input=None):
 
 
 def download(url, path):
-    with urllib.request.urlopen(url, timeout=60) as response, open(f"{path}.tmp", "wb") as f:
-        size = int(response.headers.get("Content-Length", 0))
-        with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-            while block := response.read(2**20):
-                f.write(block)
-                bar.update(len(block))
-    if size and os.path.getsize(f"{path}.tmp") != size:
-        fail(f"{url}: the download stopped after {os.path.getsize(f'{path}.tmp'):,} of {size:,} bytes")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(f"{path}.tmp", "wb") as f:
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+                while block := response.read(2**20):
+                    f.write(block)
+                    bar.update(len(block))
+            if size and f.tell() != size:
+                raise OSError(f"the download stopped after {f.tell():,} of {size:,} bytes")
+    except (OSError, http.client.HTTPException) as e:
+        fail(f"{url}: {one_line(e)}; try again, or give --input FILE")
     os.replace(f"{path}.tmp", path)
     return path
 
@@ -185,38 +198,44 @@ def download(url, path):
 # openwebtext: parquet shards -> one file of ids per shard -> train and val
 
 
-def openwebtext(folder, input=(), wrap=0, val_docs=100_000, workers=os.cpu_count()):
+def openwebtext(folder, input=(), wrap=0, val_docs=100_000, workers=None):
     """OpenWebText in GPT-2 BPE, <|endoftext|> after every document; val is the last documents, as in MDLM.
 
     Each finished shard stays in the .partial folder, so that a run that was killed can be started again.
     wrap: cut the stream into rows [BOS] wrap-2 ids [EOS] (MDLM's packing) instead of leaving it whole."""
+    workers = os.cpu_count() if workers is None else workers
     if wrap and wrap < 3:
         fail(f"--wrap={wrap}: must be at least 3: BOS, a token, EOS")
     if val_docs < 1 or workers < 1:
         fail(f"--val_docs={val_docs} --workers={workers}: must be at least 1")
+    for path in input:
+        if not Path(path).is_file():
+            fail(f"{path}: no such file")
+    gpt2 = tokenizer_of({"kind": "gpt2"})  # now: its vocabulary should be fetched once, not by every worker
     source, shards = ", ".join(Path(p).name for p in input), [str(Path(p).resolve()) for p in input]
     if not input:
         source, shards = hub_shards()
     work = partial_of(folder) / "shards"
     work.mkdir(exist_ok=True)
     begin_or_resume(work, dict(source=source, shards=shards, wrap=wrap, val_docs=val_docs))
-    done = tokenize_shards(work, shards, workers)
+    targets = [work / f"{i:05}" for i in range(len(shards))]
+    tokenize_shards(shards, targets, workers)
 
-    tokens, characters = np.array([n for shard in done for n in shard["documents"]], np.int64).reshape(-1, 2).T
+    documents = (json.loads(target.with_suffix(".json").read_text())["documents"] for target in targets)
+    documents = np.concatenate([np.array(d, np.int64).reshape(-1, 2) for d in documents])
+    tokens, characters = documents.T
     if not input and len(tokens) != OPENWEBTEXT_DOCS:
         fail(f"{source}: {len(tokens):,} documents, but there should be {OPENWEBTEXT_DOCS:,}")
     if len(tokens) <= val_docs:
-        fail(f"{source}: {len(tokens):,} documents, too few for --val_docs={val_docs}")
-    ends = {"train": len(tokens) - val_docs, "val": len(tokens)}  # in documents
-    first, sizes = 0, {}
-    for split, end in ends.items():
-        ids = stream([work / f"{i:05}.bin" for i in range(len(shards))], *(tokens[:n].sum() for n in (first, end)))
-        dropped = write_stream(partial_of(folder) / f"{split}.bin", ids, wrap)
-        text = load_tokenizer({"kind": "gpt2"}).decode(dropped[dropped != EOT])
-        sizes[split] = int(characters[first:end].sum()) - len(text)
-        first = end
-        if not os.path.getsize(partial_of(folder) / f"{split}.bin"):
-            fail(f"{source}: too little text in {split} for one row of --wrap={wrap}")
+        fail(f"openwebtext: {len(tokens):,} documents, too few for --val_docs={val_docs}")
+    border, sizes = len(tokens) - val_docs, {}
+    for split, part in dict(train=slice(border), val=slice(border, None)).items():
+        start = tokens[: part.start].sum() if part.start else 0
+        path = partial_of(folder) / f"{split}.bin"
+        dropped = write_stream(path, stream(targets, start, start + tokens[part].sum()), wrap)
+        if not path.stat().st_size:
+            fail(f"openwebtext: too little text in {split} for one row of --wrap={wrap}")
+        sizes[split] = int(characters[part].sum()) - len(gpt2.decode(dropped[dropped != EOT]))
     meta = finish(folder, source, {"kind": "gpt2"}, EOT + 1, sizes, wrap)
     shutil.rmtree(folder / "shards")  # only now: everything before this can be resumed
     return meta
@@ -247,18 +266,16 @@ def begin_or_resume(work, plan):
     os.replace(work / "plan.json.tmp", path)
 
 
-def tokenize_shards(work, shards, workers):
-    """What tokenize_shard returns, for every shard in order."""
-    threads = max(1, workers // len(shards))
+def tokenize_shards(shards, targets, workers):
+    threads = max(1, workers // len(shards))  # of each worker
     with ProcessPoolExecutor(min(workers, len(shards)), initializer=die_with_parent) as pool:
-        jobs = [pool.submit(tokenize_shard, shard, work / f"{i:05}", threads) for i, shard in enumerate(shards)]
+        jobs = [pool.submit(tokenize_shard, *one, threads) for one in zip(shards, targets)]
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs), unit="shard", disable=None):
                 job.result()
-        except ValueError as e:
-            pool.shutdown(cancel_futures=True)
+        except (ValueError, BrokenProcessPool) as e:
+            pool.shutdown(cancel_futures=True)  # what is running now still finishes, and is kept
             fail(e)
-    return [job.result() for job in jobs]
 
 
 def die_with_parent():
@@ -277,10 +294,8 @@ def tokenize_shard(shard, target, threads):
 
     try:
         path, identity = fetch(shard)
-        if target.with_suffix(".json").exists():
-            done = json.loads(target.with_suffix(".json").read_text())
-            if done["input"] == identity:
-                return done
+        if finished(target, identity):
+            return
         encoding, documents, temporary = tiktoken.get_encoding("gpt2"), [], f"{target}.{os.getpid()}.tmp"
         with open(temporary, "wb") as f, pyarrow.parquet.ParquetFile(path) as parquet:
             if "text" not in parquet.schema_arrow.names:
@@ -293,12 +308,19 @@ def tokenize_shard(shard, target, threads):
                     np.array([*ids, EOT], np.uint16).tofile(f)
                     documents.append([len(ids) + 1, len(text)])
         os.replace(temporary, target.with_suffix(".bin"))
-        done = dict(input=identity, documents=documents)
-        Path(temporary).write_text(json.dumps(done))
+        Path(temporary).write_text(json.dumps(dict(input=identity, documents=documents)))
         os.replace(temporary, target.with_suffix(".json"))
-        return done
     except Exception as e:  # as text: not every library's exceptions survive the way to the parent process
         raise ValueError(f"{shard}: {one_line(e)}") from None
+
+
+def finished(target, identity):
+    """Has an earlier run left this shard complete, and made from the same file?"""
+    about, ids = target.with_suffix(".json"), target.with_suffix(".bin")
+    if not (about.exists() and ids.exists()):
+        return False
+    done = json.loads(about.read_text())
+    return done["input"] == identity and ids.stat().st_size == 2 * sum(n for n, _ in done["documents"])
 
 
 def fetch(shard):
@@ -314,12 +336,11 @@ def fetch(shard):
     return hf_hub_download(OPENWEBTEXT, name, repo_type="dataset", revision=revision), [shard]
 
 
-def stream(paths, start, stop):
-    """Ids [start, stop) of the files one after the other, as arrays of at most 32 MB."""
+def stream(targets, start, stop):
+    """Ids [start, stop) of all shards one after the other, as arrays of at most 32 MB."""
     at = 0
-    for path in paths:
-        n = os.path.getsize(path) // 2
-        if n:
+    for path in (target.with_suffix(".bin") for target in targets):
+        if n := path.stat().st_size // 2:  # an empty file cannot be mapped
             ids = np.memmap(path, np.uint16, "r")[max(start - at, 0) : max(stop - at, 0)]
             yield from (ids[i : i + 2**24] for i in range(0, len(ids), 2**24))
         at += n
@@ -350,7 +371,7 @@ def text(folder, input=(), tokenizer="bpe", vocab_size=None):
         fail("text: needs --input FILE...")
     if tokenizer not in KINDS:
         fail(f"--tokenizer={tokenizer}: must be one of {', '.join(KINDS)}")
-    if vocab_size and (tokenizer != "bpe" or not 256 < vocab_size <= 2**16):
+    if vocab_size is not None and (tokenizer != "bpe" or not 256 < vocab_size <= 2**16):
         fail(f"--vocab_size={vocab_size}: only for --tokenizer=bpe, 257 to {2**16}")
     parts = []
     for path in input:
@@ -360,7 +381,9 @@ def text(folder, input=(), tokenizer="bpe", vocab_size=None):
             fail(f"{path}: not UTF-8: byte {e.object[e.start]:#04x} at offset {e.start}")
         if not part:
             fail(f"{path}: empty")
-        parts.append(part if part.endswith("\n") or path == input[-1] else part + "\n")
+        if parts and not parts[-1].endswith("\n"):
+            parts.append("\n")
+        parts.append(part)
     whole = "".join(parts)
     if len(whole) < 20:
         fail(f"{input[0]}: {len(whole)} characters are too few to cut into train, val and test")
@@ -383,10 +406,10 @@ def prepare(name, out=None, overwrite=False, **options):
     exit code 2, and the folder as it was."""
     if name not in DATASETS:
         fail(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
-    allowed = list(inspect.signature(DATASETS[name]).parameters)[1:]
+    allowed = [*list(inspect.signature(DATASETS[name]).parameters)[1:], "out", "overwrite"]
     for option in options:
         if option not in allowed:
-            fail(f"--{option} does not apply to {name}; its options are --{' --'.join([*allowed, 'out', 'overwrite'])}")
+            fail(f"--{option} does not apply to {name}; its options are --{' --'.join(allowed)}")
     out = out or name + (f"_wrap{options['wrap']}" if options.get("wrap") else "")
     folder = folder_of(out)
     if folder.exists() and not overwrite:
@@ -400,17 +423,16 @@ def prepare(name, out=None, overwrite=False, **options):
         partial.mkdir(parents=True, exist_ok=True)
         meta = DATASETS[name](folder, **options)
     except BaseException as e:
-        if not resumable:
+        if not resumable or not any(partial.glob("shards/*.bin")):  # nothing to resume
             shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(e, (OSError, ValueError)):
+        if isinstance(e, OSError):
             fail(one_line(e))
         raise
-    report(name, out, meta)
     return meta
 
 
 def one_line(e):
-    if isinstance(e, OSError) and e.filename:
+    if isinstance(e, OSError) and e.filename and e.strerror:
         return f"{e.filename}: {e.strerror}"
     return " ".join(str(e).split()) or type(e).__name__
 
@@ -419,7 +441,8 @@ def report(name, out, meta):
     """Print what was made and the command that trains on it."""
     for split, of in meta["splits"].items():
         print(f"{split:5} {of['tokens']:14,} tokens {of['characters']:16,} characters")
-    config = {"text8": "text8_mdlm", "openwebtext": "owt_mdlm" if meta["wrap"] else "owt_d3pm"}.get(name, "pydocs_mdlm")
+    owt = "owt_mdlm" if meta["wrap"] else "owt_d3pm"
+    config = {"text8": "text8_mdlm", "openwebtext": owt}.get(name, "pydocs_mdlm")
     cfg, command = CONFIGS[config](), f"python train.py {config}"
     for field, value in dict(data=out, vocab_size=meta["vocab_size"], seq_len=meta["wrap"]).items():
         if value and value != getattr(cfg, field):
@@ -437,12 +460,13 @@ def main(argv=None):
     p.add_argument("--out", help="folder: a bare name is under data/, anything with a slash is a path")
     p.add_argument("--tokenizer", help=f"text: {', '.join(KINDS)}; default bpe")
     p.add_argument("--vocab_size", type=int, help="text, bpe: number of pieces; default 2048")
-    p.add_argument("--wrap", type=int, help="openwebtext: length of rows [BOS] ... [EOS]; default 0, one stream")
-    p.add_argument("--val_docs", type=int, help="openwebtext: the last so many documents are val; default 100000")
+    p.add_argument("--wrap", type=int, help="openwebtext: cut into rows of this length; default 0, uncut")
+    p.add_argument("--val_docs", type=int, help="openwebtext: size of val in documents; default 100000")
     p.add_argument("--workers", type=int, help="openwebtext: processes; default one per core")
     p.add_argument("--overwrite", action="store_true", help="replace the folder once the new one is complete")
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
-    prepare(**given)
+    meta = prepare(**given)
+    report(given["name"], given.get("out", meta["name"]), meta)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,11 @@ def load_tokenizer(spec):
     def decode(ids):  # joins bytes before decoding: one character may be spread over several tokens
         return b"".join(table[i] for i in ids).decode(errors="replace")
 
-    return Tokenizer(len(table) - 1, encode, decode, lambda ids: [decode([i]) for i in ids])
+    def checked(text):
+        text.encode()  # half a surrogate pair, as a terminal may send: a ValueError for every kind
+        return encode(text)
+
+    return Tokenizer(len(table) - 1, checked, decode, lambda ids: [decode([i]) for i in ids])
 
 
 def char(spec):
