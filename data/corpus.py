@@ -17,6 +17,7 @@ from configs import fail
 
 ROOT = Path(__file__).parent
 
+
 def folder_of(name):
     """A bare name is a folder under data/; anything with a slash is a path."""
     return Path(name) if "/" in name else ROOT / name

@@ -2,7 +2,7 @@
 
 python data/prepare.py pydocs                         # Python's own documentation; nothing is downloaded
 python data/prepare.py text8                          # or --input text8.zip
-python data/prepare.py openwebtext --wrap 1024        # 24 GB of parquet from the hub, or --input FILE...
+python data/prepare.py openwebtext --wrap 1024        # parquet from the hub, or --input FILE...
 python data/prepare.py text --input a.txt b.txt       # any UTF-8 text; --tokenizer bpe, char or gpt2
 
 A data set is one function; its keyword arguments are the options that apply to it.

@@ -1,0 +1,156 @@
+"""The network: sizes against upstream's, and what each switch promises."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from configs import CONFIGS, Config, replace
+from diffusion import alpha
+from model import DiT, count_parameters, flops_per_token, rotary_tables, rotate
+
+SMALL = Config(vocab_size=11, seq_len=16, n_layer=2, n_head=2, n_embd=16, cond_dim=8)
+
+
+def awake(cfg):
+    """A DiT whose zero-initialised tensors are random, so that every path carries signal."""
+    model = DiT(cfg).eval()
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def canvas(cfg, B=3):
+    return torch.randint(0, cfg.vocab_size + 1, (B, cfg.seq_len)), torch.rand(B)
+
+
+@pytest.mark.parametrize(
+    "config, parameters",
+    [
+        ("text8_d3pm", 92_402_176),  # nanoDD, vocabulary 28
+        ("owt_d3pm", 130_978_816),  # nanoDD, vocabulary 50,258
+        ("owt_mdlm", 169_627_218 - 769),  # MDLM small, less the head's row and bias for MASK
+    ],
+)
+def test_parameter_counts_are_upstreams(config, parameters):
+    assert count_parameters(CONFIGS[config]())[0] == parameters
+
+
+def test_flops_are_those_of_the_matrices():
+    """Against torch's own counter on a forward pass; 6 N per token is 3 forwards of 2 N."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = replace(SMALL, cond_dim=0, n_embd=64, seq_len=32)
+    model = awake(cfg)
+    x, t = canvas(cfg, 4)
+    with FlopCounterMode(display=False) as counter:
+        model(x, t, torch.ones_like(x, dtype=torch.bool))
+    assert counter.get_total_flops() * 3 == flops_per_token(cfg, masked=1.0) * x.numel()
+
+
+@pytest.mark.parametrize("cond_dim", [0, 8])
+def test_every_block_starts_as_the_identity_and_every_token_at_log_v(cond_dim):
+    cfg = replace(SMALL, cond_dim=cond_dim)
+    model, (x, t) = DiT(cfg), canvas(cfg)
+    torch.testing.assert_close(model.hidden(x, t), model.final_norm(model.embed(x)))
+    assert (model(x, t) == 0).all()  # uniform: each token costs log V
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_runs_where_it_is_asked(tied):
+    cfg = replace(SMALL, tied=tied)
+    model, (x, t) = awake(cfg), canvas(cfg)
+    at = torch.rand(x.shape) < 0.4
+    rows, full = model(x, t, at), model(x, t)
+    assert rows.shape == (at.sum(), cfg.vocab_size) and rows.dtype == torch.float32
+    assert full.shape == (*x.shape, cfg.vocab_size)  # V outputs: MASK cannot be answered
+    torch.testing.assert_close(rows, full[at])
+    assert model(x, t, torch.zeros_like(at)).shape == (0, cfg.vocab_size)
+
+
+def test_the_tied_head_is_the_first_rows_of_the_embedding():
+    cfg = replace(SMALL, tied=True)
+    model, (x, t) = awake(cfg), canvas(cfg)
+    want = model.hidden(x, t) @ model.embed.weight[:-1].T
+    torch.testing.assert_close(model(x, t), want)
+
+
+def test_rotary_scores_depend_on_distance_alone():
+    """Half-split convention: (j, j + half) is one pair, turned by position * 10000 ** (-2j / head_dim)."""
+    cos, sin = rotary_tables(64, 8)
+    q, k = torch.randn(2, 8)
+    score = lambda i, j: rotate(q, cos[i], sin[i]) @ rotate(k, cos[j], sin[j])
+    torch.testing.assert_close(score(3, 7), score(40, 44))
+    assert (score(3, 7) - score(3, 8)).abs() > 1e-3
+    e = F.one_hot(torch.tensor(1), 8).float()  # second pair of four: (1, 5)
+    angle = torch.tensor(5 * 10_000 ** (-2 * 1 / 8))
+    want = torch.zeros(8).index_put((torch.tensor([1, 5]),), torch.stack((angle.cos(), angle.sin())))
+    torch.testing.assert_close(rotate(e, cos[5], sin[5]), want)
+
+
+@pytest.mark.parametrize("length", [16, 600])
+def test_attention_equals_scaled_dot_product_attention(length):
+    """Written out for short rows on CPUs, torch's kernel for the rest: one law."""
+    cfg = replace(SMALL, seq_len=length)
+    block = awake(cfg).blocks[0]
+    x, (cos, sin) = torch.randn(2, length, 16), rotary_tables(length, 8)
+    q, k, v = (a.view(2, length, 2, 8).transpose(1, 2) for a in block.qkv(x).chunk(3, -1))
+    y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    want = block.attn_out(y.transpose(1, 2).reshape(2, length, 16))
+    torch.testing.assert_close(block.attention(x, cos, sin), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_causal_sees_no_future_and_bidirectional_does(causal):
+    cfg = replace(SMALL, causal=causal, cond_dim=0)
+    model, (x, t) = awake(cfg), canvas(cfg, 1)
+    changed = x.clone()
+    changed[0, 9] = (x[0, 9] + 1) % cfg.vocab_size
+    same = (model(x, t) - model(changed, t)).abs().amax(-1)[0] < 1e-6
+    assert not same[9:].any() and same[:9].all().item() == causal
+
+
+@pytest.mark.parametrize("time_input", ["sigma", "step"])
+def test_time_conditioning_is_per_row_and_can_be_switched_off(time_input):
+    cfg = replace(SMALL, time_cond=True, time_input=time_input)
+    model, (x, _) = awake(cfg), canvas(cfg, 2)
+    a, b = model(x, torch.tensor([0.2, 0.9])), model(x, torch.tensor([0.2, 0.3]))
+    torch.testing.assert_close(a[0], b[0])
+    assert (a[1] - b[1]).abs().max() > 1e-3
+    model.cfg = replace(cfg, time_cond=False)
+    torch.testing.assert_close(model(x, torch.tensor([0.2, 0.9])), model(x, torch.tensor([1.0, 0.3])))
+
+
+def test_the_time_embedding_reads_upstreams_numbers():
+    t = torch.tensor([0.001, 0.5, 1.0])
+    sigma = DiT(replace(SMALL, time_cond=True)).time_input(t)
+    torch.testing.assert_close(sigma.float(), -torch.log1p(-(1 - 1e-3) * t))  # MDLM's loglinear noise
+    steps = DiT(replace(SMALL, time_cond=True, time_input="step")).time_input(t)
+    torch.testing.assert_close(steps, torch.tensor([1.0, 500.0, 1000.0]))  # nanoDD's step of 1000
+    cosine = DiT(replace(SMALL, time_cond=True, schedule="cosine")).time_input(t)
+    torch.testing.assert_close(cosine, -torch.log(1e-3 + 0.999 * alpha("cosine", t)))
+    assert torch.isfinite(cosine).all()
+
+
+def test_a_shorter_row_is_a_prefix_of_positions():
+    """Any length up to seq_len runs; positions count from 0."""
+    cfg = replace(SMALL, causal=True, cond_dim=0)
+    model, (x, t) = awake(cfg), canvas(cfg)
+    torch.testing.assert_close(model(x[:, :7], t), model(x, t)[:, :7])
+
+
+def test_dropout_acts_in_training_only():
+    cfg = replace(SMALL, dropout=0.5)
+    model, (x, t) = awake(cfg), canvas(cfg)
+    assert (model(x, t) == model(x, t)).all()
+    model.train()
+    assert (model(x, t) - model(x, t)).abs().max() > 1e-3
+
+
+def test_bfloat16_autocast_keeps_the_residual_stream_and_logits_in_float32():
+    model, (x, t) = awake(SMALL), canvas(SMALL)
+    want = model(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, logits = model.hidden(x, t), model(x, t)
+    assert hidden.dtype == logits.dtype == torch.float32
+    assert 0 < (logits - want).abs().max() < 0.05 * want.abs().max()

@@ -1,0 +1,262 @@
+"""Training: data and noise as pure functions, exact resume, any number of processes, one folder per run."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from configs import CONFIGS, Config, replace
+from data.corpus import finish, partial_of, read_split
+from diffusion import alpha
+from model import DiT, load, read_checkpoint
+
+ROOT = Path(__file__).parents[1]
+LETTERS = " abcdefghijklmnopqrstuvwxyz"
+
+
+def make_corpus(folder, characters=LETTERS, wrap=0, n=4000):
+    """A small corpus of made-up words, as prepare.py would write it."""
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list(characters[1:]), rng.integers(2, 6))) for _ in range(12)]
+    text = " ".join(rng.choice(words, n))
+    ids = np.array([characters.index(c) for c in text], np.uint16)[: n // (wrap or 1) * (wrap or 1)]
+    cut = {"train": ids, "val": ids[: n // 5], "test": ids[n // 5 : n // 2]}
+    partial_of(folder).mkdir(parents=True)
+    for split, part in cut.items():
+        part.tofile(partial_of(folder) / f"{split}.bin")
+    spec = {"kind": "char", "characters": characters}
+    finish(folder, "words", spec, len(characters), {s: len(p) for s, p in cut.items()}, wrap)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "words")
+
+
+@pytest.fixture
+def cfg(corpus, tmp_path):
+    return Config(
+        data=str(corpus), vocab_size=27, seq_len=32, n_layer=2, n_head=2, n_embd=32, cond_dim=8, steps=12,
+        batch_size=8, micro_batch=8, lr=3e-3, warmup=2, eval_every=6, eval_windows=8, save_every=4, samples=1,
+        dtype="float32", device="cpu", out_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+
+
+def records(cfg, key):
+    lines = (Path(cfg.out_dir) / "log.jsonl").read_text().splitlines()
+    return {r["step"]: r[key] for r in map(json.loads, lines) if key in r}
+
+
+def weights(cfg, name="ckpt.pt"):
+    state = read_checkpoint(Path(cfg.out_dir) / name)
+    return {f"{k}.{n}": t for k in ("model", "ema") for n, t in state[k].items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_a_pure_function_of_seed_step_and_row(cfg):
+    ids, meta = read_split(cfg.data, "train", cfg)
+    whole = train.batch(ids, meta, cfg, 5, np.arange(8))
+    for rows in ([3], [7, 1], [0, 2, 4, 6]):
+        part = train.batch(ids, meta, cfg, 5, np.array(rows))
+        assert all(torch.equal(a[rows], b) for a, b in zip(whole, part))
+    x0, maskable, t, xt = whole
+    assert (torch.floor(t * 8) == torch.arange(8)).all()  # stratified over the whole batch
+    assert ((xt == x0) | (xt == cfg.mask_id)).all() and maskable.all()
+    for other in (replace(cfg, seed=2), cfg):
+        step = 5 if other.seed == 2 else 6
+        differs = train.batch(ids, meta, other, step, np.arange(8))
+        assert not torch.equal(differs[0], x0) and not torch.equal(differs[2], t)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_batches_are_masked_by_the_schedule(cfg, schedule):
+    cfg = replace(cfg, schedule=schedule, batch_size=4)
+    ids, meta = read_split(cfg.data, "train", cfg)
+    masked, wanted = 0.0, 0.0
+    for step in range(150):
+        _, _, t, xt = train.batch(ids, meta, cfg, step, np.arange(4))
+        masked += (xt == cfg.mask_id).double().mean().item() / 150
+        wanted += (1 - alpha(schedule, t)).mean().item() / 150
+    assert abs(masked - wanted) < 4 * 0.5 / math.sqrt(150 * 4 * 32)
+
+
+def test_training_learns_and_reports(cfg):
+    """Better than the best that ignores context, the entropy of single characters, by five standard errors."""
+    val = train.main(replace(cfg, steps=300, muon_lr=0.02, lr_decay="linear", eval_every=1000, save_every=1000))
+    ids, _ = read_split(cfg.data, "val", cfg)
+    p = np.bincount(ids) / len(ids)
+    unigram = -(p[p > 0] * np.log2(p[p > 0])).sum()
+    assert val["bits_per_char"] < unigram - 5 * val["bits_per_char_se"] and 0 < val["bits_per_char_se"] < 0.2
+    assert val["perplexity"] == pytest.approx(2 ** val["bits_per_token"])
+    loss = records(cfg, "loss")
+    assert list(loss) == list(range(10, 301, 10)) and loss[300] < loss[10]
+    model, saved = load(Path(cfg.out_dir) / "ckpt.pt")
+    assert saved.n_embd == 32 and model.step == 300 and model.tokenizer == {"kind": "char", "characters": LETTERS}
+    assert not model.training and json.loads((Path(cfg.out_dir) / "config.json").read_text())["lr"] == 3e-3
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "muon_dropout", "d3pm"])
+def test_resume_is_exact_to_the_bit(cfg, recipe, tmp_path, monkeypatch):
+    """Stopped by SIGTERM after step 7 and resumed = never stopped: weights, average, log."""
+    cfg = replace(
+        cfg,
+        **{
+            "adamw": {},
+            "muon_dropout": dict(muon_lr=0.02, dropout=0.2, cond_dim=0, micro_batch=4),
+            "d3pm": dict(loss="d3pm", T=50, aux_ce=0.05, time_cond=True, lr_decay="cosine", weight_decay=0.1),
+        }[recipe],
+    )
+    straight = replace(cfg, out_dir=str(tmp_path / "straight"))
+    train.main(straight)
+
+    update_ema = train.update_ema
+    monkeypatch.setattr(
+        train, "update_ema", lambda *a: (update_ema(*a), a[2] == 7 and os.kill(os.getpid(), signal.SIGTERM))
+    )
+    with pytest.raises(SystemExit) as e:
+        train.main(cfg)
+    assert e.value.code == 128 + signal.SIGTERM and read_checkpoint(cfg.out_dir + "/ckpt.pt")["step"] == 7
+    monkeypatch.setattr(train, "update_ema", update_ema)
+    train.main(cfg, resume=True)
+    assert same(weights(cfg), weights(straight)) and same(weights(cfg, "best.pt"), weights(straight, "best.pt"))
+    assert records(cfg, "val") == records(straight, "val")
+
+
+def command(cfg, *extra):
+    return ["train.py", "pydocs_mdlm", *(f"--{k}={v}" for k, v in vars(cfg).items()), *extra]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_kill_9_loses_nothing_before_the_last_checkpoint(cfg, tmp_path):
+    straight = replace(cfg, steps=60, out_dir=str(tmp_path / "straight"))
+    killed = replace(straight, out_dir=cfg.out_dir)
+    train.main(straight)
+    run = subprocess.Popen([sys.executable, *command(killed)], cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    ckpt = Path(killed.out_dir) / "ckpt.pt"
+    for _ in range(1200):
+        if ckpt.exists() or run.poll() is not None:
+            break
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    assert ckpt.exists(), run.stderr.read().decode()
+    step = read_checkpoint(ckpt)["step"]
+    assert step < 60 and step % 4 == 0
+    train.main(killed, resume=True)
+    assert same(weights(killed), weights(straight))
+    assert list(records(killed, "loss")) == list(records(straight, "loss"))
+
+
+def test_two_processes_train_like_one_and_resume_each_other(cfg, tmp_path):
+    """torchrun on two CPU processes: the losses of one process with the same global batch, and checkpoints
+    that either goes on from."""
+    cfg = replace(cfg, micro_batch=2, save_every=10, eval_every=10)
+    one, two = (replace(cfg, steps=20, out_dir=str(tmp_path / name)) for name in ("one", "two"))
+
+    def torchrun(cfg, *extra):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run([*launch, *command(cfg, *extra)], cwd=ROOT, env=environment(), capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+    train.main(one)
+    torchrun(two)
+    close = lambda a, b: a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4) for k in a)
+    assert close(records(one, "loss"), records(two, "loss"))
+    nats = lambda cfg: {s: v["nats"] for s, v in records(cfg, "val").items()}
+    assert close(nats(one), nats(two)) and list(nats(one)) == [10, 20]
+
+    train.main(replace(two, steps=40), resume=True)  # two processes' checkpoint in one
+    torchrun(replace(one, steps=40), "--resume")  # and the other way round
+    assert close(records(one, "loss"), records(two, "loss")) and list(records(one, "loss")) == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_micro_batches_do_not_change_the_losses(cfg, micro, tmp_path):
+    split = replace(cfg, micro_batch=micro, out_dir=str(tmp_path / "split"))
+    train.main(cfg)
+    train.main(split)
+    assert records(split, "loss") == pytest.approx(records(cfg, "loss"), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rates_are_upstreams():
+    mdlm, nanodd = CONFIGS["owt_mdlm"](), CONFIGS["text8_d3pm"]()
+    assert [train.lr_at(s, mdlm) for s in (0, 1250, 2500, 999_999)] == pytest.approx([0, 1.5e-4, 3e-4, 3e-4])
+    middle = 2500 + (500_000 - 2500) // 2
+    want = [0, 1e-3, 1e-5 + (1e-3 - 1e-5) / 2, 1e-5]
+    assert [train.lr_at(s, nanodd) for s in (0, 2500, middle, 500_000)] == pytest.approx(want)
+    wsd = Config(lr=1, lr_decay="linear", warmup=10, steps=100, decay_steps=20, min_lr=0.1)
+    assert [train.lr_at(s, wsd) for s in (5, 10, 80, 90, 100)] == pytest.approx([0.5, 1, 1, 0.55, 0.1])
+
+
+def test_ema_rules_are_upstreams():
+    """MDLM: min(0.9999, (1 + n) / (10 + n)). nanoDD's ema-pytorch: copies, then 1 - 1 / (1 + e), e = n - 101."""
+
+    def decay(cfg, n):
+        a, b = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(a.weight), torch.nn.init.ones_(b.weight)
+        train.update_ema(a, b, n, cfg)
+        return 1 - a.weight.item()
+
+    mdlm, nanodd = CONFIGS["owt_mdlm"](), CONFIGS["text8_d3pm"]()
+    for n in (1, 2, 50, 10**6):
+        assert decay(mdlm, n) == pytest.approx(min(0.9999, (1 + n) / (10 + n)), abs=1e-6)
+    for n in (1, 100, 101, 102, 150, 10**6):
+        e = max(n - 101, 0)
+        assert decay(nanodd, n) == pytest.approx(min(0.9999, 1 - 1 / (1 + e)), abs=1e-6)
+
+
+def test_every_parameter_has_one_optimizer_and_only_matrices_decay(cfg):
+    for muon_lr in (0.0, 0.02):
+        model = DiT(replace(cfg, weight_decay=0.1))
+        optimizers = train.make_optimizers(model, replace(cfg, weight_decay=0.1, muon_lr=muon_lr))
+        groups = [g for o in optimizers for g in o.param_groups]
+        owned = [id(p) for g in groups for p in g["params"]]
+        assert sorted(owned) == sorted(id(p) for p in model.parameters())
+        assert all((g["weight_decay"] > 0) == (p.ndim >= 2) for g in groups for p in g["params"])
+        muon = [p for o in optimizers if isinstance(o, torch.optim.Muon) for p in o.param_groups[0]["params"]]
+        assert len(muon) == (4 * cfg.n_layer if muon_lr else 0)  # qkv, attn_out, mlp_in, mlp_out
+
+
+def test_wandb_gets_the_log_offline(cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train.main(replace(cfg, wandb=True))
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(cfg, monkeypatch):
+    train.main(cfg)
+    before = weights(cfg)
+    monkeypatch.setitem(train.LOSSES, "mdlm", lambda net, x0, *a: net(x0, a[2].float()).sum(-1) * math.nan)
+    with pytest.raises(SystemExit, match="loss is nan at step 20"):
+        train.main(replace(cfg, steps=24, save_every=1000), resume=True)
+    assert same(weights(cfg), before)
+
+
+def test_wrapped_windows_train(tmp_path, cfg):
+    folder = make_corpus(tmp_path / "wrapped", wrap=32)
+    val = train.main(replace(cfg, data=str(folder)))
+    assert val["tokens"] % 32 == 0 and math.isfinite(val["nats"])
