@@ -105,7 +105,9 @@ class Config:
             raise ValueError(f"aux_ce={self.aux_ce}: only loss=d3pm has an auxiliary cross-entropy")
 
 
-POSITIVE = "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every save_every".split()
+POSITIVE = (
+    "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every save_every".split()
+)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -63,7 +63,9 @@ def bound(model, ids, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=
     jobs = [(p, b) for p in range(passes) for b in batches]
 
     nats = torch.zeros(passes, W, dtype=torch.float64, device=device)
-    for job, (p, b) in enumerate(tqdm(jobs[rank::world], disable=quiet or rank > 0, unit="batch", leave=False)):
+    for job, (p, b) in enumerate(
+        tqdm(jobs[rank::world], disable=quiet or rank > 0, unit="batch", leave=False)
+    ):
         torch.manual_seed(seed * 1_000_003 + job * world + rank)
         x0 = torch.from_numpy(take(ids, starts[b], int(tokens[b.start]), cfg, where)).to(device)
         v = torch.from_numpy(u[p, b]).to(device)
@@ -71,7 +73,9 @@ def bound(model, ids, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=
         with cast or torch.autocast(device.type, enabled=False):
             if T:
                 t = (torch.floor(v * T) + 1) / T
-                nats[p, b] = mdlm(model, x0, maskable, replace(cfg, loss="mdlm", aux_ce=0.0, T=T), t).double().sum(-1)
+                nats[p, b] = (
+                    mdlm(model, x0, maskable, replace(cfg, loss="mdlm", aux_ce=0.0, T=T), t).double().sum(-1)
+                )
             else:
                 count = (torch.floor(v * x0.shape[1]) + 1).long()
                 nats[p, b] = exact_count_bound(model, x0, maskable, cfg, count).double()
@@ -110,7 +114,9 @@ def main(argv=None):
     p.error = fail
     p.add_argument("ckpt")
     p.add_argument("--split", default="test", help="train, val or test")
-    p.add_argument("--data", help="another prepared corpus with the same tokenizer; default: the training data")
+    p.add_argument(
+        "--data", help="another prepared corpus with the same tokenizer; default: the training data"
+    )
     p.add_argument("--T", type=int, default=0, help="diffusion steps of the bound; 0: continuous time")
     p.add_argument("--passes", type=int, default=1, help="forwards per window")
     p.add_argument("--batch_size", type=int, default=32)
@@ -145,7 +151,9 @@ def main(argv=None):
         for name in ("bits_per_char", "bits_per_token", "perplexity"):
             print(f"{name.replace('_', ' '):15} <= {result[name]:.4f} ± {result[name + '_se']:.4f}")
         time = f"{args.T} steps" if args.T else "continuous time"
-        print(f"{args.split} split of {data}, {result['tokens']:,} tokens, {time}, {result['forwards']:,} forwards")
+        print(
+            f"{args.split} split of {data}, {result['tokens']:,} tokens, {time}, {result['forwards']:,} forwards"
+        )
     return result
 
 

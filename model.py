@@ -132,7 +132,9 @@ class DiT(nn.Module):
         L = x.shape[1]
         c = None if self.time is None else self.time(self.time_input(t))
         h = self.embed(x)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else h.dtype
+        dtype = (
+            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else h.dtype
+        )
         cos, sin = self.cos[:L].to(dtype), self.sin[:L].to(dtype)
         for block in self.blocks:
             h = block(h, c, cos, sin)
@@ -145,7 +147,11 @@ class DiT(nn.Module):
     def forward(self, x, t, at=None):
         h = self.hidden(x, t)
         h = h if at is None else h[at]  # the head runs only where it is asked
-        head = (self.embed.weight[: self.cfg.vocab_size], None) if self.cfg.tied else (self.head.weight, self.head.bias)
+        head = (
+            (self.embed.weight[: self.cfg.vocab_size], None)
+            if self.cfg.tied
+            else (self.head.weight, self.head.bias)
+        )
         return F.linear(h, *head).float()
 
 

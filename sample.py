@@ -8,6 +8,7 @@ python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12
 import argparse
 import re
 import sys
+from collections import deque
 
 import torch
 
@@ -27,13 +28,13 @@ def prompt_canvas(tokenizer, prompt, length, mask_id):
     return torch.tensor(ids + [mask_id] * (length - len(ids)))
 
 
-def infill_canvas(tokenizer, text, mask_id):
-    """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so the space
-    before a hole belongs to the hole. ValueError without a hole."""
+def infill_canvas(tokenizer, text, mask_id, subword):
+    """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so there the
+    space before a hole belongs to the hole. ValueError without a hole."""
     ids, end = [], 0
     for hole in HOLE.finditer(text):
         piece = text[end : hole.start()]
-        ids += tokenizer.encode(piece if tokenizer.kind == "char" else piece.removesuffix(" "))
+        ids += tokenizer.encode(piece.removesuffix(" ") if subword else piece)
         size = len(hole[0]) if hole[0][0] == "_" else int(hole[0][1:-1])
         ids += [mask_id] * size
         end = hole.end()
@@ -63,15 +64,16 @@ def frames(model, cfg, canvas, rows, steps, sampler, temperature=1.0, top_p=1.0,
         yield x
 
 
-def generate(model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler="ddpm_cache", **options):
+def generate(
+    model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler="ddpm_cache", **options
+):
     """num texts from `canvas` (L,), by default all MASK. tokenizer: its spec; options: see `frames`."""
     tokenizer = load_tokenizer(tokenizer)
     canvas = torch.full((cfg.seq_len,), cfg.mask_id) if canvas is None else canvas
     texts = []
     for first in range(0, num, batch_size):
         rows = range(first, min(first + batch_size, num))
-        for x in frames(model, cfg, canvas, rows, steps, sampler, **options):
-            pass
+        x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
         texts += [tokenizer.decode(ids) for ids in x.tolist()]
     return texts
 
@@ -102,7 +104,9 @@ def main(argv=None):
     p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
     p.add_argument("--num", type=int, default=1, help="samples")
     p.add_argument("--length", type=int, help="tokens; default: the model's")
-    p.add_argument("--steps", type=int, default=1000, help="diffusion steps; more never costs over --length calls")
+    p.add_argument(
+        "--steps", type=int, default=1000, help="diffusion steps; more never costs over --length calls"
+    )
     p.add_argument("--sampler", default="ddpm_cache", choices=SAMPLERS)
     p.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     p.add_argument("--top_p", type=float, default=1.0, help="nucleus")
@@ -127,13 +131,15 @@ def main(argv=None):
     length = args.length or cfg.seq_len
     try:
         if args.infill is not None:
-            canvas = infill_canvas(tokenizer, args.infill, cfg.mask_id)
+            canvas = infill_canvas(tokenizer, args.infill, cfg.mask_id, model.tokenizer["kind"] != "char")
         else:
             canvas = prompt_canvas(tokenizer, args.prompt, length, cfg.mask_id)
     except ValueError as e:
         fail(f"--{'prompt' if args.infill is None else 'infill'}: {e}")
     if len(canvas) > cfg.seq_len:
-        fail(f"the text would have {len(canvas)} tokens, but the model was trained on {cfg.seq_len} at a time")
+        fail(
+            f"the text would have {len(canvas)} tokens, but the model was trained on {cfg.seq_len} at a time"
+        )
 
     options = dict(
         steps=args.steps, sampler=args.sampler, temperature=args.temperature, top_p=args.top_p, seed=args.seed,

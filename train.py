@@ -29,7 +29,7 @@ from data.corpus import folder_of, read_split, training_rows
 from data.prepare import prepare
 from diffusion import LOSSES, alpha, mask_tokens, time_of
 from evaluate import bound, report
-from model import KIND, DiT, autocast, count_parameters, flops_per_token, pick_device, read_checkpoint
+from model import KIND, DiT, autocast, count_parameters, pick_device, read_checkpoint
 from sample import generate
 
 LOG_EVERY = 10
@@ -121,7 +121,9 @@ def open_run(cfg, resume, overwrite):
         fail("--resume and --overwrite exclude each other")
     if not resume:
         if not overwrite and (ckpt.exists() or (out / "log.jsonl").exists()):
-            fail(f"{out}: holds a run; add --resume to go on with it, --overwrite to lose it, or --out_dir=...")
+            fail(
+                f"{out}: holds a run; add --resume to go on with it, --overwrite to lose it, or --out_dir=..."
+            )
         return None
     if not ckpt.exists():
         return None  # stopped before its first checkpoint, or never begun
@@ -158,7 +160,9 @@ def main(cfg, resume=False, overwrite=False):
     per_rank = cfg.batch_size // world
     micro = min(cfg.micro_batch, per_rank)
     if per_rank % micro:
-        fail(f"batch_size={cfg.batch_size}: the {per_rank} rows of a process must divide into micro_batch={micro}")
+        fail(
+            f"batch_size={cfg.batch_size}: the {per_rank} rows of a process must divide into micro_batch={micro}"
+        )
     grad_accum = per_rank // micro
 
     if cfg.data == "pydocs" and rank == 0 and not folder_of("pydocs").exists():
@@ -186,7 +190,9 @@ def main(cfg, resume=False, overwrite=False):
     del state
     if device.type == "cuda" and cfg.compile:
         model.hidden = torch.compile(model.hidden)  # the trunk: its shapes are static, the head's are not
-    net = DDP(model, gradient_as_bucket_view=True) if world > 1 else model  # `model` is saved, `net` is called
+    net = (
+        DDP(model, gradient_as_bucket_view=True) if world > 1 else model
+    )  # `model` is saved, `net` is called
 
     out = Path(cfg.out_dir)
     log = lambda record: None
@@ -205,7 +211,9 @@ def main(cfg, resume=False, overwrite=False):
 
     total, _ = count_parameters(cfg)
     say(f"{out}: {total:,} parameters, {len(train_ids):,} training tokens, {world} x {device.type}")
-    say(f"a step is {cfg.batch_size} rows of {cfg.seq_len} = {world} x {grad_accum} x {micro}; {cfg.steps} steps")
+    say(
+        f"a step is {cfg.batch_size} rows of {cfg.seq_len} = {world} x {grad_accum} x {micro}; {cfg.steps} steps"
+    )
 
     def checkpoint(name):
         save(
@@ -216,7 +224,9 @@ def main(cfg, resume=False, overwrite=False):
 
     def validate(windows):
         where = f"{cfg.data}/val.bin"
-        result = bound(ema, val_ids, cfg, where, windows=windows, batch_size=micro, cast=autocast(device, cfg.dtype))
+        result = bound(
+            ema, val_ids, cfg, where, windows=windows, batch_size=micro, cast=autocast(device, cfg.dtype)
+        )
         return report(result, meta, "val")
 
     stop = []  # Ctrl-C and SIGTERM end the run after the step that is under way, with a checkpoint
@@ -240,7 +250,9 @@ def main(cfg, resume=False, overwrite=False):
             x0, maskable, t, xt = (a.to(device, non_blocking=True) for a in tensors)
             net.require_backward_grad_sync = i == grad_accum - 1  # DDP: average the gradients once per step
             with autocast(device, cfg.dtype):
-                nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt).sum(-1) / maskable.sum(-1)  # (B,) per token
+                nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt).sum(-1) / maskable.sum(
+                    -1
+                )  # (B,) per token
             loss = nats.mean() / grad_accum
             loss.backward()
             loss_sum += loss.detach()
@@ -257,18 +269,27 @@ def main(cfg, resume=False, overwrite=False):
         if step % LOG_EVERY == 0 or step == cfg.steps:
             if world > 1:
                 dist.all_reduce(loss_sum)
-            loss, seconds = loss_sum.item() / since / world, time.time() - logged  # .item() waits for the device
+            loss, seconds = (
+                loss_sum.item() / since / world,
+                time.time() - logged,
+            )  # .item() waits for the device
             if not math.isfinite(loss):
-                raise SystemExit(f"the loss is {loss} at step {step}; the checkpoint before it is kept in {out}")
+                raise SystemExit(
+                    f"the loss is {loss} at step {step}; the checkpoint before it is kept in {out}"
+                )
             rate = since * cfg.batch_size * cfg.seq_len / seconds
             log(dict(step=step, loss=loss, lr=lr_at(step - 1, cfg), grad_norm=norm.item(), tokens_per_s=rate))
-            bar.set_postfix_str(f"loss {loss:.3f} nats/token {loss * bits:.3f} bits/char {rate:,.0f} tokens/s")
+            bar.set_postfix_str(
+                f"loss {loss:.3f} nats/token {loss * bits:.3f} bits/char {rate:,.0f} tokens/s"
+            )
             trained += seconds
             logged, loss_sum, since = time.time(), torch.zeros((), device=device), 0
         if step % cfg.eval_every == 0 and step < cfg.steps:
             val = validate(cfg.eval_windows)
             log(dict(step=step, val=val))
-            bar.write(f"step {step}: val bits/char {val['bits_per_char']:.3f} ± {val['bits_per_char_se']:.3f}")
+            bar.write(
+                f"step {step}: val bits/char {val['bits_per_char']:.3f} ± {val['bits_per_char_se']:.3f}"
+            )
             if val["nats"] < best:
                 best = val["nats"]
                 if rank == 0:

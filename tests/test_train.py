@@ -12,44 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import LETTERS, make_corpus, tiny_run
 
 import train
 from configs import CONFIGS, Config, replace
-from data.corpus import finish, partial_of, read_split
+from data.corpus import read_split
 from diffusion import alpha
 from model import DiT, load, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
-LETTERS = " abcdefghijklmnopqrstuvwxyz"
-
-
-def make_corpus(folder, characters=LETTERS, wrap=0, n=4000):
-    """A small corpus of made-up words, as prepare.py would write it."""
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list(characters[1:]), rng.integers(2, 6))) for _ in range(12)]
-    text = " ".join(rng.choice(words, n))
-    ids = np.array([characters.index(c) for c in text], np.uint16)[: n // (wrap or 1) * (wrap or 1)]
-    cut = {"train": ids, "val": ids[: n // 5], "test": ids[n // 5 : n // 2]}
-    partial_of(folder).mkdir(parents=True)
-    for split, part in cut.items():
-        part.tofile(partial_of(folder) / f"{split}.bin")
-    spec = {"kind": "char", "characters": characters}
-    finish(folder, "words", spec, len(characters), {s: len(p) for s, p in cut.items()}, wrap)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return make_corpus(tmp_path_factory.mktemp("corpus") / "words")
 
 
 @pytest.fixture
 def cfg(corpus, tmp_path):
-    return Config(
-        data=str(corpus), vocab_size=27, seq_len=32, n_layer=2, n_head=2, n_embd=32, cond_dim=8, steps=12,
-        batch_size=8, micro_batch=8, lr=3e-3, warmup=2, eval_every=6, eval_windows=8, save_every=4, samples=1,
-        dtype="float32", device="cpu", out_dir=str(tmp_path / "run"),
-    )  # fmt: skip
+    return replace(tiny_run(corpus), out_dir=str(tmp_path / "run"))
 
 
 def records(cfg, key):
@@ -98,7 +74,9 @@ def test_batches_are_masked_by_the_schedule(cfg, schedule):
 
 def test_training_learns_and_reports(cfg):
     """Better than the best that ignores context, the entropy of single characters, by five standard errors."""
-    val = train.main(replace(cfg, steps=300, muon_lr=0.02, lr_decay="linear", eval_every=1000, save_every=1000))
+    val = train.main(
+        replace(cfg, steps=300, muon_lr=0.02, lr_decay="linear", eval_every=1000, save_every=1000)
+    )
     ids, _ = read_split(cfg.data, "val", cfg)
     p = np.bincount(ids) / len(ids)
     unigram = -(p[p > 0] * np.log2(p[p > 0])).sum()
@@ -107,7 +85,11 @@ def test_training_learns_and_reports(cfg):
     loss = records(cfg, "loss")
     assert list(loss) == list(range(10, 301, 10)) and loss[300] < loss[10]
     model, saved = load(Path(cfg.out_dir) / "ckpt.pt")
-    assert saved.n_embd == 32 and model.step == 300 and model.tokenizer == {"kind": "char", "characters": LETTERS}
+    assert (
+        saved.n_embd == 32
+        and model.step == 300
+        and model.tokenizer == {"kind": "char", "characters": LETTERS}
+    )
     assert not model.training and json.loads((Path(cfg.out_dir) / "config.json").read_text())["lr"] == 3e-3
 
 
@@ -134,7 +116,9 @@ def test_resume_is_exact_to_the_bit(cfg, recipe, tmp_path, monkeypatch):
     assert e.value.code == 128 + signal.SIGTERM and read_checkpoint(cfg.out_dir + "/ckpt.pt")["step"] == 7
     monkeypatch.setattr(train, "update_ema", update_ema)
     train.main(cfg, resume=True)
-    assert same(weights(cfg), weights(straight)) and same(weights(cfg, "best.pt"), weights(straight, "best.pt"))
+    assert same(weights(cfg), weights(straight)) and same(
+        weights(cfg, "best.pt"), weights(straight, "best.pt")
+    )
     assert records(cfg, "val") == records(straight, "val")
 
 
@@ -150,7 +134,9 @@ def test_kill_9_loses_nothing_before_the_last_checkpoint(cfg, tmp_path):
     straight = replace(cfg, steps=60, out_dir=str(tmp_path / "straight"))
     killed = replace(straight, out_dir=cfg.out_dir)
     train.main(straight)
-    run = subprocess.Popen([sys.executable, *command(killed)], cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    run = subprocess.Popen(
+        [sys.executable, *command(killed)], cwd=ROOT, env=environment(), stderr=subprocess.PIPE
+    )
     ckpt = Path(killed.out_dir) / "ckpt.pt"
     for _ in range(1200):
         if ckpt.exists() or run.poll() is not None:
@@ -174,7 +160,9 @@ def test_two_processes_train_like_one_and_resume_each_other(cfg, tmp_path):
 
     def torchrun(cfg, *extra):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = subprocess.run([*launch, *command(cfg, *extra)], cwd=ROOT, env=environment(), capture_output=True)
+        done = subprocess.run(
+            [*launch, *command(cfg, *extra)], cwd=ROOT, env=environment(), capture_output=True
+        )
         assert done.returncode == 0, done.stderr.decode()[-2000:]
 
     train.main(one)
@@ -186,7 +174,12 @@ def test_two_processes_train_like_one_and_resume_each_other(cfg, tmp_path):
 
     train.main(replace(two, steps=40), resume=True)  # two processes' checkpoint in one
     torchrun(replace(one, steps=40), "--resume")  # and the other way round
-    assert close(records(one, "loss"), records(two, "loss")) and list(records(one, "loss")) == [10, 20, 30, 40]
+    assert close(records(one, "loss"), records(two, "loss")) and list(records(one, "loss")) == [
+        10,
+        20,
+        30,
+        40,
+    ]
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])

@@ -2,15 +2,22 @@
 
 import itertools
 
+import numpy as np
 import torch
 
 from configs import Config
-from diffusion import alpha
+from diffusion import LOSSES, alpha
 
 L, V = 3, 3
 MASK = V
 CANVASES = torch.tensor(list(itertools.product(range(V + 1), repeat=L)))  # (64, L), row i has index i
 TEXTS = torch.tensor(list(itertools.product(range(V), repeat=L)))  # (27, L)
+
+SUBSETS = torch.tensor([[m >> i & 1 for i in range(L)] for m in range(2**L)]).bool()  # (8, L) all masks
+
+
+def ones(x):
+    return torch.ones_like(x, dtype=torch.bool)
 
 
 def index(x):
@@ -79,9 +86,26 @@ def chi_square_p(texts, law):
     expected = law * len(texts)
     assert counts[law == 0].sum() == 0, "an impossible text was sampled"
     small = expected < 5
-    cells = torch.cat((counts[~small], counts[small].sum()[None])), torch.cat(
-        (expected[~small], expected[small].sum()[None])
+    cells = (
+        torch.cat((counts[~small], counts[small].sum()[None])),
+        torch.cat((expected[~small], expected[small].sum()[None])),
     )
     keep = cells[1] > 0
     chi2 = ((cells[0] - cells[1])[keep] ** 2 / cells[1][keep]).sum()
     return torch.special.gammaincc((keep.sum() - 1) / 2, chi2 / 2).item()
+
+
+def expected_loss(loss, model, text, cfg, nodes=400):
+    """E of the loss's sum over a text: all masks enumerated, t by quadrature (T = 0) or by all T steps."""
+    if cfg.T:
+        t = torch.arange(1, cfg.T + 1, dtype=torch.float64) / cfg.T
+        dt = torch.full_like(t, 1 / cfg.T)
+    else:
+        x, w = np.polynomial.legendre.leggauss(nodes)
+        t, dt = torch.from_numpy((x + 1) / 2), torch.from_numpy(w / 2)
+    mass = 1 - alpha(cfg.schedule, t)[:, None]  # (n, 1)
+    probability = mass ** SUBSETS.sum(-1) * (1 - mass) ** (~SUBSETS).sum(-1)  # (n, 8)
+    x0 = text.repeat(len(t) * len(SUBSETS), 1)
+    xt = x0.masked_fill(SUBSETS.repeat(len(t), 1), MASK)
+    nats = LOSSES[loss](model, x0, ones(x0), cfg, t.repeat_interleave(len(SUBSETS)), xt).double().sum(-1)
+    return (nats.view(len(t), -1) * probability * dt[:, None]).sum().item()

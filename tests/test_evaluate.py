@@ -1,0 +1,214 @@
+"""The estimator of the bound: unbiased, with an honest standard error, over every token of a split."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from world import MASK, TEXTS, L, V, exact_model, expected_loss, hostile_model, random_joint, tiny
+
+import evaluate
+from configs import Config, replace
+from data.corpus import read_meta, read_split
+from diffusion import mdlm, stratified, time_of
+from evaluate import bound, strata
+from model import load
+
+
+class Network(torch.nn.Module):
+    """A function as a module, which is what `bound` is given."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.device_of = function, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, t, at):
+        return self.function(x, t, at)
+
+
+class Markov:
+    """Text of an order-1 chain over 5 letters, whose exact denoiser needs only the nearest visible tokens."""
+
+    V, L = 5, 64
+
+    def __init__(self):
+        g = torch.Generator().manual_seed(3)
+        self.P = torch.randn(self.V, self.V, dtype=torch.float64, generator=g).mul(2).softmax(-1)
+        self.power = torch.stack([torch.linalg.matrix_power(self.P, d) for d in range(self.L + 1)])
+        self.start = torch.linalg.matrix_power(self.P, 1000)[0]
+        self.cfg = Config(vocab_size=self.V, seq_len=self.L)
+
+    def text(self, windows, rng):
+        x = np.empty((windows, self.L), np.int64)
+        cdf = self.P.cumsum(-1).numpy()
+        x[:, 0] = np.searchsorted(self.start.cumsum(0).numpy(), rng.random(windows))
+        for i in range(1, self.L):
+            x[:, i] = (rng.random(windows)[:, None] > cdf[x[:, i - 1]]).sum(-1)
+        return x
+
+    def nats(self, x):
+        """-log p of each window (W, L), exact."""
+        x = torch.from_numpy(x)
+        return -(self.start.log()[x[:, 0]] + self.P.log()[x[:, :-1], x[:, 1:]].sum(-1))
+
+    def model(self, x, t, at):
+        i = torch.arange(x.shape[1])
+        left = torch.where(x < self.V, i, -1).cummax(-1)[0]
+        right = torch.where(x < self.V, i, self.L).flip(-1).cummin(-1)[0].flip(-1)
+        a = x.gather(-1, left.clamp(min=0)).clamp(max=self.V - 1)
+        b = x.gather(-1, right.clamp(max=x.shape[1] - 1)).clamp(max=self.V - 1)
+        forward = torch.where((left < 0)[..., None], self.start, self.power[(i - left).clamp(0, self.L), a])
+        backward = self.power[(right - i).clamp(0, self.L), :, b]
+        backward = torch.where((right == self.L)[..., None], 1.0, backward)
+        return (forward * backward).log()[at]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """150 independent texts of 32 windows: exact nats per token, our estimate and its error, MDLM's estimate."""
+    world, rng, rows = Markov(), np.random.default_rng(0), []
+    for seed in range(150):
+        x = world.text(32, rng)
+        ours = bound(Network(world.model), x.reshape(-1), world.cfg, "text", seed=seed)
+        x0 = torch.from_numpy(x)
+        t = time_of(stratified(32), world.cfg)
+        theirs = mdlm(world.model, x0, torch.ones_like(x0, dtype=torch.bool), world.cfg, t).mean().item()
+        rows.append((world.nats(x).mean().item() / world.L, ours["nats"], ours["se"], theirs))
+    return np.array(rows)
+
+
+def test_the_bound_is_unbiased(runs):
+    exact, ours, _, theirs = runs.T
+    for estimate in (ours, theirs):
+        error = estimate - exact
+        assert abs(error.mean()) < 4 * error.std() / len(error) ** 0.5
+
+
+def test_the_standard_error_is_honest(runs):
+    """Over texts and masks, estimates scatter as much as they say: the ratio of 150 is good to 6 %."""
+    _, ours, se, _ = runs.T
+    assert 0.8 < ours.std() / np.sqrt((se**2).mean()) < 1.2
+
+
+def test_exact_counts_are_less_noisy_than_stratified_times(runs):
+    """At one forward per window, the noise of the masks alone: MDLM's estimator against ours."""
+    exact, ours, _, theirs = runs.T
+    assert (theirs - exact).std() > 1.4 * (ours - exact).std()
+
+
+def test_strata_cover_and_pairs_mirror():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 7, 64, 101):
+        u = strata(n, rng)
+        assert len(u) == n and (0 < u).all() and (u < 1).all()
+        np.testing.assert_allclose(u[: n // 2 * 2 : 2] + u[1::2], 1)
+        half = (n + 1) // 2
+        assert sorted(np.floor(u[::2] * half)) == list(range(half))
+
+
+def test_pairs_mask_a_constant_number_of_tokens():
+    counts = []
+
+    def model(x, t, at):
+        counts.append(int(at.sum()))
+        return torch.zeros(counts[-1], 5)
+
+    bound(Network(model), np.zeros(64 * 32, np.int64), Config(vocab_size=5, seq_len=64), "text", batch_size=8)
+    assert counts == [8 * 65 // 2] * 4
+
+
+@pytest.mark.parametrize("T", [0, 1, 4])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_every_T_estimates_its_own_bound(T, schedule):
+    """With a time-dependent network each T has another bound; a split that repeats one text converges to it."""
+    model, text = hostile_model(), torch.tensor([0, 2, 1])
+    cfg = tiny(schedule=schedule, time_cond=True, cond_dim=8)
+    got = bound(Network(model), np.tile(text.numpy(), 20_000), cfg, "text", T=T, batch_size=10_000)
+    want = expected_loss("mdlm", model, text, replace(cfg, T=T)) / L
+    assert abs(got["nats"] - want) < 4 * got["se"] + 1e-9 and got["se"] < 0.02
+
+
+def test_the_last_short_window_and_every_token_count():
+    """10 texts and one token more: that token is a window of its own, predicted from nothing."""
+    joint = random_joint()
+    model = exact_model(joint)
+
+    def short(x, t, at):
+        if x.shape[1] == L:
+            return model(x, t, at)
+        assert x.shape == (1, 1) and x.item() == MASK
+        return joint.sum((1, 2)).log()[None]
+
+    ids = np.concatenate([TEXTS[:10].numpy().reshape(-1), [1]])
+    result = bound(Network(short), ids, tiny(), "text", passes=3000, batch_size=11)
+    want = -(joint.flatten()[:10].log().sum() + joint.sum((1, 2))[1].log()).item() / 31
+    assert result["tokens"] == 31 and result["forwards"] == 33_000
+    assert abs(result["nats"] - want) < 0.01  # 3,000 passes
+
+
+def test_few_windows_give_no_error_bar_rather_than_a_wrong_one():
+    result = bound(Network(exact_model(random_joint())), TEXTS[:4].numpy().reshape(-1), tiny(), "text")
+    assert math.isnan(result["se"]) and math.isfinite(result["nats"])
+
+
+def test_windows_takes_evenly_spaced_ones():
+    seen = []
+
+    def model(x, t, at):
+        seen.append(x)
+        return torch.zeros(int(at.sum()), 50)
+
+    ids = np.repeat(np.arange(50), 8)
+    result = bound(Network(model), ids, Config(vocab_size=50, seq_len=8), "text", windows=10)
+    first = [row[row < 50].unique().tolist() for row in torch.cat(seen)]
+    assert result["tokens"] == 80 and [r for row in first for r in row][:2] != [0, 1]
+    assert all(len(row) <= 1 for row in first) and first[-1] in ([49], [])
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def run(capsys, *args):
+    evaluate.main([str(a) for a in args])
+    return capsys.readouterr()
+
+
+def test_the_command_reports_the_whole_split(checkpoint, corpus, capsys):
+    out = json.loads(run(capsys, checkpoint, "--split", "val", "--json").out)
+    model, cfg = load(checkpoint)
+    ids, meta = read_split(str(corpus), "val", cfg)
+    assert out["tokens"] == len(ids) == meta["splits"]["val"]["tokens"] and out["split"] == "val"
+    direct = bound(model, ids, cfg, "val", batch_size=32)
+    assert out["nats"] == pytest.approx(direct["nats"], rel=0.01)  # bfloat16 there, where there is any
+    assert out["bits_per_char"] == pytest.approx(out["nats"] / math.log(2))  # one token is one character
+    assert out["perplexity"] == pytest.approx(math.exp(out["nats"]))
+    assert out["perplexity_se"] == pytest.approx(math.exp(out["nats"]) * out["se"])
+    text = run(capsys, checkpoint).out
+    assert re.search(r"bits per char +<= \d\.\d{4} ± 0\.\d{4}\n", text) and "test split" in text
+
+
+def test_options_of_the_command(checkpoint, corpus, capsys):
+    get = lambda *args: json.loads(run(capsys, checkpoint, "--json", "--dtype", "float32", *args).out)
+    base = get()
+    assert get() == base and get("--seed", 1)["nats"] != base["nats"]
+    assert get("--batch_size", 5)["nats"] == pytest.approx(base["nats"], abs=6 * base["se"])
+    assert get("--no_ema")["nats"] != base["nats"] and get("--data", corpus)["nats"] == base["nats"]
+    many = get("--passes", 8)
+    assert many["forwards"] == 8 * base["forwards"] and many["se"] < base["se"]
+    assert abs(many["nats"] - base["nats"]) < 4 * base["se"]
+    one, hundred = get("--T", 1, "--passes", 4), get("--T", 100, "--passes", 4)
+    assert one["nats"] > hundred["nats"] > many["nats"] - 4 * many["se"]  # fewer steps, looser bound
+    assert base["dtype"] == "float32" and base["step"] == 100
+    assert read_meta(str(corpus))["vocab_size"] == 27
+
+
+def test_a_uniform_model_costs_exactly_log_v(corpus):
+    """The zero-initialised head: every token ln 27, whatever the masks; the error bar is then zero."""
+    cfg = Config(vocab_size=27, seq_len=32)
+    ids, _ = read_split(str(corpus), "test", cfg)
+    flat = Network(lambda x, t, at: torch.zeros(int(at.sum()), 27))
+    result = bound(flat, ids, cfg, "test")
+    assert result["nats"] == pytest.approx(math.log(27), rel=1e-6) and result["se"] < 1e-6
+    assert len(TEXTS) == V**L

@@ -1,0 +1,106 @@
+"""The sample command: prompts and holes are kept, rows are independent, the terminal view is live."""
+
+import io
+import re
+import sys
+
+import pytest
+import torch
+from conftest import LETTERS
+
+import sample
+from data.tokenizer import load_tokenizer, train_bpe
+from model import load
+
+
+def run(capsys, *args):
+    sample.main([str(a) for a in args])
+    return capsys.readouterr().out
+
+
+def test_samples_are_text_of_the_models_length(checkpoint, capsys):
+    out = run(capsys, checkpoint)
+    assert len(out) == 33 and set(out[:-1]) <= set(LETTERS)
+    assert len(run(capsys, checkpoint, "--length", 7)) == 8
+    three = run(capsys, checkpoint, "--num", 3)
+    assert re.fullmatch(r"(--- sample \d\n[a-z ]{32}\n){3}", three)
+
+
+def test_a_seed_is_a_text(checkpoint, capsys):
+    first = run(capsys, checkpoint, "--num", 3)
+    assert run(capsys, checkpoint, "--num", 3) == first != run(capsys, checkpoint, "--num", 3, "--seed", 1)
+
+
+@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+def test_a_row_does_not_depend_on_its_batch(checkpoint, capsys, sampler):
+    get = lambda *args: run(capsys, checkpoint, "--sampler", sampler, "--steps", 20, *args)
+    texts = get("--num", 6)
+    assert get("--num", 6, "--batch_size", 1) == get("--num", 6, "--batch_size", 4) == texts
+    assert get("--num", 2) == texts[: 2 * len(texts) // 6]
+    lines = texts.splitlines()[1::2]
+    assert len(set(lines)) == 6
+
+
+def test_prompts_and_texts_around_holes_are_kept(checkpoint, capsys):
+    assert re.fullmatch(r"the cat [a-z ]{24}\n", run(capsys, checkpoint, "--prompt", "the cat "))
+    assert run(capsys, checkpoint, "--prompt", "abc", "--length", 3) == "abc\n"
+    out = run(capsys, checkpoint, "--infill", "one ____ two [3]end")
+    assert re.fullmatch(r"one [a-z ]{4} two [a-z ]{3}end\n", out)
+
+
+def test_temperature_zero_is_greedy_and_top_p_cuts(checkpoint, capsys):
+    get = lambda *args: run(capsys, checkpoint, "--length", 1, "--num", 64, *args).split("\n")[1::2]
+    model, cfg = load(checkpoint)
+    p = model(torch.full((1, 1), cfg.mask_id), torch.ones(1)).softmax(-1)[0, 0]
+    assert set(get("--temperature", 0)) == {LETTERS[p.argmax()]}
+    order = p.argsort(descending=True)
+    kept = {LETTERS[i] for i in order[: int((p[order].cumsum(0) < 0.3).sum()) + 1]}
+    assert set(get("--top_p", 0.3)) <= kept < set(get())
+
+
+def test_holes_take_the_space_before_a_subword():
+    """Sub-word tokens begin with their space: "a ____ b" leaves no lone space token in front of the hole."""
+    text = "to be or not to be that is the question " * 40
+    spec = train_bpe([text], 300)
+    tokenizer = load_tokenizer(spec)
+    ids = sample.infill_canvas(tokenizer, "to be [2] not to", tokenizer.vocab_size, subword=True).tolist()
+    assert (
+        ids == [*tokenizer.encode("to be"), 300, 300, *tokenizer.encode(" not to")]
+        or tokenizer.vocab_size != 300
+    )
+    mask = tokenizer.vocab_size
+    assert ids.count(mask) == 2 and tokenizer.decode(ids) == "to be██ not to"
+    for hole, size in (("____", 4), ("______", 6), ("[1]", 1), ("[12]", 12)):
+        canvas = sample.infill_canvas(tokenizer, f"to {hole}", mask, subword=True)
+        assert (canvas == mask).sum() == size
+    with pytest.raises(ValueError, match="no hole"):
+        sample.infill_canvas(tokenizer, "a ___ b [x]", mask, subword=True)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_watch_redraws_a_terminal_and_is_plain_in_a_pipe(checkpoint, capsys, monkeypatch):
+    plain = run(capsys, checkpoint, "--seed", 5, "--steps", 8)
+    assert run(capsys, checkpoint, "--seed", 5, "--steps", 8, "--watch") == plain and "\x1b" not in plain
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    sample.main([str(checkpoint), "--seed", "5", "--steps", "8", "--watch", "--num", "2"])
+    shown = terminal.getvalue()
+    frames = shown.split("\x1b[H")[1:]
+    assert "█" in frames[0] and "sample 1 of 2" in frames[0] and "█" not in frames[-1]
+    assert 4 < len(frames) <= 2 * 10  # canvas, at most 8 events, final text; twice
+    assert any("\x1b[1;32m" in f for f in frames[1:-1]) and "\x1b[1;32m" not in frames[0] + frames[-1]
+    assert plain.strip("\n") in shown  # the last frame is the text that a pipe gets
+    for before, after in zip(frames, frames[1:]):
+        if "1 of 2" in after:
+            assert before.count("█") >= after.count("█")
+
+
+def test_caller_work_between_frames_is_not_autocast(checkpoint):
+    model, cfg = load(checkpoint)
+    canvas = torch.full((8,), cfg.mask_id)
+    for _ in sample.frames(model, cfg, canvas, [0], 4, "ddpm", dtype="bfloat16"):
+        assert not torch.is_autocast_enabled("cpu")
