@@ -137,34 +137,49 @@ def open_run(cfg, resume, overwrite):
     return state
 
 
-def open_log(out, step):
-    """log.jsonl for appending, without the lines that a stopped run wrote after its last checkpoint."""
-    path = out / "log.jsonl"
+def open_log(cfg, step):
+    """log(record) appends a line to log.jsonl, and tells wandb. Lines that a stopped run wrote after its last
+    checkpoint are dropped: they will come again."""
+    path = Path(cfg.out_dir) / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     path.write_text("".join(kept))
-    return open(path, "a", buffering=1)
+    file = open(path, "a", buffering=1)
+    run = None
+    if cfg.wandb:
+        import wandb
+
+        run = wandb.init(project="nanomdlm", name=Path(cfg.out_dir).name, config=asdict(cfg))
+
+    def log(record):
+        file.write(json.dumps(record) + "\n")
+        if run:
+            run.log(record, step=record["step"])
+
+    return log
 
 
 # ---------------------------------------------------------------------------------------------------------
 
 
+def split_batch(cfg, world):
+    """(accumulation steps, rows per forward) of each process: batch_size = world x accumulation x rows."""
+    if cfg.batch_size % world:
+        fail(f"batch_size={cfg.batch_size}: must be a multiple of the number of processes, {world}")
+    rows = cfg.batch_size // world
+    micro = min(cfg.micro_batch, rows)
+    if rows % micro:
+        fail(
+            f"batch_size={cfg.batch_size}: a process's {rows} rows must be a multiple of micro_batch={micro}"
+        )
+    return rows // micro, micro
+
+
 def main(cfg, resume=False, overwrite=False):
     """Train cfg; returns the final validation report as a dict. Under torchrun every rank calls it."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda(cfg) and world > 1 else cfg.device)
-    say = print if rank == 0 else lambda *a, **k: None
-
-    if cfg.batch_size % world:
-        fail(f"batch_size={cfg.batch_size}: must be a multiple of the number of processes, {world}")
-    per_rank = cfg.batch_size // world
-    micro = min(cfg.micro_batch, per_rank)
-    if per_rank % micro:
-        fail(
-            f"batch_size={cfg.batch_size}: the {per_rank} rows of a process must divide into micro_batch={micro}"
-        )
-    grad_accum = per_rank // micro
-
+    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and on_cuda(cfg) else cfg.device)
+    grad_accum, micro = split_batch(cfg, world)
     if cfg.data == "pydocs" and rank == 0 and not folder_of("pydocs").exists():
         prepare("pydocs")
     if world > 1:
@@ -190,57 +205,58 @@ def main(cfg, resume=False, overwrite=False):
     del state
     if device.type == "cuda" and cfg.compile:
         model.hidden = torch.compile(model.hidden)  # the trunk: its shapes are static, the head's are not
-    net = (
-        DDP(model, gradient_as_bucket_view=True) if world > 1 else model
-    )  # `model` is saved, `net` is called
+    # Two names from here on: `model` is saved and averaged, `net` is called.
+    net = DDP(model, gradient_as_bucket_view=True) if world > 1 else model
+
+    def load_step(step):
+        rows = [np.arange(i * world + rank, cfg.batch_size, grad_accum * world) for i in range(grad_accum)]
+        return [batch(train_ids, meta, cfg, step, r) for r in rows]  # strided: each has all strata of t
+
+    pool = ThreadPoolExecutor(1)  # the next batch is made while this one trains
+    upcoming = pool.submit(load_step, step)
+    upcoming.result()  # what is wrong with the data shows before anything is written
 
     out = Path(cfg.out_dir)
-    log = lambda record: None
+    log = say = lambda *a: None
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if not step:
             for name in ("ckpt.pt", "best.pt"):
                 (out / name).unlink(missing_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
-        file, run = open_log(out, step), wandb_run(cfg) if cfg.wandb else None
-
-        def log(record):
-            file.write(json.dumps(record) + "\n")
-            if run:
-                run.log(record, step=record["step"])
-
-    total, _ = count_parameters(cfg)
-    say(f"{out}: {total:,} parameters, {len(train_ids):,} training tokens, {world} x {device.type}")
+        log, say = open_log(cfg, step), tqdm.write
     say(
-        f"a step is {cfg.batch_size} rows of {cfg.seq_len} = {world} x {grad_accum} x {micro}; {cfg.steps} steps"
+        f"{out}: {count_parameters(cfg)[0]:,} parameters, {len(train_ids):,} tokens of {cfg.data} to train on"
     )
+    say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {world} x {device.type}, "
+        f"{grad_accum} x {micro} rows each")  # fmt: skip
 
     def checkpoint(name):
-        save(
-            out / name, model=model.state_dict(), ema=ema.state_dict(), step=step, best=best,
-            optimizer=[o.state_dict() for o in optimizers], config=asdict(cfg), tokenizer=meta["tokenizer"],
-            seconds=trained,
-        )  # fmt: skip
+        if rank == 0:
+            save(
+                out / name, model=model.state_dict(), ema=ema.state_dict(), step=step, best=best,
+                optimizer=[o.state_dict() for o in optimizers], config=asdict(cfg), seconds=trained,
+                tokenizer=meta["tokenizer"],
+            )  # fmt: skip
 
     def validate(windows):
-        where = f"{cfg.data}/val.bin"
-        result = bound(
-            ema, val_ids, cfg, where, windows=windows, batch_size=micro, cast=autocast(device, cfg.dtype)
-        )
-        return report(result, meta, "val")
+        """All ranks share the windows of the validation split; best.pt follows."""
+        nonlocal best
+        where, cast = f"{cfg.data}/val.bin", autocast(device, cfg.dtype)
+        result = bound(ema, val_ids, cfg, where, windows=windows, batch_size=micro, cast=cast)
+        val = report(result, meta, "val")
+        log(dict(step=step, val=val))
+        if val["nats"] < best:
+            best = val["nats"]
+            checkpoint("best.pt")
+        return val
 
     stop = []  # Ctrl-C and SIGTERM end the run after the step that is under way, with a checkpoint
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, frame: stop.append(number))
 
-    def load_step(step):
-        rows = [np.arange(i * world + rank, cfg.batch_size, grad_accum * world) for i in range(grad_accum)]
-        return [batch(train_ids, meta, cfg, step, r) for r in rows]  # strided: each has all strata of t
-
     bits = 1 / math.log(2) * meta["splits"]["train"]["tokens"] / meta["splits"]["train"]["characters"]
     bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
-    pool = ThreadPoolExecutor(1)  # the next batch is made while this one trains
-    upcoming = pool.submit(load_step, step)
     logged, loss_sum, since = time.time(), torch.zeros((), device=device), 0
     while step < cfg.steps and not stop:
         micro_batches, upcoming = upcoming.result(), pool.submit(load_step, step + 1)
@@ -250,10 +266,8 @@ def main(cfg, resume=False, overwrite=False):
             x0, maskable, t, xt = (a.to(device, non_blocking=True) for a in tensors)
             net.require_backward_grad_sync = i == grad_accum - 1  # DDP: average the gradients once per step
             with autocast(device, cfg.dtype):
-                nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt).sum(-1) / maskable.sum(
-                    -1
-                )  # (B,) per token
-            loss = nats.mean() / grad_accum
+                nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt)  # (B, L)
+            loss = (nats.sum(-1) / maskable.sum(-1)).mean() / grad_accum  # per token
             loss.backward()
             loss_sum += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
@@ -269,49 +283,39 @@ def main(cfg, resume=False, overwrite=False):
         if step % LOG_EVERY == 0 or step == cfg.steps:
             if world > 1:
                 dist.all_reduce(loss_sum)
-            loss, seconds = (
-                loss_sum.item() / since / world,
-                time.time() - logged,
-            )  # .item() waits for the device
+            loss = loss_sum.item() / since / world  # waits for the device
             if not math.isfinite(loss):
-                raise SystemExit(
-                    f"the loss is {loss} at step {step}; the checkpoint before it is kept in {out}"
-                )
-            rate = since * cfg.batch_size * cfg.seq_len / seconds
-            log(dict(step=step, loss=loss, lr=lr_at(step - 1, cfg), grad_norm=norm.item(), tokens_per_s=rate))
-            bar.set_postfix_str(
-                f"loss {loss:.3f} nats/token {loss * bits:.3f} bits/char {rate:,.0f} tokens/s"
+                raise SystemExit(f"the loss is {loss} at step {step}; {out} keeps the checkpoint before it")
+            seconds = time.time() - logged
+            speed = since * cfg.batch_size * cfg.seq_len / seconds
+            log(
+                dict(step=step, loss=loss, lr=lr_at(step - 1, cfg), grad_norm=norm.item(), tokens_per_s=speed)
             )
+            bar.set_postfix_str(f"loss {loss:.3f} ({loss * bits:.2f} bits/char), {speed:,.0f} tokens/s")
             trained += seconds
             logged, loss_sum, since = time.time(), torch.zeros((), device=device), 0
-        if step % cfg.eval_every == 0 and step < cfg.steps:
+        if step == cfg.steps:
+            break
+        if step % cfg.eval_every == 0:
             val = validate(cfg.eval_windows)
-            log(dict(step=step, val=val))
-            bar.write(
-                f"step {step}: val bits/char {val['bits_per_char']:.3f} ± {val['bits_per_char_se']:.3f}"
+            say(
+                f"step {step}: validation {val['bits_per_char']:.3f} ± {val['bits_per_char_se']:.3f} bits/char"
             )
-            if val["nats"] < best:
-                best = val["nats"]
-                if rank == 0:
-                    checkpoint("best.pt")
             logged = time.time()
-        if rank == 0 and (step % cfg.save_every == 0 or stop) and step < cfg.steps:
+        if step % cfg.save_every == 0 or stop:
             checkpoint("ckpt.pt")
             logged = time.time()
     bar.close()
-    if stop and step < cfg.steps:
+    if step < cfg.steps:
         say(f"stopped at step {step}; go on with --resume")
         raise SystemExit(128 + stop[0])
 
-    val = validate(0)
-    log(dict(step=step, val=val))
+    val = validate(0)  # the whole split
+    checkpoint("ckpt.pt")
     if rank == 0:
-        if val["nats"] < best:
-            best = val["nats"]
-            checkpoint("best.pt")
-        checkpoint("ckpt.pt")
         say(f"\nvalidation: {val['bits_per_char']:.3f} ± {val['bits_per_char_se']:.3f} bits per character, "
-            f"perplexity {val['perplexity']:.2f} ± {val['perplexity_se']:.2f} per token; {trained:.0f} s of training")  # fmt: skip
+            f"perplexity {val['perplexity']:.1f} ± {val['perplexity_se']:.1f} per token, "
+            f"after {trained:.0f} s of training")  # fmt: skip
         for text in generate(ema, meta["tokenizer"], cfg, num=cfg.samples):
             say(f"\n--- sample\n{text}")
         say(f"\nNext:\n  python sample.py {out}/ckpt.pt --watch\n  python evaluate.py {out}/ckpt.pt")
@@ -320,14 +324,6 @@ def main(cfg, resume=False, overwrite=False):
 
 def on_cuda(cfg):
     return cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
-
-
-def wandb_run(cfg):
-    try:
-        import wandb
-    except ImportError:
-        fail("wandb=True: pip install wandb")
-    return wandb.init(project="nanomdlm", name=Path(cfg.out_dir).name, config=asdict(cfg))
 
 
 if __name__ == "__main__":

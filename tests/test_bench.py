@@ -1,0 +1,45 @@
+"""The benchmarks run and their counts are right; times are never tested."""
+
+import json
+
+import pytest
+
+import bench
+
+
+def rows(capsys, *args):
+    bench.main([*map(str, args), "--json"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_sampling_counts_calls_and_head_rows(checkpoint, capsys):
+    by_name = {
+        r["sampler"]: r
+        for r in rows(capsys, "sample", checkpoint, "--steps", 50, "--batch_size", 4, "--repeats", 1)
+    }
+    assert by_name.keys() == bench.SAMPLERS.keys()
+    assert by_name["ddpm"]["times_faster"] == 1 and by_name["ddpm"]["calls"] <= 50
+    for name in ("ddpm_cache", "first_hitting"):
+        assert by_name[name]["calls"] <= 32 and by_name[name]["head_rows"] == 4 * 32
+    assert by_name["ddpm"]["head_rows"] > 10 * 4 * 32
+
+
+def test_estimators_agree_and_are_ranked(checkpoint, capsys):
+    got = rows(capsys, "evaluate", checkpoint, "--repeats", 6)
+    iid, mdlm, ours, reported = got
+    for other in (iid, mdlm):
+        assert abs(other["bits_per_char"] - ours["bits_per_char"]) < 4 * (iid["std"] + reported["std"])
+    assert ours["forwards_for_equal_error"] == 1 < iid["forwards_for_equal_error"]
+
+
+def test_bad_arguments(checkpoint, capsys):
+    for args in (
+        ["sing", checkpoint],
+        ["sample", checkpoint, "--steps", "0"],
+        ["evaluate", checkpoint, "--repeats", "1"],
+    ):
+        with pytest.raises(SystemExit) as e:
+            bench.main([*map(str, args)])
+        assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    bench.main(["sample", str(checkpoint), "--steps", "4", "--repeats", "1"])
+    assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["sampler", "seconds"]

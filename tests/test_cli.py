@@ -1,0 +1,258 @@
+"""Bad input: one clear line on stderr that names what is wrong and what is allowed, exit code 2, nothing lost."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_corpus, tiny_run
+
+import evaluate
+import sample
+import train
+from configs import CONFIGS, Config, fields, from_cli, replace
+from model import read_checkpoint
+
+
+def refused(capsys, call, *words):
+    """Runs call(), which must end in exit code 2 and one line of stderr that holds every word."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        call()
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and not out
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err, err
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["owt_mdln"], ["owt_mdln", *CONFIGS]),
+        (["--stepz=3"], ["--stepz=3", "steps", "seq_len"]),
+        (["--steps=many"], ["--steps", "int", "many"]),
+        (["--steps=1.5"], ["--steps", "1.5"]),
+        (["--lr=fast"], ["--lr", "float"]),
+        (["--tied=perhaps"], ["--tied", "perhaps"]),
+        (["--loss=sedd2"], ["loss='sedd2'", "mdlm", "d3pm"]),
+        (["--schedule=quadratic"], ["schedule='quadratic'", "linear", "cosine"]),
+        (["--dtype=float16"], ["dtype", "bfloat16"]),
+        (["--steps=0"], ["steps=0", "at least 1"]),
+        (["--T=-1"], ["T=-1", "at least 0"]),
+        (["--lr=-1"], ["lr=-1"]),
+        (["--lr=nan"], ["lr=nan"]),
+        (["--dropout=1"], ["dropout=1", "below 1"]),
+        (["--n_head=3"], ["n_embd=256", "n_head", "6"]),
+        (["--loss=d3pm"], ["loss=d3pm", "T"]),
+        (["--aux_ce=0.1"], ["aux_ce", "d3pm"]),
+        (["--time_cond=True", "--cond_dim=0"], ["time_cond", "cond_dim"]),
+        (["owt_mdlm", "text8_mdlm"], ["text8_mdlm"]),
+    ],
+)
+def test_bad_configs(capsys, argv, words):
+    refused(capsys, lambda: from_cli(argv), *words)
+
+
+def test_every_field_has_a_flag_and_every_config_is_valid():
+    for name, make in CONFIGS.items():
+        cfg, _ = from_cli([name])
+        assert cfg == replace(make(), out_dir=f"out/{name}") and cfg.mask_id == cfg.vocab_size
+        flags = [f"--{f.name}={getattr(cfg, f.name)}" for f in fields(Config)]
+        assert from_cli([name, *flags])[0] == cfg
+        assert from_cli([name, "--steps", "7", "--tied=TRUE"])[0] == replace(cfg, steps=7, tied=True)
+    assert from_cli([])[0].out_dir == "out/pydocs_mdlm" and Config().mask_id == Config().vocab_size
+
+
+@pytest.fixture
+def run(corpus, tmp_path):
+    return replace(tiny_run(corpus), out_dir=str(tmp_path / "run"))
+
+
+def bad_data(tmp_path, corpus, change):
+    folder = tmp_path / "bad"
+    shutil.copytree(corpus, folder)
+    change(folder)
+    return str(folder)
+
+
+def edit_meta(folder, **values):
+    path = folder / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def beyond(folder):
+    ids = np.fromfile(folder / "train.bin", np.uint16)
+    ids[:] = 27
+    ids.tofile(folder / "train.bin")
+
+
+def truncate(folder):
+    with open(folder / "val.bin", "r+b") as f:
+        f.truncate(101)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda f: (f / "train.bin").unlink(), ["train.bin", "0 bytes"]),
+        (truncate, ["val.bin", "101 bytes"]),
+        (beyond, ["train.bin", "token id 27", "vocab_size is 27"]),
+        (lambda f: (f / "meta.json").unlink(), ["meta.json", "prepare"]),
+        (lambda f: (f / "meta.json").write_text("{"), ["meta.json", "damaged"]),
+        (lambda f: edit_meta(f, vocab_size=50), ["vocab_size 50", "--vocab_size=50"]),
+        (lambda f: edit_meta(f, wrap=64), ["64", "seq_len is 32"]),
+    ],
+)
+def test_bad_data(run, tmp_path, corpus, capsys, change, words):
+    cfg = replace(run, data=bad_data(tmp_path, corpus, change))
+    refused(capsys, lambda: train.main(cfg), *words)
+    assert not Path(cfg.out_dir).exists()
+
+
+def test_missing_data_says_how_to_prepare_it(run, capsys):
+    refused(
+        capsys, lambda: train.main(replace(run, data="text8_")), "text8_/meta.json", "python data/prepare.py"
+    )
+
+
+def test_a_row_longer_than_the_data(run, capsys):
+    refused(
+        capsys, lambda: train.main(replace(run, seq_len=8000)), "train.bin", "4000 tokens", "seq_len 8000"
+    )
+
+
+def test_batches_that_do_not_divide(run, capsys, monkeypatch):
+    refused(capsys, lambda: train.main(replace(run, micro_batch=3)), "batch_size=8", "micro_batch=3")
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 3)
+    refused(capsys, lambda: train.main(run), "batch_size=8", "processes, 3")
+
+
+def test_a_device_that_is_not_there(run, capsys):
+    refused(capsys, lambda: train.main(replace(run, device="cuda:9")), "device=cuda:9")
+    refused(capsys, lambda: train.main(replace(run, device="abacus")), "device=abacus")
+
+
+def test_an_existing_run_is_never_lost(run, capsys):
+    train.main(run)
+    before = {p.name: p.read_bytes() for p in Path(run.out_dir).iterdir()}
+    unchanged = lambda: before == {p.name: p.read_bytes() for p in Path(run.out_dir).iterdir()}
+    refused(capsys, lambda: train.main(run), run.out_dir, "--resume", "--overwrite")
+    refused(capsys, lambda: train.main(run, resume=True), "ckpt.pt", "step 12 of 12", "--steps")
+    refused(capsys, lambda: train.main(run, resume=True, overwrite=True), "--resume", "--overwrite")
+    changed = replace(run, n_embd=64, steps=20)
+    refused(capsys, lambda: train.main(changed, resume=True), "ckpt.pt", "n_embd=32, not 64")
+    bad = replace(run, seq_len=8000)
+    refused(
+        capsys, lambda: train.main(bad, overwrite=True), "seq_len 8000"
+    )  # checked before anything is lost
+    assert unchanged()
+    train.main(replace(run, steps=4), overwrite=True)
+    assert read_checkpoint(run.out_dir + "/ckpt.pt")["step"] == 4 and not unchanged()
+
+
+def test_resume_with_data_of_another_tokenizer(run, capsys, tmp_path):
+    train.main(run)
+    other = make_corpus(tmp_path / "other", characters="zyxwvutsrqponmlkjihgfedcba ")
+    changed = replace(run, data=str(other), steps=20)
+    refused(capsys, lambda: train.main(changed, resume=True), str(other), "another tokenizer", "ckpt.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(checkpoint, tmp_path):
+    """Things that are not checkpoints of ours, or not whole."""
+    whole = checkpoint.read_bytes()
+    (tmp_path / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"model": {}, "ema": {}}, tmp_path / "foreign.pt")
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "pickled.pt")
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"config": state["config"] | {"n_layer": 3}}, tmp_path / "misfit.pt")
+    torch.save(state | {"config": state["config"] | {"flux": 1}}, tmp_path / "future.pt")
+    return tmp_path
+
+
+@pytest.mark.parametrize("main", [sample.main, evaluate.main])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("absent.pt", ["no such checkpoint"]),
+        ("truncated.pt", ["damaged"]),
+        ("text.pt", ["damaged, or not a checkpoint"]),
+        ("foreign.pt", ["not a checkpoint of this project"]),
+        ("pickled.pt", ["not a checkpoint of plain tensors"]),
+        ("misfit.pt", ["do not fit", "blocks.2"]),
+        ("future.pt", ["flux"]),
+    ],
+)
+def test_bad_checkpoints(files, capsys, main, name, words):
+    path = str(files / name)
+    refused(capsys, lambda: main([path]), path, *words)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--steps", "0"], ["--steps 0", "at least 1"]),
+        (["--steps", "x"], ["--steps", "int"]),
+        (["--num", "0"], ["--num 0"]),
+        (["--length", "0"], ["--length 0"]),
+        (["--length", "33"], ["33 tokens", "32"]),
+        (["--temperature", "-1"], ["--temperature"]),
+        (["--temperature", "nan"], ["--temperature"]),
+        (["--top_p", "0"], ["--top_p", "above 0"]),
+        (["--top_p", "1.1"], ["--top_p"]),
+        (["--sampler", "magic"], ["--sampler", "magic", "ddpm_cache", "first_hitting"]),
+        (["--prompt", "Ünder 5"], ["--prompt", "'Ü'", "'5'"]),
+        (["--prompt", "a" * 40], ["--prompt", "40 tokens", "32"]),
+        (["--prompt", "abc", "--length", "2"], ["--prompt", "3 tokens", "2"]),
+        (["--infill", "no hole"], ["--infill", "____", "[12]"]),
+        (["--infill", "a[99]"], ["100 tokens", "32"]),
+        (["--infill", "a ____", "--prompt", "b"], ["--infill", "--prompt"]),
+        (["--dtype", "int8"], ["--dtype", "float32"]),
+        (["--device", "cuda:9"], ["cuda:9"]),
+        (["--wat"], ["--wat"]),
+    ],
+)
+def test_bad_sample_arguments(checkpoint, capsys, args, words):
+    refused(capsys, lambda: sample.main([str(checkpoint), *args]), *words)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--split", "dev"], ["dev", "train, val, test"]),
+        (["--T", "-1"], ["--T -1", "at least 0"]),
+        (["--passes", "0"], ["--passes 0"]),
+        (["--batch_size", "0"], ["--batch_size 0"]),
+        (["--data", "nowhere/at/all"], ["nowhere/at/all/meta.json"]),
+    ],
+)
+def test_bad_evaluate_arguments(checkpoint, capsys, args, words):
+    refused(capsys, lambda: evaluate.main([str(checkpoint), *args]), *words)
+
+
+def test_evaluation_on_data_of_another_tokenizer(checkpoint, capsys, tmp_path):
+    other = make_corpus(tmp_path / "other", characters="zyxwvutsrqponmlkjihgfedcba ")
+    refused(
+        capsys,
+        lambda: evaluate.main([str(checkpoint), "--data", str(other)]),
+        str(other),
+        "another tokenizer",
+    )
+
+
+def test_help_is_the_docstring(capsys):
+    for main, word in ((sample.main, "--infill"), (evaluate.main, "--passes"), (from_cli, "--resume")):
+        with pytest.raises(SystemExit) as e:
+            main(["--help"], **(dict(doc=train.__doc__) if main is from_cli else {}))
+        out = capsys.readouterr().out
+        assert e.value.code == 0 and word in out and re.search(r"python \w+\.py", out)
