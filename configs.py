@@ -8,7 +8,7 @@ import argparse
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 
-from diffusion import LOSSES, SCHEDULES
+from diffusion import LOSSES, SCHEDULES, TIME_LAWS
 
 LR_DECAYS = ("constant", "cosine", "linear")
 TIME_INPUTS = ("sigma", "step")
@@ -42,6 +42,7 @@ class Config:
     schedule: str = "linear"
     T: int = 0  # number of diffusion steps; 0: continuous time
     t_min: float = 0.0  # smallest t drawn in continuous-time training
+    time_law: str = "uniform"  # of the times drawn in training; bell: Beta(2, 2), dwells on half-masked text
     aux_ce: float = 0.0  # d3pm: weight of the auxiliary cross-entropy over every token
     # optimisation
     steps: int = 1000
@@ -80,8 +81,9 @@ class Config:
     def __post_init__(self):
         """Raises ValueError with one line that names the field and what is allowed."""
         choices = dict(
-            loss=LOSSES, schedule=SCHEDULES, lr_decay=LR_DECAYS, time_input=TIME_INPUTS, dtype=DTYPES
-        )
+            loss=LOSSES, schedule=SCHEDULES, time_law=TIME_LAWS, lr_decay=LR_DECAYS, time_input=TIME_INPUTS,
+            dtype=DTYPES,
+        )  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")

@@ -255,7 +255,6 @@ def main(cfg, resume=False, overwrite=False):
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda number, frame: stop.append(number))
 
-    bits = 1 / math.log(2) * meta["splits"]["train"]["tokens"] / meta["splits"]["train"]["characters"]
     bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     logged, loss_sum, since = time.time(), torch.zeros((), device=device), 0
     while step < cfg.steps and not stop:
@@ -291,7 +290,7 @@ def main(cfg, resume=False, overwrite=False):
             log(
                 dict(step=step, loss=loss, lr=lr_at(step - 1, cfg), grad_norm=norm.item(), tokens_per_s=speed)
             )
-            bar.set_postfix_str(f"loss {loss:.3f} ({loss * bits:.2f} bits/char), {speed:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {loss:.3f} nats/token, {speed:,.0f} tokens/s")
             trained += seconds
             logged, loss_sum, since = time.time(), torch.zeros((), device=device), 0
         if step == cfg.steps:
