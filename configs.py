@@ -71,7 +71,7 @@ class Config:
     eval_windows: int = 256  # windows of the validation split per evaluation; 0: all of it
     save_every: int = 1000
     samples: int = 4  # printed at the end of a run
-    out_dir: str = ""  # default: out/<config>
+    out_dir: str = "out/run"  # the command line makes it out/<config>
     wandb: bool = False
 
     @property
