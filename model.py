@@ -46,7 +46,7 @@ class Block(nn.Module):
     def attention(self, x, cos, sin):
         B, L, d = x.shape
         qkv = self.qkv(x).view(B, L, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
-        q, k = rotate(qkv[:2], cos, sin)  # (B, H, L, head_dim) each
+        q, k = rotate(qkv[:2], cos.to(qkv.dtype), sin.to(qkv.dtype))  # (B, H, L, head_dim) each
         if x.is_cuda or self.causal or L > 512:
             y = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=self.causal)
         else:  # written out: on CPUs 2.7 times faster than SDPA's kernel at L = 256 (forward + backward, bf16)
@@ -132,12 +132,8 @@ class DiT(nn.Module):
         L = x.shape[1]
         c = None if self.time is None else self.time(self.time_input(t))
         h = self.embed(x)
-        dtype = (
-            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else h.dtype
-        )
-        cos, sin = self.cos[:L].to(dtype), self.sin[:L].to(dtype)
         for block in self.blocks:
-            h = block(h, c, cos, sin)
+            h = block(h, c, self.cos[:L], self.sin[:L])
         h = self.final_norm(h)
         if c is None:
             return h
@@ -147,23 +143,17 @@ class DiT(nn.Module):
     def forward(self, x, t, at=None):
         h = self.hidden(x, t)
         h = h if at is None else h[at]  # the head runs only where it is asked
-        head = (
-            (self.embed.weight[: self.cfg.vocab_size], None)
-            if self.cfg.tied
-            else (self.head.weight, self.head.bias)
-        )
-        return F.linear(h, *head).float()
+        weight = self.embed.weight[: self.cfg.vocab_size] if self.cfg.tied else self.head.weight
+        return F.linear(h, weight, None if self.cfg.tied else self.head.bias).float()
 
 
 # ---------------------------------------------------------------------------------------------------------
 
 
 def count_parameters(cfg):
-    """(all, without embedding and head) of a config, without allocating it."""
+    """Number of parameters of a config's network, without allocating it."""
     with torch.device("meta"):
-        model = DiT(cfg)
-    total = sum(p.numel() for p in model.parameters())
-    return total, sum(p.numel() for p in model.blocks.parameters())
+        return sum(p.numel() for p in DiT(cfg).parameters())
 
 
 def flops_per_token(cfg, masked=0.5):

@@ -225,11 +225,10 @@ def main(cfg, resume=False, overwrite=False):
                 (out / name).unlink(missing_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
         log, say = open_log(cfg, step), tqdm.write
-    say(
-        f"{out}: {count_parameters(cfg)[0]:,} parameters, {len(train_ids):,} tokens of {cfg.data} to train on"
-    )
+    say(f"{out}: {count_parameters(cfg):,} parameters, {len(train_ids):,} tokens of {cfg.data} to train on")
+    work = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
     say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {world} x {device.type}, "
-        f"{grad_accum} x {micro} rows each")  # fmt: skip
+        f"{grad_accum} x {micro} rows each; {work / 1e9:,.0f} GFLOP a step")  # fmt: skip
 
     def checkpoint(name):
         if rank == 0:

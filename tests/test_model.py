@@ -33,7 +33,7 @@ def canvas(cfg, B=3):
     ],
 )
 def test_parameter_counts_are_upstreams(config, parameters):
-    assert count_parameters(CONFIGS[config]())[0] == parameters
+    assert count_parameters(CONFIGS[config]()) == parameters
 
 
 def test_flops_are_those_of_the_matrices():
@@ -145,6 +145,26 @@ def test_dropout_acts_in_training_only():
     assert (model(x, t) == model(x, t)).all()
     model.train()
     assert (model(x, t) - model(x, t)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{}, {"time_cond": True}, {"cond_dim": 0}, {"dropout": 0.1}])
+def test_the_trunk_compiles_as_one_graph(changes):
+    """No graph break, and one compilation for all steps of a run."""
+    cfg = replace(SMALL, **changes)
+    model = awake(cfg)
+    torch._dynamo.reset()
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    trunk = torch.compile(model.hidden, backend=backend, fullgraph=True)
+    for _ in range(3):
+        x, t = canvas(cfg)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(trunk(x, t), model.hidden(x, t))
+    assert len(compilations) == 1
 
 
 def test_bfloat16_autocast_keeps_the_residual_stream_and_logits_in_float32():
