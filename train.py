@@ -29,7 +29,7 @@ from data.corpus import folder_of, read_split, training_rows
 from data.prepare import prepare
 from diffusion import LOSSES, alpha, mask_tokens, time_of
 from evaluate import bound, report
-from model import KIND, DiT, autocast, count_parameters, pick_device, read_checkpoint
+from model import KIND, DiT, autocast, count_parameters, flops_per_token, pick_device, read_checkpoint
 from sample import generate
 
 LOG_EVERY = 10
