@@ -11,12 +11,13 @@ import json
 import math
 import statistics
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs import fail, replace
+from configs import fail
 from data.corpus import read_split, take
 from diffusion import SAMPLERS, denoiser, mdlm, row_generators, stratified, time_of
 from evaluate import bound
@@ -31,14 +32,13 @@ def bench_sample(args):
     seconds, calls = {name: [] for name in SAMPLERS}, {}
 
     def run(name, seed, steps):
-        count = [0, 0]
+        count, plain, gen = [0, 0], denoiser(model), row_generators(seed, range(args.batch_size))
 
         def counted(x, t, at):
             count[0] += 1
             count[1] += int(at.sum())
             return plain(x, t, at)
 
-        plain, gen = denoiser(model), row_generators(seed, range(args.batch_size))
         start = time.perf_counter()
         with autocast(device, args.dtype):
             for x in SAMPLERS[name](counted, canvas, steps, cfg, gen):
@@ -66,6 +66,8 @@ def bench_evaluate(args):
     model, cfg = load(args.ckpt, device=device)
     ids, meta = read_split(cfg.data, "val", cfg)
     ids = ids[: len(ids) // cfg.seq_len * cfg.seq_len]  # whole windows, the same for all
+    if not len(ids):
+        fail(f"{cfg.data}/val.bin: shorter than one window of {cfg.seq_len}")
     x0 = torch.from_numpy(take(ids, range(0, len(ids), cfg.seq_len), cfg.seq_len, cfg, "val.bin")).to(device)
     theirs = replace(cfg, loss="mdlm", aux_ce=0.0, T=0, t_min=1e-3)
 
@@ -93,13 +95,13 @@ def bench_evaluate(args):
         estimates["exact counts"].append(ours["nats"])
         reported.append(ours["se"])
     bits = 1 / math.log(2) * meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["characters"]
-    best = np.std(estimates["exact counts"], ddof=1)
+    best = np.std(estimates["exact counts"], ddof=1) * bits
     error = 1 / math.sqrt(2 * (args.repeats - 1))  # relative error of a standard deviation
-    rows = [
-        dict(estimator=name, bits_per_char=np.mean(v) * bits, std=(s := np.std(v, ddof=1)) * bits,
-             std_error=s * bits * error, forwards_for_equal_error=(s / best) ** 2)
-        for name, v in estimates.items()
-    ]  # fmt: skip
+    rows = []
+    for name, values in estimates.items():
+        mean, std = np.mean(values) * bits, np.std(values, ddof=1) * bits
+        rows.append(dict(estimator=name, bits_per_char=mean, std=std, std_error=std * error,
+                         forwards_for_equal_error=(std / best) ** 2))  # fmt: skip
     rows.append(dict(estimator="reported error of exact counts", std=float(np.mean(reported)) * bits))
     return [{k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()} for row in rows]
 

@@ -6,13 +6,17 @@ python train.py text8_d3pm --lr=5e-4 --seed=2     # a config and typed overrides
 
 import argparse
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 from diffusion import LOSSES, SCHEDULES, TIME_LAWS
 
 LR_DECAYS = ("constant", "cosine", "linear")
 TIME_INPUTS = ("sigma", "step")
 DTYPES = ("auto", "float32", "bfloat16")
+AT_LEAST_ONE = (
+    "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every save_every".split()
+)
+BELOW_ONE = ("t_min", "dropout", "ema", "beta1", "beta2")
 
 
 def fail(message):
@@ -89,12 +93,17 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
         for f in fields(self):
             value = getattr(self, f.name)
-            at_least = 1 if f.name in POSITIVE else -1 if f.name == "ema_start" else 0
-            if f.type in (int, float) and not at_least <= value < float("inf"):
-                raise ValueError(f"{f.name}={value}: must be at least {at_least}")
-        for name in ("t_min", "dropout", "ema", "beta1", "beta2"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be below 1")
+            least = 1 if f.name in AT_LEAST_ONE else -1 if f.name == "ema_start" else 0
+            if f.type in (int, float) and not least <= value < 2**31:
+                raise ValueError(f"{f.name}={value}: must be at least {least} and below 2**31")
+            if f.name in BELOW_ONE and value >= 1:
+                raise ValueError(f"{f.name}={value}: must be below 1")
+            if f.name in ("lr", "eps") and not value > 0:
+                raise ValueError(f"{f.name}={value}: must be above 0")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr}: must be at most lr={self.lr}")
+        if not self.out_dir:
+            raise ValueError("out_dir: must not be empty")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"n_embd={self.n_embd}: must be a multiple of 2 * n_head = {2 * self.n_head} (rotary pairs)"
@@ -105,11 +114,6 @@ class Config:
             raise ValueError("loss=d3pm: needs T, the number of diffusion steps, e.g. --T=1000")
         if self.aux_ce and self.loss != "d3pm":
             raise ValueError(f"aux_ce={self.aux_ce}: only loss=d3pm has an auxiliary cross-entropy")
-
-
-POSITIVE = (
-    "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every save_every".split()
-)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -207,6 +211,3 @@ def from_dict(values, where):
         return Config(**values)
     except (TypeError, ValueError) as e:
         fail(f"{where}: not a config of this version ({e})")
-
-
-__all__ = ["CONFIGS", "Config", "asdict", "fail", "from_cli", "from_dict", "replace"]

@@ -118,7 +118,7 @@ def mask_tokens(x0, alpha_t, maskable, mask_id, u=None):
 
 def mask_exactly(x0, count, maskable, mask_id, u=None):
     """Mask exactly count (B,) of each row's maskable positions, every subset equally likely."""
-    u = torch.rand(x0.shape, device=x0.device) if u is None else u
+    u = torch.rand(x0.shape, dtype=torch.float64, device=x0.device) if u is None else u
     rank = u.masked_fill(~maskable, 2.0).argsort(-1).argsort(-1)  # maskable positions come first
     return x0.masked_fill(maskable & (rank < count[:, None]), mask_id)
 
@@ -193,8 +193,9 @@ def exact_count_bound(model, x0, maskable, cfg, count, xt=None):
     the masked fraction is Beta(count, n - count + 1). x0 (B, L) -> (B,) nats per row."""
     n = maskable.sum(-1)
     xt = mask_exactly(x0, count, maskable, cfg.mask_id) if xt is None else xt
-    fraction = torch.distributions.Beta(count.double(), (n - count + 1).double()).sample()
-    t = time_at(cfg.schedule, fraction) if cfg.time_cond else fraction
+    t = count / n  # any will do when the model does not look
+    if cfg.time_cond:
+        t = time_at(cfg.schedule, torch.distributions.Beta(count.double(), (n - count + 1).double()).sample())
     return n / count * nll(model, x0, xt, t, maskable & (xt == cfg.mask_id)).sum(-1)
 
 
@@ -237,9 +238,11 @@ def with_temperature(denoise, temperature):
     """p ** (1 / temperature), normalised; 0 is greedy."""
 
     def tempered(x, t, at):
-        log_p = denoise(x, t, at)
-        greedy = torch.where(log_p == log_p.amax(-1, keepdim=True), 0.0, -math.inf)
-        return F.log_softmax(log_p / temperature if temperature else greedy, -1)
+        log_p = denoise(x, t, at).double()
+        log_p = log_p - log_p.amax(-1, keepdim=True)  # the best at exactly 0, whatever it is divided by
+        return F.log_softmax(
+            log_p / temperature if temperature else log_p.masked_fill(log_p < 0, -math.inf), -1
+        )
 
     return tempered
 
@@ -257,7 +260,8 @@ def with_top_p(denoise, top_p):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 5. Samplers. All three draw from the model's law exactly; they differ in how often they call the network.
+# 5. Samplers. `ddpm` defines a law for every number of steps; `ddpm_cache` has the same law in fewer calls,
+# and `first_hitting` is its limit of infinitely many steps.
 
 
 def ddpm(denoise, x, steps, cfg, gen=None):
@@ -293,9 +297,8 @@ def ddpm_cache(denoise, x, steps, cfg, gen=None):
     alpha((n-1)/steps) - alpha(n/steps), independently of all others. So draw the steps first and visit only
     those in which something happens. (MDLM's cache skips the same steps, but a change in any row of the
     batch ends it, and it is wrong for time-conditioned networks.)"""
-    grid = torch.arange(steps + 1, dtype=torch.float64, device=x.device) / steps
-    n = torch.searchsorted(1 - alpha(cfg.schedule, grid), uniform(x, gen), right=True).clamp(1, steps)
-    yield from reveal_at(denoise, x, n / steps, cfg, gen)
+    time = time_at(cfg.schedule, uniform(x, gen))
+    yield from reveal_at(denoise, x, torch.ceil(time * steps) / steps, cfg, gen)
 
 
 def first_hitting(denoise, x, steps, cfg, gen=None):

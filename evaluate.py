@@ -8,21 +8,22 @@ python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a
 import argparse
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configs import fail, replace
+from configs import fail
 from data.corpus import read_split, take
 from diffusion import exact_count_bound, mdlm
 from model import autocast, load, pick_device
 
 
 def strata(windows, rng):
-    """(windows,) numbers in (0, 1), one in each windows-th of it as far as pairs allow: u for the first of two
-    neighbours, 1 - u for the second. A batch of pairs then always masks the same number of tokens."""
+    """(windows,) uniforms in neighbours of u and 1 - u, with one of the u in each (windows / 2)-th of [0, 1).
+    So they fill the interval evenly, and a batch of whole pairs always masks the same number of tokens."""
     half = (windows + 1) // 2
     u = (rng.permutation(half) + rng.random(half)) / half
     return np.stack([u, 1 - u], 1).reshape(-1)[:windows]
@@ -63,10 +64,9 @@ def bound(model, ids, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=
     jobs = [(p, b) for p in range(passes) for b in batches]
 
     nats = torch.zeros(passes, W, dtype=torch.float64, device=device)
-    for job, (p, b) in enumerate(
-        tqdm(jobs[rank::world], disable=quiet or rank > 0, unit="batch", leave=False)
-    ):
-        torch.manual_seed(seed * 1_000_003 + job * world + rank)
+    mine = list(enumerate(jobs))[rank::world]
+    for job, (p, b) in tqdm(mine, disable=quiet or rank > 0, unit="batch", leave=False):
+        torch.manual_seed(seed * 1_000_003 + job)  # of the job, not of the rank: any world gives one result
         x0 = torch.from_numpy(take(ids, starts[b], int(tokens[b.start]), cfg, where)).to(device)
         v = torch.from_numpy(u[p, b]).to(device)
         maskable = torch.ones_like(x0, dtype=torch.bool)
@@ -77,7 +77,7 @@ def bound(model, ids, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=
                     mdlm(model, x0, maskable, replace(cfg, loss="mdlm", aux_ce=0.0, T=T), t).double().sum(-1)
                 )
             else:
-                count = (torch.floor(v * x0.shape[1]) + 1).long()
+                count = (torch.floor(v * x0.shape[1]) + 1).clamp(max=x0.shape[1]).long()
                 nats[p, b] = exact_count_bound(model, x0, maskable, cfg, count).double()
     if world > 1:
         dist.all_reduce(nats)
@@ -101,10 +101,22 @@ def report(result, meta, split):
         "bits_per_char_se": se * bits * per_char,
         "bits_per_token": nats * bits,
         "bits_per_token_se": se * bits,
-        "perplexity": math.exp(nats),
-        "perplexity_se": math.exp(nats) * se,
+        "perplexity": (perplexity := math.exp(min(nats, 700))),
+        "perplexity_se": perplexity * se,
         **result,
     }
+
+
+def figure(result, name, digits=3):
+    """A figure of `report` with its standard error, as text."""
+    error = result[name + "_se"]
+    return f"{result[name]:.{digits}f} ± " + ("?" if math.isnan(error) else f"{error:.{digits}f}")
+
+
+def to_json(record):
+    """One line of strict JSON: an unknown error is null, not NaN."""
+    plain = lambda v: {k: plain(x) for k, x in v.items()} if isinstance(v, dict) else None if v != v else v
+    return json.dumps(plain(record))
 
 
 def main(argv=None):
@@ -117,18 +129,21 @@ def main(argv=None):
     p.add_argument(
         "--data", help="another prepared corpus with the same tokenizer; default: the training data"
     )
-    p.add_argument("--T", type=int, default=0, help="diffusion steps of the bound; 0: continuous time")
+    p.add_argument(
+        "--T", type=int, help="diffusion steps of the bound, 0: continuous time; default: the model's"
+    )
     p.add_argument("--passes", type=int, default=1, help="forwards per window")
     p.add_argument("--batch_size", type=int, default=32)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--no_ema", action="store_true", help="the raw weights")
     p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
     p.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else")
     args = p.parse_args(argv)
     for name, least in dict(T=0, passes=1, batch_size=1, seed=0).items():
-        if getattr(args, name) < least:
-            fail(f"--{name} {getattr(args, name)}: must be at least {least}")
+        value = getattr(args, name)
+        if value is not None and not least <= value < 2**31:
+            fail(f"--{name} {value}: must be at least {least} and below 2**31")
 
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, ema=not args.no_ema, device=device)
@@ -136,21 +151,21 @@ def main(argv=None):
     ids, meta = read_split(data, args.split, cfg)
     if meta["tokenizer"] != model.tokenizer:
         fail(f"{data}: made with another tokenizer than {args.ckpt}")
-    cast = autocast(device, args.dtype)
+    T, cast = cfg.T if args.T is None else args.T, autocast(device, args.dtype)
     result = bound(
-        model, ids, cfg, f"{data}/{args.split}.bin", args.T, args.passes, 0, args.batch_size, args.seed, cast,
+        model, ids, cfg, f"{data}/{args.split}.bin", T, args.passes, 0, args.batch_size, args.seed, cast,
         quiet=args.json,
     )  # fmt: skip
     result = report(result, meta, args.split) | {
-        "ckpt": args.ckpt, "step": model.step, "data": data, "T": args.T, "passes": args.passes,
+        "ckpt": args.ckpt, "step": model.step, "data": data, "T": T, "passes": args.passes,
         "seed": args.seed, "ema": not args.no_ema, "dtype": "bfloat16" if cast._enabled else "float32",
     }  # fmt: skip
     if args.json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         for name in ("bits_per_char", "bits_per_token", "perplexity"):
-            print(f"{name.replace('_', ' '):15} <= {result[name]:.4f} ± {result[name + '_se']:.4f}")
-        time = f"{args.T} steps" if args.T else "continuous time"
+            print(f"{name.replace('_', ' '):15} <= {figure(result, name, 4)}")
+        time = f"{T} steps" if T else "continuous time"
         print(
             f"{args.split} split of {data}, {result['tokens']:,} tokens, {time}, {result['forwards']:,} forwards"
         )

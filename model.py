@@ -166,7 +166,7 @@ def flops_per_token(cfg, masked=0.5):
 
 
 def pick_device(name):
-    """torch.device of --device: auto is cuda where there is one, else cpu."""
+    """torch.device of --device: cpu, cuda or cuda:N; auto is cuda where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -174,6 +174,8 @@ def pick_device(name):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         fail(f"device={name}: not on this machine")
+    if device.type not in ("cpu", "cuda"):
+        fail(f"device={name}: must be auto, cpu, cuda or cuda:N")
     return device
 
 

@@ -13,11 +13,13 @@ from collections import deque
 import torch
 
 from configs import fail
-from data.tokenizer import load_tokenizer
+from data.tokenizer import tokenizer_of
 from diffusion import SAMPLERS, denoiser, row_generators, with_temperature, with_top_p
 from model import autocast, load, pick_device
 
-HOLE = re.compile(r"_{4,}|\[\d+\]")  # ____ is a hole of as many tokens as underscores, [12] one of 12 tokens
+HOLE = re.compile(
+    r"_{4,}|\[\d{1,6}\]"
+)  # ____ is a hole of as many tokens as underscores, [12] one of 12 tokens
 
 
 def prompt_canvas(tokenizer, prompt, length, mask_id):
@@ -67,8 +69,7 @@ def frames(model, cfg, canvas, rows, steps, sampler, temperature=1.0, top_p=1.0,
 def generate(
     model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler="ddpm_cache", **options
 ):
-    """num texts from `canvas` (L,), by default all MASK. tokenizer: its spec; options: see `frames`."""
-    tokenizer = load_tokenizer(tokenizer)
+    """num texts from `canvas` (L,), by default all MASK; options: see `frames`."""
     canvas = torch.full((cfg.seq_len,), cfg.mask_id) if canvas is None else canvas
     texts = []
     for first in range(0, num, batch_size):
@@ -119,15 +120,15 @@ def main(argv=None):
     args = p.parse_args(argv)
     for name, least in dict(num=1, steps=1, length=1, temperature=0, seed=0, batch_size=1).items():
         value = getattr(args, name)
-        if value is not None and not least <= value < float("inf"):
-            fail(f"--{name} {value}: must be at least {least}")
+        if value is not None and not least <= value < 2**31:
+            fail(f"--{name} {value}: must be at least {least} and below 2**31")
     if not 0 < args.top_p <= 1:
         fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
     if args.infill is not None and (args.prompt or args.length):
         fail("--infill sets the whole text and its length; it excludes --prompt and --length")
 
     model, cfg = load(args.ckpt, ema=not args.no_ema, device=pick_device(args.device))
-    tokenizer = load_tokenizer(model.tokenizer)
+    tokenizer = tokenizer_of(model.tokenizer)
     length = args.length or cfg.seq_len
     try:
         if args.infill is not None:
@@ -150,7 +151,7 @@ def main(argv=None):
             header = f"sample {row + 1} of {args.num} · {args.sampler}, {args.steps} steps"
             watch(tokenizer, frames(model, cfg, canvas, [row], **options), header)
         return
-    texts = generate(model, model.tokenizer, cfg, args.num, canvas, args.batch_size, **options)
+    texts = generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, **options)
     for i, text in enumerate(texts):
         if args.num > 1:
             print(f"--- sample {i + 1}")

@@ -9,6 +9,7 @@ python train.py owt_mdlm --resume                          # goes on where the r
 A run lives in out/<config>/: ckpt.pt (last), best.pt (lowest validation bound), log.jsonl, config.json.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -16,6 +17,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +26,21 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from configs import asdict, fail, from_cli
+from configs import fail, from_cli
 from data.corpus import folder_of, read_split, training_rows
 from data.prepare import prepare
+from data.tokenizer import tokenizer_of
 from diffusion import LOSSES, alpha, mask_tokens, time_of
-from evaluate import bound, report
+from evaluate import bound, figure, report, to_json
 from model import KIND, DiT, autocast, count_parameters, flops_per_token, pick_device, read_checkpoint
 from sample import generate
 
-LOG_EVERY = 10
+try:
+    import fcntl
+except ImportError:  # Windows: no lock on a run's folder
+    fcntl = None
+
+LOG_EVERY = 10  # steps
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -114,49 +122,86 @@ MAY_CHANGE = set(
 )
 
 
-def open_run(cfg, resume, overwrite):
+def open_run(cfg, meta, resume, overwrite):
     """The checkpoint to go on from, or None for a new run. Nothing on disk is touched."""
-    out, ckpt = Path(cfg.out_dir), Path(cfg.out_dir) / "ckpt.pt"
+    out = Path(cfg.out_dir)
+    paths = [p for p in (out / "ckpt.pt", out / "best.pt") if p.exists()]
     if resume and overwrite:
         fail("--resume and --overwrite exclude each other")
-    if not resume:
-        if not overwrite and (ckpt.exists() or (out / "log.jsonl").exists()):
-            fail(
-                f"{out}: holds a run; add --resume to go on with it, --overwrite to lose it, or --out_dir=..."
-            )
-        return None
-    if not ckpt.exists():
-        return None  # stopped before its first checkpoint, or never begun
-    state = read_checkpoint(ckpt)
-    now = asdict(cfg)
+    if not resume and not overwrite and (paths or (out / "log.jsonl").exists()):
+        fail(f"{out}: holds a run; add --resume to go on with it, --overwrite to lose it, or --out_dir=...")
+    if not resume or not paths:
+        return None  # new, or stopped before its first checkpoint
+    path, now = paths[0], asdict(cfg)
+    state = read_checkpoint(path)
     for name, value in state["config"].items():
         if name not in MAY_CHANGE and now.get(name) != value:
-            fail(f"{ckpt}: trained with {name}={value}, not {now.get(name)}; a resumed run keeps its recipe")
+            fail(f"{path}: trained with {name}={value}, not {now.get(name)}; a resumed run keeps its recipe")
+    if state["tokenizer"] != meta["tokenizer"]:
+        fail(f"{cfg.data}: made with another tokenizer than {path}")
+    if state["data"] != meta["splits"]["train"]["sha256"]:
+        fail(f"{cfg.data}: not the data that {path} was trained on")
     if state["step"] >= cfg.steps:
-        fail(f"{ckpt}: already at step {state['step']} of {cfg.steps}; add --steps to go on")
+        fail(f"{path}: already at step {state['step']} of {cfg.steps}; add --steps to go on")
     return state
 
 
-def open_log(cfg, step):
-    """log(record) appends a line to log.jsonl, and tells wandb. Lines that a stopped run wrote after its last
-    checkpoint are dropped: they will come again."""
-    path = Path(cfg.out_dir) / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(kept))
-    file = open(path, "a", buffering=1)
-    run = None
-    if cfg.wandb:
+def start_wandb(cfg):
+    try:
         import wandb
 
-        run = wandb.init(project="nanomdlm", name=Path(cfg.out_dir).name, config=asdict(cfg))
+        return wandb.init(project="nanomdlm", name=Path(cfg.out_dir).name, config=asdict(cfg))
+    except Exception as e:  # not installed, not logged in, no network: each of another type
+        fail(f"wandb=True: {' '.join(str(e).split())}; WANDB_MODE=offline needs no account")
 
-    def log(record):
-        file.write(json.dumps(record) + "\n")
-        if run:
-            run.log(record, step=record["step"])
 
+def open_folder(cfg, step):
+    """Create out_dir or take it over at `step`; returns its log.jsonl, open for appending and locked.
+    What a stopped run logged after its last checkpoint, or half a line, is cut off: it will come again."""
+    out = Path(cfg.out_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl", "a+", buffering=1)
+        if fcntl:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{out}: another process is training here")
+    except OSError as e:
+        fail(f"out_dir={out}: {e.strerror}")
+    log.seek(0)
+    end = 0
+    while step and (line := log.readline()).endswith("\n"):
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        end = log.tell()
+    log.truncate(end)
+    if not step:
+        for name in ("ckpt.pt", "best.pt"):
+            (out / name).unlink(missing_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
     return log
+
+
+@contextlib.contextmanager
+def signals_noted():
+    """Ctrl-C and SIGTERM are noted in the list that this yields, for the loop to end after the step that is
+    under way, with a checkpoint. A second one acts as ever."""
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, before[number])
+
+    noted, before = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -175,20 +220,44 @@ def split_batch(cfg, world):
     return rows // micro, micro
 
 
+def train_step(net, optimizers, micro_batches, step, cfg, device):
+    """One update from a list of micro-batches: (mean loss in nats per token, gradient norm), on the device."""
+    total = torch.zeros((), device=device)
+    for i, tensors in enumerate(micro_batches):
+        x0, maskable, t, xt = (a.to(device) for a in tensors)
+        net.require_backward_grad_sync = i == len(micro_batches) - 1  # DDP: average the gradients once
+        with autocast(device, cfg.dtype):
+            nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt)  # (B, L)
+        loss = (nats.sum(-1) / maskable.sum(-1)).mean() / len(micro_batches)  # the same for any split
+        loss.backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_at(step, cfg) / cfg.lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total, norm
+
+
 def main(cfg, resume=False, overwrite=False):
     """Train cfg; returns the final validation report as a dict. Under torchrun every rank calls it."""
+    with contextlib.ExitStack() as at_end:  # what is to be closed, however the run ends
+        return run(cfg, resume, overwrite, at_end)
+
+
+def run(cfg, resume, overwrite, at_end):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and on_cuda(cfg) else cfg.device)
+    barrier = dist.barrier if world > 1 else lambda: None
+    device = local_device(cfg) if world > 1 else pick_device(cfg.device)
     grad_accum, micro = split_batch(cfg, world)
     if cfg.data == "pydocs" and rank == 0 and not folder_of("pydocs").exists():
         prepare("pydocs")
-    if world > 1:
-        dist.barrier()
+    barrier()
     train_ids, meta = read_split(cfg.data, "train", cfg)
     val_ids, _ = read_split(cfg.data, "val", cfg)
-    state = open_run(cfg, resume, overwrite)
-    if state and state["tokenizer"] != meta["tokenizer"]:
-        fail(f"{cfg.data}: made with another tokenizer than {cfg.out_dir}/ckpt.pt")
+    tokenizer = tokenizer_of(meta["tokenizer"]) if cfg.samples else None  # now, not after days of training
+    state = open_run(cfg, meta, resume, overwrite)
 
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
@@ -203,30 +272,39 @@ def main(cfg, resume=False, overwrite=False):
             optimizer.load_state_dict(saved)
         step, best, trained = state["step"], state["best"], state["seconds"]
     del state
+    if world > 1:
+        dist.all_gather_object(steps := [None] * world, step)
+        if len(set(steps)) > 1:
+            fail(
+                f"{cfg.out_dir}: the processes see different checkpoints, at steps {steps}; share the folder"
+            )
     if device.type == "cuda" and cfg.compile:
         model.hidden = torch.compile(model.hidden)  # the trunk: its shapes are static, the head's are not
     # Two names from here on: `model` is saved and averaged, `net` is called.
-    net = DDP(model, gradient_as_bucket_view=True) if world > 1 else model
+    net = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else model
 
     def load_step(step):
         rows = [np.arange(i * world + rank, cfg.batch_size, grad_accum * world) for i in range(grad_accum)]
         return [batch(train_ids, meta, cfg, step, r) for r in rows]  # strided: each has all strata of t
 
     pool = ThreadPoolExecutor(1)  # the next batch is made while this one trains
+    at_end.callback(pool.shutdown, cancel_futures=True)
     upcoming = pool.submit(load_step, step)
     upcoming.result()  # what is wrong with the data shows before anything is written
 
     out = Path(cfg.out_dir)
     log = say = lambda *a: None
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if not step:
-            for name in ("ckpt.pt", "best.pt"):
-                (out / name).unlink(missing_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
-        log, say = open_log(cfg, step), tqdm.write
-    say(f"{out}: {count_parameters(cfg):,} parameters, {len(train_ids):,} tokens of {cfg.data} to train on")
+        wandb = at_end.enter_context(start_wandb(cfg)) if cfg.wandb else None
+        file, say = at_end.enter_context(open_folder(cfg, step)), tqdm.write
+
+        def log(record):
+            file.write(to_json(record) + "\n")
+            if wandb:
+                wandb.log(record, step=record["step"])
+
     work = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
+    say(f"{out}: {count_parameters(cfg):,} parameters, {len(train_ids):,} tokens of {cfg.data} to train on")
     say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {world} x {device.type}, "
         f"{grad_accum} x {micro} rows each; {work / 1e9:,.0f} GFLOP a step")  # fmt: skip
 
@@ -235,86 +313,74 @@ def main(cfg, resume=False, overwrite=False):
             save(
                 out / name, model=model.state_dict(), ema=ema.state_dict(), step=step, best=best,
                 optimizer=[o.state_dict() for o in optimizers], config=asdict(cfg), seconds=trained,
-                tokenizer=meta["tokenizer"],
+                tokenizer=meta["tokenizer"], data=meta["splits"]["train"]["sha256"],
             )  # fmt: skip
 
     def validate(windows):
-        """All ranks share the windows of the validation split; best.pt follows."""
-        nonlocal best
+        """The report on `windows` windows of the validation split (0: all), which all ranks share."""
         where, cast = f"{cfg.data}/val.bin", autocast(device, cfg.dtype)
-        result = bound(ema, val_ids, cfg, where, windows=windows, batch_size=micro, cast=cast)
-        val = report(result, meta, "val")
-        log(dict(step=step, val=val))
-        if val["nats"] < best:
-            best = val["nats"]
-            checkpoint("best.pt")
-        return val
-
-    stop = []  # Ctrl-C and SIGTERM end the run after the step that is under way, with a checkpoint
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda number, frame: stop.append(number))
+        return report(bound(ema, val_ids, cfg, where, cfg.T, 1, windows, micro, cast=cast), meta, "val")
 
     bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
-    logged, loss_sum, since = time.time(), torch.zeros((), device=device), 0
-    while step < cfg.steps and not stop:
-        micro_batches, upcoming = upcoming.result(), pool.submit(load_step, step + 1)
-        if cfg.dropout:
-            torch.manual_seed(hash((cfg.seed, step, rank)))
-        for i, tensors in enumerate(micro_batches):
-            x0, maskable, t, xt = (a.to(device, non_blocking=True) for a in tensors)
-            net.require_backward_grad_sync = i == grad_accum - 1  # DDP: average the gradients once per step
-            with autocast(device, cfg.dtype):
-                nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt)  # (B, L)
-            loss = (nats.sum(-1) / maskable.sum(-1)).mean() / grad_accum  # per token
-            loss.backward()
-            loss_sum += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * lr_at(step, cfg) / cfg.lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step, since = step + 1, since + 1
-        update_ema(ema, model, step, cfg)
-        bar.update()
+    logged, losses, stopping = time.time(), [], False
+    with signals_noted() as noted:
+        while step < cfg.steps and not stopping:
+            micro_batches, upcoming = upcoming.result(), pool.submit(load_step, step + 1)
+            if cfg.dropout:
+                torch.manual_seed(hash((cfg.seed, step, rank)))
+            loss, norm = train_step(net, optimizers, micro_batches, step, cfg, device)
+            losses.append(loss)
+            step += 1
+            update_ema(ema, model, step, cfg)
+            bar.update()
 
-        if step % LOG_EVERY == 0 or step == cfg.steps:
-            if world > 1:
-                dist.all_reduce(loss_sum)
-            loss = loss_sum.item() / since / world  # waits for the device
-            if not math.isfinite(loss):
-                raise SystemExit(f"the loss is {loss} at step {step}; {out} keeps the checkpoint before it")
-            seconds = time.time() - logged
-            speed = since * cfg.batch_size * cfg.seq_len / seconds
-            log(
-                dict(step=step, loss=loss, lr=lr_at(step - 1, cfg), grad_norm=norm.item(), tokens_per_s=speed)
-            )
-            bar.set_postfix_str(f"loss {loss:.3f} nats/token, {speed:,.0f} tokens/s")
-            trained += seconds
-            logged, loss_sum, since = time.time(), torch.zeros((), device=device), 0
-        if step == cfg.steps:
-            break
-        if step % cfg.eval_every == 0:
-            val = validate(cfg.eval_windows)
-            say(
-                f"step {step}: validation {val['bits_per_char']:.3f} ± {val['bits_per_char_se']:.3f} bits/char"
-            )
-            logged = time.time()
-        if step % cfg.save_every == 0 or stop:
-            checkpoint("ckpt.pt")
-            logged = time.time()
+            log_now, eval_now, save_now = (step % n == 0 for n in (LOG_EVERY, cfg.eval_every, cfg.save_every))
+            last = step == cfg.steps
+            if world == 1:
+                stopping = bool(noted)
+            if log_now or eval_now or save_now or last or stopping:
+                # The sum over ranks of the mean loss, the gradient norm and who was told to stop: one wait.
+                sums = torch.stack(
+                    (torch.stack(losses).mean(), norm, torch.tensor(float(len(noted)), device=device))
+                )
+                if world > 1:
+                    dist.all_reduce(sums)
+                loss, norm, told = (sums / world).tolist()
+                stopping = told > 0
+                if not math.isfinite(loss + norm):  # then the weights are lost too: nothing may be saved
+                    raise SystemExit(
+                        f"loss {loss}, gradient norm {norm} at step {step}; {out} keeps its checkpoint"
+                    )
+            if log_now or last:
+                seconds = time.time() - logged
+                speed = len(losses) * cfg.batch_size * cfg.seq_len / seconds
+                lr = lr_at(step - 1, cfg)
+                log(dict(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed))
+                bar.set_postfix_str(f"loss {loss:.3f} nats/token, {speed:,.0f} tokens/s")
+                trained += seconds
+                logged, losses = time.time(), []
+            pause = time.time()
+            if eval_now or last:
+                val = validate(cfg.eval_windows)
+                log(dict(step=step, val=val))
+                say(f"step {step}: {figure(val, 'bits_per_char')} bits per character of validation text")
+                if val["nats"] < best:
+                    best = val["nats"]
+                    checkpoint("best.pt")
+            if save_now or last or stopping:
+                checkpoint("ckpt.pt")
+            logged += time.time() - pause
     bar.close()
     if step < cfg.steps:
         say(f"stopped at step {step}; go on with --resume")
-        raise SystemExit(128 + stop[0])
+        raise SystemExit(128 + (noted or [signal.SIGTERM])[0])
 
-    val = validate(0)  # the whole split
-    checkpoint("ckpt.pt")
+    val = validate(0)
+    log(dict(step=step, final=val))
     if rank == 0:
-        say(f"\nvalidation: {val['bits_per_char']:.3f} ± {val['bits_per_char_se']:.3f} bits per character, "
-            f"perplexity {val['perplexity']:.1f} ± {val['perplexity_se']:.1f} per token, "
-            f"after {trained:.0f} s of training")  # fmt: skip
-        for text in generate(ema, meta["tokenizer"], cfg, num=cfg.samples):
+        say(f"\nvalidation: {figure(val, 'bits_per_char', 3)} bits per character, perplexity "
+            f"{figure(val, 'perplexity', 1)} per token, after {trained:.0f} s of training")  # fmt: skip
+        for text in generate(ema, tokenizer, cfg, num=cfg.samples):
             say(f"\n--- sample\n{text}")
         say(f"\nNext:\n  python sample.py {out}/ckpt.pt --watch\n  python evaluate.py {out}/ckpt.pt")
     return val
@@ -322,6 +388,11 @@ def main(cfg, resume=False, overwrite=False):
 
 def on_cuda(cfg):
     return cfg.device.startswith("cuda") or (cfg.device == "auto" and torch.cuda.is_available())
+
+
+def local_device(cfg):
+    """This process's device under torchrun."""
+    return pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda(cfg) else cfg.device)
 
 
 if __name__ == "__main__":
@@ -332,10 +403,10 @@ if __name__ == "__main__":
             ("overwrite", "lose the run that is in out_dir"),
         ),
     )
-    if "RANK" in os.environ:
-        if on_cuda(cfg):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if on_cuda(cfg) else "gloo")
+    if dist.is_torchelastic_launched():
+        if (device := local_device(cfg)).type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     main(cfg, args.resume, args.overwrite)
     if dist.is_initialized():
         dist.destroy_process_group()

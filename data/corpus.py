@@ -66,12 +66,17 @@ def read_meta(name):
     """meta.json of a prepared corpus, as a dict; fails in one line when there is none or it is damaged."""
     path = folder_of(name) / "meta.json"
     if not path.exists():
-        fail(f"{path}: no such file; prepare the data first: python data/prepare.py {Path(name).name}")
+        known, _, wrap = path.parent.name.partition("_wrap")
+        how = f"{known} --wrap {wrap}" if wrap else known
+        if known not in ("pydocs", "text8", "openwebtext"):
+            how = f"text --input FILE... --out {name}"
+        fail(f"{path}: no such file; prepare the data first: python data/prepare.py {how}")
     try:
         meta = json.loads(path.read_text())
-        for key in ("tokenizer", "vocab_size", "dtype", "wrap", "splits"):
+        for key in ("tokenizer", "vocab_size", "wrap", "splits"):
             meta[key]
-    except (ValueError, KeyError) as e:
+        np.dtype(meta["dtype"])
+    except (ValueError, KeyError, TypeError) as e:
         fail(f"{path}: damaged ({e}); prepare the data again")
     return meta
 

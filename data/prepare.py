@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, onl
 
 from configs import CONFIGS, fail  # noqa: E402
 from data.corpus import dtype_of, finish, folder_of, partial_of  # noqa: E402
-from data.tokenizer import KINDS, load_tokenizer, train_bpe  # noqa: E402
+from data.tokenizer import KINDS, tokenizer_of, train_bpe  # noqa: E402
 
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 TEXT8_CHARACTERS = 100_000_000
@@ -51,13 +51,6 @@ def cut(sequence):
     n = len(sequence)
     a, b = n * 90 // 100, n * 95 // 100
     return {"train": sequence[:a], "val": sequence[a:b], "test": sequence[b:]}
-
-
-def tokenizer_of(spec):
-    try:
-        return load_tokenizer(spec)
-    except ValueError as e:
-        fail(e)
 
 
 def write_texts(folder, source, spec, splits):
@@ -437,7 +430,7 @@ def one_line(e):
     return " ".join(str(e).split()) or type(e).__name__
 
 
-def report(name, out, meta):
+def announce(name, out, meta):
     """Print what was made and the command that trains on it."""
     for split, of in meta["splits"].items():
         print(f"{split:5} {of['tokens']:14,} tokens {of['characters']:16,} characters")
@@ -466,8 +459,11 @@ def main(argv=None):
     p.add_argument("--overwrite", action="store_true", help="replace the folder once the new one is complete")
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
     meta = prepare(**given)
-    report(given["name"], given.get("out", meta["name"]), meta)
+    announce(given["name"], given.get("out", meta["name"]), meta)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

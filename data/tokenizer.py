@@ -10,6 +10,8 @@ Ids are 0..vocab_size-1; the id vocab_size is MASK, which is never encoded and i
 from collections.abc import Callable
 from typing import NamedTuple
 
+from configs import fail
+
 MASK_SHOWN = "█"
 
 
@@ -35,6 +37,14 @@ def load_tokenizer(spec):
         return encode(text)
 
     return Tokenizer(len(table) - 1, checked, decode, lambda ids: [decode([i]) for i in ids])
+
+
+def tokenizer_of(spec):
+    """load_tokenizer for the scripts: one line and exit code 2 instead of an error."""
+    try:
+        return load_tokenizer(spec)
+    except ValueError as e:
+        fail(e)
 
 
 def char(spec):

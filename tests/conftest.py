@@ -1,11 +1,12 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from configs import Config, replace
+from configs import Config
 from data.corpus import finish, partial_of
 
 SHARED = Path(__file__).parents[2] / "shared"  # real data for tests; absent outside the developers' machines

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from conftest import make_corpus, tiny_run
 import evaluate
 import sample
 import train
-from configs import CONFIGS, Config, fields, from_cli, replace
+from configs import CONFIGS, Config, from_cli
 from model import read_checkpoint
 
 
@@ -44,7 +46,14 @@ def refused(capsys, call, *words):
         (["--steps=0"], ["steps=0", "at least 1"]),
         (["--T=-1"], ["T=-1", "at least 0"]),
         (["--lr=-1"], ["lr=-1"]),
-        (["--lr=nan"], ["lr=nan"]),
+        (["--lr=nan"], ["lr=nan", "at least 0 and below"]),
+        (["--lr=0"], ["lr=0", "above 0"]),
+        (["--eps=0"], ["eps=0", "above 0"]),
+        (["--min_lr=1"], ["min_lr=1", "at most lr"]),
+        (["--seed=-1"], ["seed=-1"]),
+        (["--seed=99999999999999999999"], ["seed=9", "2**31"]),
+        (["--T=100000000000000000000"], ["T=1", "2**31"]),
+        (["--out_dir="], ["out_dir", "empty"]),
         (["--dropout=1"], ["dropout=1", "below 1"]),
         (["--n_head=3"], ["n_embd=256", "n_head", "6"]),
         (["--loss=d3pm"], ["loss=d3pm", "T"]),
@@ -103,6 +112,8 @@ def truncate(folder):
         (beyond, ["train.bin", "token id 27", "vocab_size is 27"]),
         (lambda f: (f / "meta.json").unlink(), ["meta.json", "prepare"]),
         (lambda f: (f / "meta.json").write_text("{"), ["meta.json", "damaged"]),
+        (lambda f: (f / "meta.json").write_text("[]"), ["meta.json", "damaged"]),
+        (lambda f: edit_meta(f, dtype="float99"), ["meta.json", "damaged"]),
         (lambda f: edit_meta(f, vocab_size=50), ["vocab_size 50", "--vocab_size=50"]),
         (lambda f: edit_meta(f, wrap=64), ["64", "seq_len is 32"]),
     ],
@@ -113,10 +124,17 @@ def test_bad_data(run, tmp_path, corpus, capsys, change, words):
     assert not Path(cfg.out_dir).exists()
 
 
-def test_missing_data_says_how_to_prepare_it(run, capsys):
-    refused(
-        capsys, lambda: train.main(replace(run, data="text8_")), "text8_/meta.json", "python data/prepare.py"
-    )
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("text8", "python data/prepare.py text8\n"),
+        ("openwebtext_wrap512", "python data/prepare.py openwebtext --wrap 512\n"),
+        ("mine", "python data/prepare.py text --input FILE... --out mine\n"),
+    ],
+)
+def test_missing_data_says_how_to_prepare_it(run, capsys, name, how, monkeypatch, tmp_path):
+    monkeypatch.setattr("data.corpus.ROOT", tmp_path)
+    refused(capsys, lambda: train.main(replace(run, data=name)), f"{name}/meta.json", how)
 
 
 def test_a_row_longer_than_the_data(run, capsys):
@@ -136,6 +154,32 @@ def test_batches_that_do_not_divide(run, capsys, monkeypatch):
 def test_a_device_that_is_not_there(run, capsys):
     refused(capsys, lambda: train.main(replace(run, device="cuda:9")), "device=cuda:9")
     refused(capsys, lambda: train.main(replace(run, device="abacus")), "device=abacus")
+    refused(capsys, lambda: train.main(replace(run, device="meta")), "device=meta", "cuda:N")
+
+
+def test_an_out_dir_that_cannot_be_made(run, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused(capsys, lambda: train.main(replace(run, out_dir=str(tmp_path / "file"))), "out_dir", "file")
+    (tmp_path / "full" / "log.jsonl").mkdir(parents=True)
+    refused(
+        capsys, lambda: train.main(replace(run, out_dir=str(tmp_path / "full")), overwrite=True), "out_dir"
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_in_which_another_process_trains(run, capsys):
+    train.main(replace(run, steps=8))
+    other = open(run.out_dir + "/log.jsonl", "a")
+    train.fcntl.flock(other, train.fcntl.LOCK_EX)
+    refused(capsys, lambda: train.main(run, resume=True), run.out_dir, "another process")
+    other.close()
+    train.main(run, resume=True)
+
+
+def test_wandb_that_does_not_start(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    refused(capsys, lambda: train.main(replace(run, wandb=True)), "wandb", "offline")
+    assert not Path(run.out_dir).exists()
 
 
 def test_an_existing_run_is_never_lost(run, capsys):
@@ -156,11 +200,16 @@ def test_an_existing_run_is_never_lost(run, capsys):
     assert read_checkpoint(run.out_dir + "/ckpt.pt")["step"] == 4 and not unchanged()
 
 
-def test_resume_with_data_of_another_tokenizer(run, capsys, tmp_path):
+def test_resume_with_other_data(run, capsys, tmp_path):
     train.main(run)
     other = make_corpus(tmp_path / "other", characters="zyxwvutsrqponmlkjihgfedcba ")
     changed = replace(run, data=str(other), steps=20)
     refused(capsys, lambda: train.main(changed, resume=True), str(other), "another tokenizer", "ckpt.pt")
+    longer = make_corpus(tmp_path / "longer", n=5000)
+    changed = replace(run, data=str(longer), steps=20)
+    refused(capsys, lambda: train.main(changed, resume=True), str(longer), "not the data", "ckpt.pt")
+    moved = shutil.copytree(run.data, tmp_path / "moved")
+    train.main(replace(run, data=str(moved), steps=20), resume=True)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -216,6 +265,9 @@ def test_bad_checkpoints(files, capsys, main, name, words):
         (["--prompt", "abc", "--length", "2"], ["--prompt", "3 tokens", "2"]),
         (["--infill", "no hole"], ["--infill", "____", "[12]"]),
         (["--infill", "a[99]"], ["100 tokens", "32"]),
+        (["--infill", "a[99999999999999]"], ["--infill", "____"]),
+        (["--seed", "99999999999999999999"], ["--seed", "2**31"]),
+        (["--steps", "9999999999"], ["--steps", "2**31"]),
         (["--infill", "a ____", "--prompt", "b"], ["--infill", "--prompt"]),
         (["--dtype", "int8"], ["--dtype", "float32"]),
         (["--device", "cuda:9"], ["cuda:9"]),
@@ -232,12 +284,19 @@ def test_bad_sample_arguments(checkpoint, capsys, args, words):
         (["--split", "dev"], ["dev", "train, val, test"]),
         (["--T", "-1"], ["--T -1", "at least 0"]),
         (["--passes", "0"], ["--passes 0"]),
+        (["--seed", "99999999999999999999"], ["--seed", "2**31"]),
         (["--batch_size", "0"], ["--batch_size 0"]),
         (["--data", "nowhere/at/all"], ["nowhere/at/all/meta.json"]),
     ],
 )
 def test_bad_evaluate_arguments(checkpoint, capsys, args, words):
     refused(capsys, lambda: evaluate.main([str(checkpoint), *args]), *words)
+
+
+def test_a_tokenizer_that_cannot_be_loaded(checkpoint, tmp_path, capsys):
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"tokenizer": {"kind": "runes"}}, tmp_path / "runes.pt")
+    refused(capsys, lambda: sample.main([str(tmp_path / "runes.pt")]), "runes", "gpt2")
 
 
 def test_evaluation_on_data_of_another_tokenizer(checkpoint, capsys, tmp_path):

@@ -1,10 +1,12 @@
 """The network: sizes against upstream's, and what each switch promises."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from configs import CONFIGS, Config, replace
+from configs import CONFIGS, Config
 from diffusion import alpha
 from model import DiT, count_parameters, flops_per_token, rotary_tables, rotate
 

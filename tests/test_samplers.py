@@ -122,6 +122,13 @@ def test_ddpm_cache_calls_at_most_min_of_steps_and_length(B, steps, length):
     assert len(calls) == length and set(calls) == {B}
 
 
+def test_steps_may_be_astronomically_many():
+    """No table of steps is made, and neighbouring events do not merge: one token per call, as in the limit."""
+    denoise, calls = counting(V)
+    last(SAMPLERS["ddpm_cache"](denoise, torch.full((4, 64), MASK), 2**31 - 1, tiny()))
+    assert len(calls) == 64 and set(calls) == {4}
+
+
 def test_time_is_each_rows_own():
     """The times a row's calls see are those of its own events, from 1 down."""
     seen = []
@@ -175,8 +182,9 @@ def test_temperature_and_top_p():
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
     denoise = lambda x, t, at: p.log()
     hot = with_temperature(denoise, 2.0)(None, None, None).exp()
-    torch.testing.assert_close(hot, p.sqrt() / p.sqrt().sum())
-    assert with_temperature(denoise, 0)(None, None, None).exp().tolist() == [[1, 0, 0, 0]]
+    torch.testing.assert_close(hot.float(), p.sqrt() / p.sqrt().sum())
+    for cold in (0, 1e-300, 1e-42, 1e-6):
+        assert with_temperature(denoise, cold)(None, None, None).exp().tolist() == [[1, 0, 0, 0]]
     for top_p, kept in ((0.4, 1), (0.51, 2), (0.8, 2), (0.81, 3), (1.0, 4)):
         want = p * (torch.arange(4) < kept)
         torch.testing.assert_close(with_top_p(denoise, top_p)(None, None, None).exp(), want / want.sum())

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from conftest import LETTERS, make_corpus, tiny_run
 
 import train
-from configs import CONFIGS, Config, replace
+from configs import CONFIGS, Config
 from data.corpus import read_split
 from diffusion import alpha
 from model import DiT, load, read_checkpoint
@@ -130,6 +131,25 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+def test_sigterm_under_torchrun_leaves_a_checkpoint(cfg):
+    """Only one of the two processes hears it, and both end after the same step."""
+    cfg = replace(cfg, steps=100_000, save_every=100_000, eval_every=100_000)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.Popen([*launch, *command(cfg)], cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    log = Path(cfg.out_dir) / "log.jsonl"
+    for _ in range(1200):
+        if run.poll() is not None or (log.exists() and log.read_text()):
+            break
+        time.sleep(0.05)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    workers = [p for p in children if b"train.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    assert len(workers) == 2, run.stderr.read().decode()
+    os.kill(int(workers[1]), signal.SIGTERM)
+    run.communicate(timeout=60)
+    step = read_checkpoint(Path(cfg.out_dir) / "ckpt.pt")["step"]
+    assert 10 <= step < 100_000 and step % 10 == 0
+
+
 def test_kill_9_loses_nothing_before_the_last_checkpoint(cfg, tmp_path):
     straight = replace(cfg, steps=60, out_dir=str(tmp_path / "straight"))
     killed = replace(straight, out_dir=cfg.out_dir)
@@ -240,13 +260,66 @@ def test_wandb_gets_the_log_offline(cfg, tmp_path, monkeypatch):
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(cfg, monkeypatch):
+@pytest.mark.parametrize("save_every, step", [(1, 13), (4, 16), (1000, 18)])
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(
+    cfg, monkeypatch, save_every, step, factor
+):
+    """Wherever it first shows, at a save, a validation or a line of the log: nothing is saved after it."""
     train.main(cfg)
     before = weights(cfg)
-    monkeypatch.setitem(train.LOSSES, "mdlm", lambda net, x0, *a: net(x0, a[2].float()).sum(-1) * math.nan)
-    with pytest.raises(SystemExit, match="loss is nan at step 20"):
-        train.main(replace(cfg, steps=24, save_every=1000), resume=True)
+    monkeypatch.setitem(train.LOSSES, "mdlm", lambda net, x0, *a: net(x0, a[2].float()).sum(-1) * factor)
+    with pytest.raises(SystemExit, match=f"loss .* at step {step}"):
+        train.main(replace(cfg, steps=24, save_every=save_every), resume=True)
     assert same(weights(cfg), before)
+
+
+def test_signals_are_given_back(cfg):
+    handlers = lambda: [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = handlers()
+    train.main(cfg)
+    assert handlers() == before
+    with train.signals_noted() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)  # the second one is as ever
+    assert handlers() == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_goes_on_from_the_best(cfg, tmp_path):
+    straight = replace(cfg, out_dir=str(tmp_path / "straight"))
+    train.main(straight)
+    train.main(replace(cfg, steps=6))
+    os.remove(cfg.out_dir + "/ckpt.pt")
+    train.main(cfg, resume=True)
+    assert same(weights(cfg), weights(straight))
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"step": 8, "lo', "garbage\n", '{"no": 1}\n', "[1]\n", '{"step": 99, "loss": 1}\n']
+)
+def test_a_damaged_log_is_cut_where_the_damage_begins(cfg, damage):
+    train.main(replace(cfg, steps=8))
+    log = Path(cfg.out_dir) / "log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + damage)
+    train.main(cfg, resume=True)
+    assert log.read_text().startswith(whole) and list(records(cfg, "loss")) == [8, 10, 12]
+
+
+def test_speeds_count_no_validation_and_all_steps(cfg, monkeypatch):
+    """Pauses between two lines of the log, for validation and checkpoints, are not training."""
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "time", lambda: clock[0])
+    step, validate = train.train_step, train.bound
+    monkeypatch.setattr(train, "train_step", lambda *a: (clock.__setitem__(0, clock[0] + 1), step(*a))[1])
+    monkeypatch.setattr(
+        train, "bound", lambda *a, **k: (clock.__setitem__(0, clock[0] + 50), validate(*a, **k))[1]
+    )
+    train.main(replace(cfg, steps=25, eval_every=3))
+    assert set(records(cfg, "tokens_per_s").values()) == {8 * 32}
+    assert read_checkpoint(cfg.out_dir + "/ckpt.pt")["seconds"] == 25
 
 
 def test_wrapped_windows_train(tmp_path, cfg):
