@@ -275,9 +275,7 @@ def run(cfg, resume, overwrite, at_end):
     if world > 1:
         dist.all_gather_object(steps := [None] * world, step)
         if len(set(steps)) > 1:
-            fail(
-                f"{cfg.out_dir}: the processes see different checkpoints, at steps {steps}; share the folder"
-            )
+            fail(f"{cfg.out_dir}: the processes see checkpoints of steps {steps}; they must share the folder")
     if device.type == "cuda" and cfg.compile:
         model.hidden = torch.compile(model.hidden)  # the trunk: its shapes are static, the head's are not
     # Two names from here on: `model` is saved and averaged, `net` is called.
@@ -304,7 +302,7 @@ def run(cfg, resume, overwrite, at_end):
                 wandb.log(record, step=record["step"])
 
     work = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
-    say(f"{out}: {count_parameters(cfg):,} parameters, {len(train_ids):,} tokens of {cfg.data} to train on")
+    say(f"{out}: {count_parameters(cfg):,} parameters, {len(train_ids):,} tokens of {cfg.data}")
     say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {world} x {device.type}, "
         f"{grad_accum} x {micro} rows each; {work / 1e9:,.0f} GFLOP a step")  # fmt: skip
 
@@ -339,18 +337,14 @@ def run(cfg, resume, overwrite, at_end):
             if world == 1:
                 stopping = bool(noted)
             if log_now or eval_now or save_now or last or stopping:
-                # The sum over ranks of the mean loss, the gradient norm and who was told to stop: one wait.
-                sums = torch.stack(
-                    (torch.stack(losses).mean(), norm, torch.tensor(float(len(noted)), device=device))
-                )
+                told = torch.tensor(float(len(noted)), device=device)  # one process is enough to stop all
+                means = torch.stack((torch.stack(losses).mean(), norm, told))
                 if world > 1:
-                    dist.all_reduce(sums)
-                loss, norm, told = (sums / world).tolist()
+                    dist.all_reduce(means)
+                loss, norm, told = (means / world).tolist()  # waits for the device
                 stopping = told > 0
                 if not math.isfinite(loss + norm):  # then the weights are lost too: nothing may be saved
-                    raise SystemExit(
-                        f"loss {loss}, gradient norm {norm} at step {step}; {out} keeps its checkpoint"
-                    )
+                    raise SystemExit(f"loss {loss}, gradient norm {norm} at step {step}; {out} is as it was")
             if log_now or last:
                 seconds = time.time() - logged
                 speed = len(losses) * cfg.batch_size * cfg.seq_len / seconds
