@@ -127,7 +127,7 @@ def pydocs_mdlm():
         data="pydocs", vocab_size=2048, seq_len=256,
         n_layer=1, n_head=4, n_embd=256, cond_dim=0,
         loss="mdlm", T=0, time_law="bell",
-        steps=2800, batch_size=16, micro_batch=16,
+        steps=2400, batch_size=16, micro_batch=16,
         lr=2e-3, muon_lr=0.014, lr_decay="linear", warmup=20,
         seed=1, eval_every=400, eval_windows=0, save_every=400,
     )  # fmt: skip
