@@ -72,7 +72,7 @@ def bound(model, ids, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=
         maskable = torch.ones_like(x0, dtype=torch.bool)
         with cast or torch.autocast(device.type, enabled=False):
             if T:
-                t = (torch.floor(v * T) + 1) / T
+                t = (torch.floor(v * T) + 1).clamp(max=T) / T
                 nats[p, b] = (
                     mdlm(model, x0, maskable, replace(cfg, loss="mdlm", aux_ce=0.0, T=T), t).double().sum(-1)
                 )
