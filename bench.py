@@ -69,7 +69,7 @@ def bench_evaluate(args):
     if not len(ids):
         fail(f"{cfg.data}/val.bin: shorter than one window of {cfg.seq_len}")
     x0 = torch.from_numpy(take(ids, range(0, len(ids), cfg.seq_len), cfg.seq_len, cfg, "val.bin")).to(device)
-    theirs = replace(cfg, loss="mdlm", aux_ce=0.0, T=0, t_min=1e-3)
+    theirs = replace(cfg, loss="mdlm", aux_ce=0.0, T=0, t_min=1e-3, time_law="uniform")
 
     @torch.no_grad()
     def by_time(draw):

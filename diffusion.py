@@ -34,17 +34,12 @@ import torch.nn.functional as F
 
 
 def stretched(sigma, dsigma):
-    """exp(-sigma(t)), stretched to run from 1 to 0."""
-    end = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    first, last = torch.exp(-sigma(end)).tolist()
-
-    def alpha(t):
-        return (torch.exp(-sigma(t)) - last) / (first - last)
-
-    def dalpha(t):
-        return -dsigma(t) * torch.exp(-sigma(t)) / (first - last)
-
-    return alpha, dalpha
+    """(alpha, d alpha / dt) of exp(-sigma(t)), stretched to run from 1 to 0."""
+    first, last = torch.exp(-sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))).tolist()
+    return (
+        lambda t: (torch.exp(-sigma(t)) - last) / (first - last),
+        lambda t: -dsigma(t) * torch.exp(-sigma(t)) / (first - last),
+    )
 
 
 SCHEDULES = {  # name: alpha(t), d alpha / dt
@@ -88,7 +83,6 @@ def time_at(schedule, masked):
 # ---------------------------------------------------------------------------------------------------------
 # 2. Time and masking
 
-
 TIME_LAWS = ("uniform", "bell")
 
 
@@ -116,9 +110,9 @@ def mask_tokens(x0, alpha_t, maskable, mask_id, u=None):
     return x0.masked_fill(maskable & (u >= alpha_t[:, None]), mask_id)
 
 
-def mask_exactly(x0, count, maskable, mask_id, u=None):
+def mask_exactly(x0, count, maskable, mask_id):
     """Mask exactly count (B,) of each row's maskable positions, every subset equally likely."""
-    u = torch.rand(x0.shape, dtype=torch.float64, device=x0.device) if u is None else u
+    u = torch.rand(x0.shape, dtype=torch.float64, device=x0.device)
     rank = u.masked_fill(~maskable, 2.0).argsort(-1).argsort(-1)  # maskable positions come first
     return x0.masked_fill(maskable & (rank < count[:, None]), mask_id)
 
