@@ -90,6 +90,21 @@ def test_rotary_scores_depend_on_distance_alone():
     torch.testing.assert_close(rotate(e, cos[5], sin[5]), want)
 
 
+def test_adaln_reads_shift_scale_gate_in_upstreams_order():
+    """Six chunks: shift, scale and gate of attention, then of the MLP; two at the end: shift, scale."""
+    model, c, (cos, sin) = awake(SMALL), torch.randn(2, 1, 8), rotary_tables(16, 8)
+    block, x = model.blocks[0], torch.randn(2, 16, 16)
+    m = (c @ block.ada.weight.T + block.ada.bias).view(2, 1, 6, 16).unbind(2)
+    h = x + m[2] * block.attention(m[0] + (1 + m[1]) * F.layer_norm(x, (16,)) * block.norm1.weight, cos, sin)
+    h = h + m[5] * block.mlp(m[3] + (1 + m[4]) * F.layer_norm(h, (16,)) * block.norm2.weight)
+    torch.testing.assert_close(block(x, c, cos, sin), h)
+    ids, t = canvas(SMALL)
+    model.blocks = torch.nn.ModuleList()
+    c = model.time(model.time_input(t))
+    m = (c @ model.final_ada.weight.T + model.final_ada.bias).view(-1, 1, 2, 16).unbind(2)
+    torch.testing.assert_close(model.hidden(ids, t), m[0] + (1 + m[1]) * model.final_norm(model.embed(ids)))
+
+
 @pytest.mark.parametrize("length", [16, 600])
 def test_attention_equals_scaled_dot_product_attention(length):
     """Written out for short rows on CPUs, torch's kernel for the rest: one law."""

@@ -287,13 +287,24 @@ def test_signals_are_given_back(cfg):
     assert handlers() == before
 
 
-def test_a_run_killed_before_its_first_checkpoint_goes_on_from_the_best(cfg, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_goes_on_from_the_best(cfg, tmp_path, monkeypatch):
     straight = replace(cfg, out_dir=str(tmp_path / "straight"))
     train.main(straight)
     train.main(replace(cfg, steps=6))
     os.remove(cfg.out_dir + "/ckpt.pt")
+    steps, batch = [], train.batch
+    monkeypatch.setattr(train, "batch", lambda *a: (steps.append(a[3]), batch(*a))[1])
     train.main(cfg, resume=True)
-    assert same(weights(cfg), weights(straight))
+    assert steps[0] == 6 and same(weights(cfg), weights(straight))
+
+
+def test_dropout_is_new_in_every_step(cfg, monkeypatch):
+    seeds, train_step = [], train.train_step
+    monkeypatch.setattr(
+        train, "train_step", lambda *a: (seeds.append(torch.initial_seed()), train_step(*a))[1]
+    )
+    train.main(replace(cfg, dropout=0.1))
+    assert len(set(seeds)) == cfg.steps
 
 
 @pytest.mark.parametrize(
