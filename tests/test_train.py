@@ -274,7 +274,15 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(
     assert same(weights(cfg), before)
 
 
-def test_signals_are_given_back(cfg):
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a terminal: a process in the background may have been started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_are_given_back(cfg, interruptible):
     handlers = lambda: [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     before = handlers()
     train.main(cfg)
