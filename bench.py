@@ -6,7 +6,6 @@ python bench.py evaluate out/pydocs_mdlm/ckpt.pt --repeats 30                   
 Machines are noisy: runs are interleaved, figures are medians, and what counts is the ratio within one run.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs import fail
+from configs import check_range, fail, parser
 from data.corpus import read_split, take
 from diffusion import SAMPLERS, denoiser, mdlm, row_generators, stratified, time_of
 from evaluate import bound
@@ -119,10 +118,7 @@ def table(rows):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.error = fail
+    p = parser(__doc__)
     p.add_argument("what", choices=BENCHES)
     p.add_argument("ckpt")
     p.add_argument("--steps", type=int, default=1000, help="sample: diffusion steps")
@@ -132,9 +128,7 @@ def main(argv=None):
     p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
     p.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
     args = p.parse_args(argv)
-    for name, least in dict(steps=1, batch_size=1, repeats=2 if args.what == "evaluate" else 1).items():
-        if getattr(args, name) < least:
-            fail(f"--{name} {getattr(args, name)}: must be at least {least}")
+    check_range(args, steps=1, batch_size=1, repeats=2 if args.what == "evaluate" else 1)
     rows = BENCHES[args.what](args)
     print("\n".join(map(json.dumps, rows)) if args.json else table(rows))
 

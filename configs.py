@@ -25,6 +25,23 @@ def fail(message):
     raise SystemExit(2)
 
 
+def parser(doc):
+    """The argparse parser of every script: its docstring is the help, a mistake is one line."""
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.error = fail
+    return p
+
+
+def check_range(args, **least):
+    """Each named argument that was given must be at least this, and below 2**31."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < 2**31:
+            fail(f"--{name} {value}: must be at least {low} and below 2**31")
+
+
 @dataclass(frozen=True)
 class Config:
     # data
@@ -190,10 +207,7 @@ def boolean(text):
 
 def from_cli(argv=None, doc=None, flags=()):
     """[CONFIG] [--field=value ...] [--flag ...] -> (Config, namespace of the flags). Bad input: exit 2."""
-    p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.error = fail
+    p = parser(doc)
     p.add_argument("config", nargs="?", default="pydocs_mdlm", help=", ".join(CONFIGS))
     for flag, text in flags:
         p.add_argument(f"--{flag}", action="store_true", help=text)

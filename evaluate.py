@@ -5,7 +5,6 @@ python evaluate.py out/owt_mdlm/ckpt.pt --split val --json
 python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a 1000-step sampler
 """
 
-import argparse
 import json
 import math
 from dataclasses import replace
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configs import fail
+from configs import check_range, fail, parser
 from data.corpus import read_split, take
 from diffusion import exact_count_bound, mdlm
 from model import autocast, load, pick_device
@@ -120,10 +119,7 @@ def to_json(record):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.error = fail
+    p = parser(__doc__)
     p.add_argument("ckpt")
     p.add_argument("--split", default="test", help="train, val or test")
     p.add_argument(
@@ -140,10 +136,7 @@ def main(argv=None):
     p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
     p.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else")
     args = p.parse_args(argv)
-    for name, least in dict(T=0, passes=1, batch_size=1, seed=0).items():
-        value = getattr(args, name)
-        if value is not None and not least <= value < 2**31:
-            fail(f"--{name} {value}: must be at least {least} and below 2**31")
+    check_range(args, T=0, passes=1, batch_size=1, seed=0)
 
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, ema=not args.no_ema, device=device)

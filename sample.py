@@ -5,14 +5,13 @@ python sample.py out/owt_mdlm/ckpt.pt --prompt "The meaning of life" --steps 256
 python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12] the end."
 """
 
-import argparse
 import re
 import sys
 from collections import deque
 
 import torch
 
-from configs import fail
+from configs import check_range, fail, parser
 from data.tokenizer import tokenizer_of
 from diffusion import SAMPLERS, denoiser, row_generators, with_temperature, with_top_p
 from model import autocast, load, pick_device
@@ -96,10 +95,7 @@ def watch(tokenizer, xs, header):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.error = fail
+    p = parser(__doc__)
     p.add_argument("ckpt")
     p.add_argument("--prompt", default="", help="text that the sample begins with")
     p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
@@ -118,10 +114,7 @@ def main(argv=None):
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
     args = p.parse_args(argv)
-    for name, least in dict(num=1, steps=1, length=1, temperature=0, seed=0, batch_size=1).items():
-        value = getattr(args, name)
-        if value is not None and not least <= value < 2**31:
-            fail(f"--{name} {value}: must be at least {least} and below 2**31")
+    check_range(args, num=1, steps=1, length=1, temperature=0, seed=0, batch_size=1)
     if not 0 < args.top_p <= 1:
         fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
     if args.infill is not None and (args.prompt or args.length):

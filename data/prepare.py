@@ -8,7 +8,6 @@ python data/prepare.py text --input a.txt b.txt       # any UTF-8 text; --tokeni
 A data set is one function; its keyword arguments are the options that apply to it.
 """
 
-import argparse
 import ast
 import hashlib
 import http.client
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ is on the path
 
-from configs import CONFIGS, fail  # noqa: E402
+from configs import CONFIGS, fail, parser  # noqa: E402
 from data.corpus import dtype_of, finish, folder_of, partial_of  # noqa: E402
 from data.tokenizer import KINDS, tokenizer_of, train_bpe  # noqa: E402
 
@@ -444,10 +443,7 @@ def announce(name, out, meta):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.error = fail
+    p = parser(__doc__)
     p.add_argument("name", help=", ".join(DATASETS))
     p.add_argument("--input", nargs="+", metavar="FILE", help="read these files instead of downloading")
     p.add_argument("--out", help="folder: a bare name is under data/, anything with a slash is a path")
