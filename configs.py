@@ -56,7 +56,7 @@ class Config:
     time_cond: bool = False  # False: adaLN sees a constant, as in MDLM's released model
     time_input: str = "sigma"  # what the time embedding reads: sigma(t) (MDLM, SEDD) or 1000 t (nanoDD)
     tied: bool = False  # the head is the first V rows of the embedding, without bias (nanoDD)
-    causal: bool = False
+    causal: bool = False  # attention to the past alone
     dropout: float = 0.0
     # diffusion
     loss: str = "mdlm"
