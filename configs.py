@@ -5,8 +5,12 @@ python train.py text8_d3pm --lr=5e-4 --seed=2     # a config and typed overrides
 """
 
 import argparse
+import inspect
+import json
+import re
 import sys
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from diffusion import LOSSES, SCHEDULES, TIME_LAWS
 
@@ -21,7 +25,7 @@ BELOW_ONE = ("t_min", "dropout", "ema", "beta1", "beta2")
 
 def fail(message):
     """Every bad input ends here: one line on stderr, exit code 2, nothing written."""
-    print(f"error: {message}", file=sys.stderr)
+    sys.stderr.write(f"error: {message}\n")  # one write: torchrun's processes share the terminal
     raise SystemExit(2)
 
 
@@ -59,8 +63,8 @@ class Config:
     causal: bool = False  # attention to the past alone
     dropout: float = 0.0
     # diffusion
-    loss: str = "mdlm"
-    schedule: str = "linear"
+    loss: str = "mdlm"  # a key of diffusion.LOSSES
+    schedule: str = "linear"  # a key of diffusion.SCHEDULES
     T: int = 0  # number of diffusion steps; 0: continuous time
     t_min: float = 0.0  # smallest t drawn in continuous-time training
     time_law: str = "uniform"  # of the times drawn in training; bell: Beta(2, 2), dwells on half-masked text
@@ -71,9 +75,9 @@ class Config:
     micro_batch: int = 16  # most sequences per GPU per forward: changes memory, not the gradient
     lr: float = 1e-3
     min_lr: float = 0.0  # where cosine and linear decay end
-    lr_decay: str = "constant"
+    lr_decay: str = "constant"  # constant, cosine or linear
     warmup: int = 100
-    decay_steps: int = 0  # linear: the last so many steps decay; 0: all after the warm-up
+    decay_steps: int = 0  # cosine, linear: the last so many steps decay; 0: all after the warm-up
     muon_lr: float = 0.0  # > 0: torch.optim.Muon at this rate for the blocks' matrices, AdamW for the rest
     beta1: float = 0.9
     beta2: float = 0.999
@@ -90,10 +94,10 @@ class Config:
     compile: bool = True  # torch.compile of the trunk; CUDA only
     eval_every: int = 1000
     eval_windows: int = 256  # windows of the validation split per evaluation; 0: all of it
-    save_every: int = 1000
+    save_every: int = 1000  # steps between checkpoints
     samples: int = 4  # printed at the end of a run
     out_dir: str = "out/run"  # the command line makes it out/<config>
-    wandb: bool = False
+    wandb: bool = False  # log to wandb too
 
     @property
     def mask_id(self):
@@ -206,14 +210,19 @@ def boolean(text):
 
 
 def from_cli(argv=None, doc=None, flags=()):
-    """[CONFIG] [--field=value ...] [--flag ...] -> (Config, namespace of the flags). Bad input: exit 2."""
+    """[CONFIG] [--field=value ...] [--flag ...] -> (Config, namespace of the flags). Bad input: exit 2.
+    With the flag --resume, fields that are not given are those of the run in out_dir."""
     p = parser(doc)
     p.add_argument("config", nargs="?", default="pydocs_mdlm", help=", ".join(CONFIGS))
     for flag, text in flags:
         p.add_argument(f"--{flag}", action="store_true", help=text)
+    notes = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for f in fields(Config):
-        kind = boolean if f.type is bool else f.type
-        p.add_argument(f"--{f.name}", type=kind, metavar=f.type.__name__, default=argparse.SUPPRESS)
+        options = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        note = f"{notes.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
+        p.add_argument(
+            f"--{f.name}", help=note, metavar=f.type.__name__, default=argparse.SUPPRESS, **options
+        )
     args, unknown = p.parse_known_args(argv)
     if unknown:
         fail(f"unknown argument {unknown[0]}; the fields are {', '.join(f.name for f in fields(Config))}")
@@ -221,15 +230,18 @@ def from_cli(argv=None, doc=None, flags=()):
         fail(f"unknown config {args.config!r}; the configs are {', '.join(CONFIGS)}")
     given = {f.name: vars(args).pop(f.name) for f in fields(Config) if f.name in args}
     given.setdefault("out_dir", f"out/{args.config}")
+    cfg, saved = CONFIGS[args.config](), Path(given["out_dir"]) / "config.json"
+    if getattr(args, "resume", False) and saved.exists():
+        cfg = from_dict(saved.read_text(), saved)
     try:
-        return replace(CONFIGS[args.config](), **given), args
+        return replace(cfg, **given), args
     except ValueError as e:
         fail(f"{args.config}: {e}")
 
 
 def from_dict(values, where):
-    """The Config that a checkpoint or config.json holds; `where` names the file in the message."""
+    """The Config that a checkpoint holds as a dict, config.json as text; `where` names the file on failure."""
     try:
-        return Config(**values)
+        return Config(**(json.loads(values) if isinstance(values, str) else values))
     except (TypeError, ValueError) as e:
         fail(f"{where}: not a config of this version ({e})")

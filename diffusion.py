@@ -14,9 +14,10 @@ the missing tokens. Generating is the way back: from all MASK at t = 1 to a text
 Contracts
     model(x, t, at)    -> (N, V) float32 logits, one row per True of `at` in row-major order; V outputs, so
                           "the answer is never MASK" is a shape and not a minus infinity
-    denoise(x, t, at)  -> (N, V) log-probabilities; guidance, temperature and top-p wrap it
-    loss(model, x0, maskable, cfg, t=None, xt=None)  -> (B, L) nats, never reduced, zero where nothing is asked
+    denoise(x, t, at)  -> (N, V) log-probabilities; temperature and top-p wrap it
+    loss(model, x0, maskable, cfg, t=None, xt=None)  -> (B, L) nats, never reduced, zero where nothing is lost
     sampler(denoise, x, steps, cfg, gen=None)        -> yields (B, L) canvases, each a new tensor
+cfg is a configs.Config; gen a list of B torch.Generators, one per row, or None for torch's own.
 
 A canvas is any x with some positions MASK: a prompt, an infilling and a suffix are only canvases.
 """
@@ -27,10 +28,10 @@ import torch
 import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------------------
-# 1. Schedules: alpha(t) and its derivative, exactly 1 at t = 0 and 0 at t = 1.
+# 1. Schedules: alpha(t) and its derivative, 1 at t = 0 and 0 at t = 1 to rounding.
 # MDLM and SEDD stop short of both ends by some epsilon, which leaves a prior and a reconstruction term in the
-# bound and masks in the samples. Here both ends are exact: epsilon is dropped, and a schedule given by
-# alpha = exp(-sigma) is stretched affinely.
+# bound and masks in the samples. Here nothing is left at either end: epsilon is dropped, and a schedule given
+# by alpha = exp(-sigma) is stretched affinely.
 
 
 def stretched(sigma, dsigma):
@@ -43,7 +44,7 @@ def stretched(sigma, dsigma):
 
 
 SCHEDULES = {  # name: alpha(t), d alpha / dt
-    "linear": (lambda t: 1 - t, lambda t: -torch.ones_like(t)),  # MDLM's, SEDD's "loglinear"
+    "linear": (lambda t: 1 - t, lambda t: -torch.ones_like(t)),  # "loglinear" in MDLM and SEDD
     "cosine": (
         lambda t: torch.cos(math.pi / 2 * t),
         lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * t),
@@ -57,7 +58,7 @@ SCHEDULES = {  # name: alpha(t), d alpha / dt
         lambda t: 1e-4 ** (1 - t) * 20**t,
         lambda t: 1e-4 ** (1 - t) * 20**t * math.log(20 / 1e-4),
     ),
-    "sigma_linear": stretched(lambda t: 10 * t, lambda t: torch.full_like(t, 10)),  # MDLM's "linear"
+    "sigma_linear": stretched(lambda t: 10 * t, lambda t: torch.full_like(t, 10)),  # "linear" in MDLM
 }
 
 
@@ -94,10 +95,10 @@ def stratified(n, device=None):
 def time_of(u, cfg):
     """Uniform u in [0, 1) -> training time t: continuous in [t_min, 1), or n / T with n = 1 .. T.
 
-    time_law "bell" makes it Beta(2, 2) instead of uniform: training dwells where about half of the text is
-    visible, from which a young network learns most (arXiv 2605.13026 has the idea). The losses keep their
-    weights, so that they then average the bound's terms over the bell instead of evenly. Evaluation never
-    uses it."""
+    time_law "bell" makes it Beta(2, 2) instead of uniform: with the linear schedule, training dwells where
+    about half of the text is visible, from which a young network learns most (arXiv 2605.13026 has the idea).
+    The losses keep their weights, so a training loss then averages the bound's terms over the bell instead
+    of evenly: it is not the bound. Evaluation never uses it."""
     u = u.double()
     if cfg.time_law == "bell":
         u = 0.5 - torch.sin(torch.asin(1 - 2 * u) / 3)  # solves 3 t^2 - 2 t^3 = u
@@ -127,11 +128,14 @@ def corrupt(x0, maskable, cfg, t, xt):
 # ---------------------------------------------------------------------------------------------------------
 # 3. Losses. They are one loss: -log p(x0 | xt) on masked positions, times a weight that depends on t alone.
 #
-# D3PM's bound is a sum over n of KL(q(x_s | xt, x0) || p(x_s | xt)), s = t - 1/T. At a masked position q is
-# x0 with probability r = (alpha_s - alpha_t) / (1 - alpha_t) and else still MASK. The model, which never
-# answers MASK, has p = r p(x0-guess) + (1 - r) MASK: the MASK terms cancel and KL = -r log p(x0). A visible
-# position has KL 0. Nothing of size (B, L, V) is needed but the logits, and these only where xt is MASK.
-# With T -> infinity, T r becomes -alpha' / (1 - alpha), and that is MDLM.
+# D3PM's bound is a sum over the steps n = 1 .. T of KL(q(x_s | xt, x0) || p(x_s | xt)), where t = n / T and
+# s = (n - 1) / T. Look at one position.
+#   If it is visible in xt, it stays as it is under q and p alike: KL = 0.
+#   If it is masked, q reveals it with probability r = (alpha_s - alpha_t) / (1 - alpha_t), as x0, and leaves
+#   MASK with probability 1 - r. The model never answers MASK, so p leaves MASK with the same probability, and
+#   reveals v with probability r p(v | xt). The MASK terms cancel: KL = r log(r / (r p(x0 | xt))).
+# So KL = -r log p(x0 | xt): nothing of size (B, L, V) is needed but the logits, and those at masks only. One
+# random step instead of the sum costs a factor T; as T grows, T r becomes -alpha' / (1 - alpha): that is MDLM.
 
 
 def nll(model, x0, xt, t, at):
@@ -141,8 +145,8 @@ def nll(model, x0, xt, t, at):
 
 
 def bound_weight(t, cfg):
-    """The weight of a masked token's nats at t (B,): -alpha'/(1 - alpha), or T times D3PM's r at step T t.
-    1/t for the linear schedule, in both."""
+    """The weight of a masked token's nats at t (B,): -alpha' / (1 - alpha), or T r of step n = T t.
+    Both are 1 / t for the linear schedule."""
     alpha_t = alpha(cfg.schedule, t)
     masked = (1 - alpha_t).clamp(min=1e-12)  # 0 near t = 0, where nothing is masked; inf * 0 would be NaN
     if not cfg.T:
@@ -161,11 +165,11 @@ def mdlm(model, x0, maskable, cfg, t=None, xt=None):
 
 
 def d3pm(model, x0, maskable, cfg, t=None, xt=None):
-    """nanoDD's absorbing D3PM: T x (KL of step n + aux_ce x cross-entropy over all tokens), KL as above.
+    """nanoDD's absorbing D3PM: T x (KL of step n + aux_ce x cross-entropy over all tokens), KL as above, but
+    in step 1, instead, T x the cross-entropy over all tokens.
 
-    D3PM, arXiv 2107.03006; flukeskywalker/nanoDD, with its dense posteriors summed in closed form. As there,
-    step 1 is the plain cross-entropy of all tokens (its KL and the reconstruction of visible ones). The
-    auxiliary term trains and is no part of the bound: with aux_ce = 0 this is `mdlm` with T steps."""
+    D3PM, arXiv 2107.03006; flukeskywalker/nanoDD, with its dense posteriors summed in closed form. What goes
+    beyond the KL helps training and is no part of the bound: with aux_ce = 0 this is `mdlm` with T steps."""
     if not cfg.aux_ce:
         return mdlm(model, x0, maskable, cfg, t, xt)
     t, xt = corrupt(x0, maskable, cfg, t, xt)
@@ -260,15 +264,16 @@ def with_top_p(denoise, top_p):
 
 def ddpm(denoise, x, steps, cfg, gen=None):
     """Ancestral sampling, the definition: one call for each of `steps` steps, t -> s = t - 1/steps.
-    A masked position is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t)."""
-    grid = alpha(cfg.schedule, torch.arange(steps + 1, dtype=torch.float64) / steps).tolist()
+    A masked position is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t). Kept literal: a token
+    is drawn for every mask, and nearly all are thrown away."""
+    alphas = alpha(cfg.schedule, torch.arange(steps + 1, dtype=torch.float64) / steps).tolist()
     for n in range(steps, 0, -1):
         masked = x == cfg.mask_id
         if not masked.any():
             return
         t = torch.full(x.shape[:1], n / steps, device=x.device)
         draw = x.masked_scatter(masked, categorical(denoise(x, t, masked), uniform(x, gen)[masked]))
-        reveal = masked & (uniform(x, gen) < (grid[n - 1] - grid[n]) / (1 - grid[n]))
+        reveal = masked & (uniform(x, gen) < (alphas[n - 1] - alphas[n]) / (1 - alphas[n]))
         x = torch.where(reveal, draw, x)
         yield x
 
@@ -279,7 +284,7 @@ def reveal_at(denoise, x, time, cfg, gen):
     which = uniform(x, gen)  # a position is drawn once, so one uniform each is all the randomness there is
     while (masked := x == cfg.mask_id).any():
         t = torch.where(masked, time, 0).amax(-1)  # (B,) each row's own next event
-        now = masked & (time == t[:, None])
+        now = masked & (time == t[:, None])  # equal, since t is a copy of one of them
         x = x.masked_scatter(now, categorical(denoise(x, t, now), which[now]))
         yield x
 
@@ -290,7 +295,7 @@ def ddpm_cache(denoise, x, steps, cfg, gen=None):
     When a position is revealed does not depend on the network: in step n with probability
     alpha((n-1)/steps) - alpha(n/steps), independently of all others. So draw the steps first and visit only
     those in which something happens. (MDLM's cache skips the same steps, but a change in any row of the
-    batch ends it, and it is wrong for time-conditioned networks.)"""
+    batch ends it, and it is off for time-conditioned networks.)"""
     time = time_at(cfg.schedule, uniform(x, gen))
     yield from reveal_at(denoise, x, torch.ceil(time * steps) / steps, cfg, gen)
 

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configs import check_range, fail, parser
-from data.corpus import read_split, take
+from data.corpus import read_meta, read_split, take
 from diffusion import exact_count_bound, mdlm
-from model import autocast, load, pick_device
+from model import autocast, compute_dtype, load, pick_device
 
 
 def strata(windows, rng):
@@ -141,9 +141,9 @@ def main(argv=None):
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, ema=not args.no_ema, device=device)
     data = args.data or cfg.data
-    ids, meta = read_split(data, args.split, cfg)
-    if meta["tokenizer"] != model.tokenizer:
+    if read_meta(data)["tokenizer"] != model.tokenizer:
         fail(f"{data}: made with another tokenizer than {args.ckpt}")
+    ids, meta = read_split(data, args.split, cfg)
     T, cast = cfg.T if args.T is None else args.T, autocast(device, args.dtype)
     result = bound(
         model, ids, cfg, f"{data}/{args.split}.bin", T, args.passes, 0, args.batch_size, args.seed, cast,
@@ -151,7 +151,7 @@ def main(argv=None):
     )  # fmt: skip
     result = report(result, meta, args.split) | {
         "ckpt": args.ckpt, "step": model.step, "data": data, "T": T, "passes": args.passes,
-        "seed": args.seed, "ema": not args.no_ema, "dtype": "bfloat16" if cast._enabled else "float32",
+        "seed": args.seed, "ema": not args.no_ema, "dtype": compute_dtype(device, args.dtype),
     }  # fmt: skip
     if args.json:
         print(to_json(result))

@@ -49,7 +49,7 @@ class Block(nn.Module):
         q, k = rotate(qkv[:2], cos.to(qkv.dtype), sin.to(qkv.dtype))  # (B, H, L, head_dim) each
         if x.is_cuda or self.causal or L > 512:
             y = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=self.causal)
-        else:  # written out: on CPUs 2.7 times faster than SDPA's kernel at L = 256 (forward + backward, bf16)
+        else:  # written out: on CPUs much faster than torch's kernel for short rows, see README
             y = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ qkv[2]
         return self.attn_out(y.transpose(1, 2).reshape(B, L, d))
 
@@ -84,13 +84,13 @@ class TimeEmbedding(nn.Module):
 
 class DiT(nn.Module):
     """model(x, t, at) -> (N, V) logits for the N True positions of `at` (B, L), row by row; (B, L, V) without
-    `at`. Diffusion and AR models alike.
+    `at`.
 
     Initialisation: torch's own for linear layers, except
         embedding        uniform +-1/sqrt(d) (MDLM, SEDD); tied: normal 1/sqrt(d), cut at 3 sigma (nanoDD)
         ada, final_ada   zero: every block starts as the identity
         head             zero: every masked token starts at a cost of exactly ln V
-    Without adaLN (cond_dim = 0) the blocks' two output matrices are zero, for the same reason."""
+    Without adaLN (cond_dim = 0) attn_out and mlp_out are zero, for the same reason as ada."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -179,17 +179,19 @@ def pick_device(name):
     return device
 
 
+def compute_dtype(device, dtype):
+    """What --dtype stands for on a device: auto is bfloat16 where it multiplies in it, else float32."""
+    if dtype != "auto":
+        return dtype
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+    cpu = torch.cpu.get_capabilities()
+    return "bfloat16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "float32"
+
+
 def autocast(device, dtype):
-    """The autocast context of --dtype: auto is bfloat16 where the hardware multiplies in it, else float32.
-    Weights, the residual stream, norms and losses stay float32."""
-    if dtype == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            cpu = torch.cpu.get_capabilities()
-            fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        dtype = "bfloat16" if fast else "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    """The autocast context of --dtype. Weights, the residual stream, norms and losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(device, dtype) == "bfloat16")
 
 
 KIND = "nanoMDLM checkpoint"
@@ -199,6 +201,8 @@ def read_checkpoint(path, device="cpu"):
     """The dict that train.py saved: kind, model, ema, optimizer, step, config, tokenizer, torch version ...
     Plain tensors, numbers, strings and dicts: nothing in the file is executed. Fails in one line."""
     path = Path(path)
+    if path.is_dir():
+        path = path / "ckpt.pt"  # a run's folder
     if not path.is_file():
         fail(f"{path}: no such checkpoint")
     try:

@@ -6,6 +6,7 @@ python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12
 """
 
 import re
+import shutil
 import sys
 from collections import deque
 
@@ -79,19 +80,29 @@ def generate(
 
 
 def watch(tokenizer, xs, header):
-    """Redraw one row in the terminal as it is revealed: new tokens bright green, masks dim."""
-    print("\x1b[2J", end="")
+    """Redraw one row in the terminal as it is revealed: new tokens bright green, masks dim. It happens on the
+    terminal's second screen, cut to what fits; returns the text."""
+    print("\x1b[?1049h", end="")
     previous = None
-    for x in xs:
-        ids = x[0].tolist()
-        previous = previous or ids
-        shown = ""
-        for piece, now, before in zip(tokenizer.pieces(ids), ids, previous):
-            style = "2" if now == tokenizer.vocab_size else "1;32" if now != before else ""
-            shown += f"\x1b[{style}m{piece}\x1b[0m" if style else piece
-        print(f"\x1b[H{header}\x1b[K\n\n" + shown.replace("\n", "\x1b[K\n") + "\x1b[J", end="", flush=True)
-        previous = ids
-    print(f"\x1b[H{header}\x1b[K\n\n" + tokenizer.decode(ids).replace("\n", "\x1b[K\n") + "\x1b[J\n")
+    try:
+        for x in xs:
+            ids = x[0].tolist()
+            width, height = shutil.get_terminal_size()
+            lines, column = [""], 0
+            for piece, now, before in zip(tokenizer.pieces(ids), ids, previous or ids):
+                style = "2" if now == tokenizer.vocab_size else "1;32" if now != before else "0"
+                for character in piece:
+                    if character == "\n" or column == width:
+                        lines, column = [*lines, ""], 0
+                    if character != "\n":
+                        lines[-1] += f"\x1b[{style}m{character}"
+                        column += 1
+            shown = "\x1b[0m\x1b[K\n".join([header[:width], "", *lines[: height - 3]])
+            print(f"\x1b[H{shown}\x1b[0m\x1b[J", end="", flush=True)
+            previous = ids
+    finally:
+        print("\x1b[?1049l", end="", flush=True)
+    return tokenizer.decode(ids)
 
 
 def main(argv=None):
@@ -101,9 +112,7 @@ def main(argv=None):
     p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
     p.add_argument("--num", type=int, default=1, help="samples")
     p.add_argument("--length", type=int, help="tokens; default: the model's")
-    p.add_argument(
-        "--steps", type=int, default=1000, help="diffusion steps; more never costs over --length calls"
-    )
+    p.add_argument("--steps", type=int, default=1000, help="diffusion steps; never more than --length calls")
     p.add_argument("--sampler", default="ddpm_cache", choices=SAMPLERS)
     p.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     p.add_argument("--top_p", type=float, default=1.0, help="nucleus")
@@ -140,11 +149,14 @@ def main(argv=None):
         dtype=args.dtype,
     )  # fmt: skip
     if args.watch and sys.stdout.isatty():
-        for row in range(args.num):
-            header = f"sample {row + 1} of {args.num} · {args.sampler}, {args.steps} steps"
-            watch(tokenizer, frames(model, cfg, canvas, [row], **options), header)
-        return
-    texts = generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, **options)
+        header = "sample {} of {} · {}, {} steps"
+        texts = (
+            watch(tokenizer, frames(model, cfg, canvas, [row], **options),
+                  header.format(row + 1, args.num, args.sampler, args.steps))
+            for row in range(args.num)
+        )  # fmt: skip
+    else:
+        texts = generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, **options)
     for i, text in enumerate(texts):
         if args.num > 1:
             print(f"--- sample {i + 1}")

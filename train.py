@@ -1,10 +1,10 @@
 """Train a masked diffusion language model.
 
-python train.py                                            # the demo: 4 minutes on a laptop CPU
+python train.py                                            # the demo: minutes on a CPU, no download
 python train.py text8_mdlm --batch_size=256 --lr=6e-4      # a config and typed overrides
 torchrun --nproc_per_node=8 train.py owt_mdlm              # 8 GPUs of one machine
 torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py owt_mdlm
-python train.py owt_mdlm --resume                          # goes on where the run stopped, to the bit
+python train.py owt_mdlm --resume                          # goes on where the run stopped; on CPU to the bit
 
 A run lives in out/<config>/: ckpt.pt (last), best.pt (lowest validation bound), log.jsonl, config.json.
 """
@@ -32,7 +32,16 @@ from data.prepare import prepare
 from data.tokenizer import tokenizer_of
 from diffusion import LOSSES, alpha, mask_tokens, time_of
 from evaluate import bound, figure, report, to_json
-from model import KIND, DiT, autocast, count_parameters, flops_per_token, pick_device, read_checkpoint
+from model import (
+    KIND,
+    DiT,
+    autocast,
+    compute_dtype,
+    count_parameters,
+    flops_per_token,
+    pick_device,
+    read_checkpoint,
+)
 from sample import generate
 
 try:
@@ -60,7 +69,8 @@ def batch(ids, meta, cfg, step, rows):
 
 
 def row_noise(seed, index, n):
-    """n uniforms of training row `index`. Philox is counter-based: any row at once, none depends on another."""
+    """n uniforms of training row `index`. Philox is counter-based: any row at once, none depends on another.
+    The counter starts elsewhere than that of the epochs' orders, which have the same keys."""
     return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, 1])).random(n)
 
 
@@ -69,7 +79,8 @@ def row_noise(seed, index, n):
 
 
 def lr_at(step, cfg):
-    """Linear warm-up, then constant (MDLM), cosine (nanoDD) or linear decay to min_lr at the last step."""
+    """Rate of update number `step` = 0, 1, ...: linear warm-up from 0, then constant (MDLM), or cosine (nanoDD)
+    or linear decay that would reach min_lr at `steps`."""
     if step < cfg.warmup:
         return cfg.lr * step / cfg.warmup
     start = cfg.steps - cfg.decay_steps if cfg.decay_steps else cfg.warmup
@@ -225,7 +236,7 @@ def train_step(net, optimizers, micro_batches, step, cfg, device):
     total = torch.zeros((), device=device)
     for i, tensors in enumerate(micro_batches):
         x0, maskable, t, xt = (a.to(device) for a in tensors)
-        net.require_backward_grad_sync = i == len(micro_batches) - 1  # DDP: average the gradients once
+        net.require_backward_grad_sync = i == len(micro_batches) - 1  # for DDP: average once
         with autocast(device, cfg.dtype):
             nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt)  # (B, L)
         loss = (nats.sum(-1) / maskable.sum(-1)).mean() / len(micro_batches)  # the same for any split
@@ -304,7 +315,9 @@ def run(cfg, resume, overwrite, at_end):
     work = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len
     say(f"{out}: {count_parameters(cfg):,} parameters, {len(train_ids):,} tokens of {cfg.data}")
     say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {world} x {device.type}, "
-        f"{grad_accum} x {micro} rows each; {work / 1e9:,.0f} GFLOP a step")  # fmt: skip
+        f"{grad_accum} x {micro} rows each in {compute_dtype(device, cfg.dtype)}; {work / 1e9:,.0f} GFLOP a step")  # fmt: skip
+    if resume:
+        say(f"resumed at step {step}" if step else f"{out} has no checkpoint: starting at step 0")
 
     def checkpoint(name):
         if rank == 0:
@@ -369,7 +382,7 @@ def run(cfg, resume, overwrite, at_end):
         say(f"stopped at step {step}; go on with --resume")
         raise SystemExit(128 + (noted or [signal.SIGTERM])[0])
 
-    val = validate(0)
+    val = validate(0) if cfg.eval_windows else val  # all windows
     log(dict(step=step, final=val))
     if rank == 0:
         say(f"\nvalidation: {figure(val, 'bits_per_char', 3)} bits per character, perplexity "
@@ -393,8 +406,8 @@ if __name__ == "__main__":
     cfg, args = from_cli(
         doc=__doc__,
         flags=(
-            ("resume", "go on from ckpt.pt of out_dir, if there is one"),
-            ("overwrite", "lose the run that is in out_dir"),
+            ("resume", "go on from ckpt.pt of out_dir, if there is one, with its fields"),
+            ("overwrite", "delete the run that is in out_dir"),
         ),
     )
     if dist.is_torchelastic_launched():

@@ -439,6 +439,8 @@ def announce(name, out, meta):
     for field, value in dict(data=out, vocab_size=meta["vocab_size"], seq_len=meta["wrap"]).items():
         if value and value != getattr(cfg, field):
             command += f" --{field}={value}"
+    if name == "text":  # the demo's recipe, but not the demo's run
+        command += f" --out_dir=out/{meta['name']}"
     print(f"now train on it: {command}")
 
 

@@ -78,7 +78,10 @@ def gpt2(spec):
     try:
         model = tiktoken.get_encoding("gpt2")
     except OSError as e:
-        raise ValueError(f"cannot fetch GPT-2's vocabulary, which tiktoken downloads once ({e})") from None
+        raise ValueError(
+            f"cannot fetch GPT-2's vocabulary, which tiktoken downloads once ({type(e).__name__}); "
+            "set TIKTOKEN_CACHE_DIR to a folder that has it"
+        ) from None
     return model.encode_ordinary, [model.decode_single_token_bytes(i) for i in range(model.n_vocab)]
 
 

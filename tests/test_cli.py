@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,22 @@ def refused(capsys, call, *words):
 )
 def test_bad_configs(capsys, argv, words):
     refused(capsys, lambda: from_cli(argv), *words)
+
+
+def test_resume_takes_the_fields_of_the_run(tmp_path, capsys):
+    out, flags = f"--out_dir={tmp_path}", [("resume", ""), ("overwrite", "")]
+    saved = replace(CONFIGS["pydocs_mdlm"](), steps=60, lr=0.5, out_dir=str(tmp_path))
+    assert from_cli([out, "--resume"], flags=flags)[0] == replace(
+        CONFIGS["pydocs_mdlm"](), out_dir=str(tmp_path)
+    )
+    (tmp_path / "config.json").write_text(json.dumps(asdict(saved)))
+    assert from_cli([out, "--resume"], flags=flags)[0] == saved
+    assert from_cli([out, "--resume", "--steps=90", "--wandb"], flags=flags)[0] == replace(
+        saved, steps=90, wandb=True
+    )
+    assert from_cli([out], flags=flags)[0].steps != 60
+    (tmp_path / "config.json").write_text("{")
+    refused(capsys, lambda: from_cli([out, "--resume"], flags=flags), "config.json", "not a config")
 
 
 def test_every_field_has_a_flag_and_every_config_is_valid():
@@ -234,6 +250,7 @@ def files(checkpoint, tmp_path):
     "name, words",
     [
         ("absent.pt", ["no such checkpoint"]),
+        ("", ["ckpt.pt: no such checkpoint"]),
         ("truncated.pt", ["damaged"]),
         ("text.pt", ["damaged, or not a checkpoint"]),
         ("foreign.pt", ["not a checkpoint of this project"]),

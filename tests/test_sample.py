@@ -89,14 +89,30 @@ def test_watch_redraws_a_terminal_and_is_plain_in_a_pipe(checkpoint, capsys, mon
     monkeypatch.setattr(sys, "stdout", terminal)
     sample.main([str(checkpoint), "--seed", "5", "--steps", "8", "--watch", "--num", "2"])
     shown = terminal.getvalue()
-    frames = shown.split("\x1b[H")[1:]
-    assert "█" in frames[0] and "sample 1 of 2" in frames[0] and "█" not in frames[-1]
-    assert 4 < len(frames) <= 2 * 10  # canvas, at most 8 events, final text; twice
-    assert any("\x1b[1;32m" in f for f in frames[1:-1]) and "\x1b[1;32m" not in frames[0] + frames[-1]
-    assert plain.strip("\n") in shown  # the last frame is the text that a pipe gets
-    for before, after in zip(frames, frames[1:]):
-        if "1 of 2" in after:
-            assert before.count("█") >= after.count("█")
+    assert shown.count("\x1b[?1049h") == shown.count("\x1b[?1049l") == 2  # the second screen, and back
+    views = [part.split("\x1b[?1049l")[0].split("\x1b[H")[1:] for part in shown.split("\x1b[?1049h")[1:]]
+    for i, frames in enumerate(views):
+        assert f"sample {i + 1} of 2" in frames[0]
+        masks = [f.count("█") for f in frames]
+        assert masks[0] == 32 and masks[-1] == 0 and masks == sorted(masks, reverse=True)
+        assert 3 < len(frames) <= 9  # the canvas and at most 8 events
+        bright = [f.count("\x1b[1;32m") for f in frames]
+        assert bright == [0, *(-b for b in torch.tensor(masks).diff().tolist())]
+    left = re.sub(r"\x1b\[\?1049h.*?\x1b\[\?1049l", "", shown, flags=re.DOTALL)  # what stays on the terminal
+    assert left.startswith(f"--- sample 1\n{plain}--- sample 2\n") and "\x1b" not in left
+
+
+def test_watch_fits_the_terminal(checkpoint, monkeypatch):
+    """Long lines wrap, what is too tall is cut, and no frame scrolls."""
+    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setenv("LINES", "5")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    sample.main([str(checkpoint), "--watch", "--steps", "3"])
+    view = terminal.getvalue().split("\x1b[?1049l")[0]
+    for frame in view.split("\x1b[H")[1:]:
+        lines = re.sub(r"\x1b\[[0-9;]*[a-zA-Z]", "", frame).split("\n")
+        assert len(lines) == 4 and max(map(len, lines)) == 10 and len(lines[2]) == len(lines[3]) == 10
 
 
 def test_caller_work_between_frames_is_not_autocast(checkpoint):
