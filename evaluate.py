@@ -61,6 +61,7 @@ def bound(model, ids, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=
     if tokens[-1] < L and batches[-1].stop - batches[-1].start > 1:  # the short last window goes alone
         batches[-1:] = [slice(batches[-1].start, W - 1), slice(W - 1, W)]
     jobs = [(p, b) for p in range(passes) for b in batches]
+    in_steps = replace(cfg, loss="mdlm", aux_ce=0.0, T=T)
 
     nats = torch.zeros(passes, W, dtype=torch.float64, device=device)
     mine = list(enumerate(jobs))[rank::world]
@@ -72,9 +73,7 @@ def bound(model, ids, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=
         with cast or torch.autocast(device.type, enabled=False):
             if T:
                 t = (torch.floor(v * T) + 1).clamp(max=T) / T
-                nats[p, b] = (
-                    mdlm(model, x0, maskable, replace(cfg, loss="mdlm", aux_ce=0.0, T=T), t).double().sum(-1)
-                )
+                nats[p, b] = mdlm(model, x0, maskable, in_steps, t).double().sum(-1)
             else:
                 count = (torch.floor(v * x0.shape[1]) + 1).clamp(max=x0.shape[1]).long()
                 nats[p, b] = exact_count_bound(model, x0, maskable, cfg, count).double()

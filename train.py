@@ -199,7 +199,7 @@ def open_folder(cfg, step):
 @contextlib.contextmanager
 def signals_noted():
     """Ctrl-C and SIGTERM are noted in the list that this yields, for the loop to end after the step that is
-    under way, with a checkpoint. A second one acts as ever."""
+    under way, with a checkpoint. A second one acts as usual."""
 
     def note(number, frame):
         noted.append(number)
@@ -225,9 +225,7 @@ def split_batch(cfg, world):
     rows = cfg.batch_size // world
     micro = min(cfg.micro_batch, rows)
     if rows % micro:
-        fail(
-            f"batch_size={cfg.batch_size}: a process's {rows} rows must be a multiple of micro_batch={micro}"
-        )
+        fail(f"batch_size={cfg.batch_size}: {rows} rows per process must divide into micro_batch={micro}")
     return rows // micro, micro
 
 
