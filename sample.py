@@ -112,7 +112,9 @@ def main(argv=None):
     p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
     p.add_argument("--num", type=int, default=1, help="samples")
     p.add_argument("--length", type=int, help="tokens; default: the model's")
-    p.add_argument("--steps", type=int, default=1000, help="diffusion steps; never more than --length calls")
+    p.add_argument(
+        "--steps", type=int, default=1000, help="diffusion steps; ddpm_cache makes at most --length calls"
+    )
     p.add_argument("--sampler", default="ddpm_cache", choices=SAMPLERS)
     p.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     p.add_argument("--top_p", type=float, default=1.0, help="nucleus")
