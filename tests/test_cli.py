@@ -332,3 +332,17 @@ def test_help_is_the_docstring(capsys):
             main(["--help"], **(dict(doc=train.__doc__) if main is from_cli else {}))
         out = capsys.readouterr().out
         assert e.value.code == 0 and word in out and re.search(r"python \w+\.py", out)
+
+
+def test_the_readme_names_files_that_exist_with_their_sizes():
+    """Every file that a command or the table of README names is there, and its line count is right to 5 %."""
+    root = Path(train.__file__).parent
+    readme = (root / "README.md").read_text()
+    sizes = dict(re.findall(r"\| \[`([\w./]+\.py)`\]\([\w./]+\) \|.*\| ([\d,]+) \|", readme))
+    assert {p.name for p in root.glob("*.py")} <= sizes.keys()
+    for name, lines in sizes.items():
+        assert int(lines) == pytest.approx(len((root / name).read_text().splitlines()), rel=0.05), name
+    for name in re.findall(r"python ([\w/]+\.py)", readme):
+        assert (root / name).exists(), name
+    for name in CONFIGS:
+        assert f"`{name}`" in readme
