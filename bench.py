@@ -19,7 +19,7 @@ from tqdm import tqdm
 from configs import check_range, fail, parser
 from data.corpus import read_split, take
 from diffusion import SAMPLERS, denoiser, mdlm, row_generators, stratified, time_of
-from evaluate import bound
+from evaluate import bound, report
 from model import autocast, load, pick_device
 
 
@@ -81,8 +81,7 @@ def bench_evaluate(args):
         return nats / x0.numel()
 
     def by_count(seed):
-        cast = autocast(device, args.dtype)
-        return bound(model, ids, cfg, "val.bin", batch_size=args.batch_size, seed=seed, cast=cast)
+        return bound(model, ids, cfg, "val.bin", batch_size=args.batch_size, seed=seed, dtype=args.dtype)
 
     estimates = {"iid t": [], "stratified t (MDLM)": [], "exact counts": []}
     reported = []
@@ -93,7 +92,7 @@ def bench_evaluate(args):
         ours = by_count(seed)
         estimates["exact counts"].append(ours["nats"])
         reported.append(ours["se"])
-    bits = 1 / math.log(2) * meta["splits"]["val"]["tokens"] / meta["splits"]["val"]["characters"]
+    bits = report(dict(nats=1.0, se=0.0), meta, "val")["bits_per_char"]  # of one nat per token
     best = np.std(estimates["exact counts"], ddof=1) * bits
     error = 1 / math.sqrt(2 * (args.repeats - 1))  # relative error of a standard deviation
     rows = []

@@ -42,7 +42,9 @@ def standard_error(nats, u, tokens):
 
 
 @torch.no_grad()
-def bound(model, ids, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, cast=None, quiet=True):
+def bound(
+    model, ids, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32", quiet=True
+):
     """The bound on -log p of a split in nats per token: {"nats", "se", "tokens", "forwards"}.
 
     The split is cut into fixed windows of seq_len (the last may be shorter); windows > 0 takes that many,
@@ -70,7 +72,7 @@ def bound(model, ids, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=
         x0 = torch.from_numpy(take(ids, starts[b], int(tokens[b.start]), cfg, where)).to(device)
         v = torch.from_numpy(u[p, b]).to(device)
         maskable = torch.ones_like(x0, dtype=torch.bool)
-        with cast or torch.autocast(device.type, enabled=False):
+        with autocast(device, dtype):
             if T:
                 t = (torch.floor(v * T) + 1).clamp(max=T) / T
                 nats[p, b] = mdlm(model, x0, maskable, in_steps, t).double().sum(-1)
@@ -143,9 +145,9 @@ def main(argv=None):
     if read_meta(data)["tokenizer"] != model.tokenizer:
         fail(f"{data}: made with another tokenizer than {args.ckpt}")
     ids, meta = read_split(data, args.split, cfg)
-    T, cast = cfg.T if args.T is None else args.T, autocast(device, args.dtype)
+    T = cfg.T if args.T is None else args.T
     result = bound(
-        model, ids, cfg, f"{data}/{args.split}.bin", T, args.passes, 0, args.batch_size, args.seed, cast,
+        model, ids, cfg, f"{data}/{args.split}.bin", T, args.passes, 0, args.batch_size, args.seed, args.dtype,
         quiet=args.json,
     )  # fmt: skip
     result = report(result, meta, args.split) | {

@@ -327,8 +327,8 @@ def run(cfg, resume, overwrite, at_end):
 
     def validate(windows):
         """The report on `windows` windows of the validation split (0: all), which all ranks share."""
-        where, cast = f"{cfg.data}/val.bin", autocast(device, cfg.dtype)
-        return report(bound(ema, val_ids, cfg, where, cfg.T, 1, windows, micro, cast=cast), meta, "val")
+        where = f"{cfg.data}/val.bin"
+        return report(bound(ema, val_ids, cfg, where, cfg.T, 1, windows, micro, dtype=cfg.dtype), meta, "val")
 
     bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     logged, losses, stopping = time.time(), [], False
