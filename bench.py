@@ -31,7 +31,7 @@ def bench_sample(args):
     seconds, calls = {name: [] for name in SAMPLERS}, {}
 
     def run(name, seed, steps):
-        count, plain, gen = [0, 0], denoiser(model), row_generators(seed, range(args.batch_size))
+        count, plain, gen = [0, 0], denoiser(model, cfg), row_generators(seed, range(args.batch_size))
 
         def counted(x, t, at):
             count[0] += 1
@@ -81,7 +81,9 @@ def bench_evaluate(args):
         return nats / x0.numel()
 
     def by_count(seed):
-        return bound(model, ids, cfg, "val.bin", batch_size=args.batch_size, seed=seed, dtype=args.dtype)
+        return bound(
+            model, ids, meta, cfg, "val.bin", batch_size=args.batch_size, seed=seed, dtype=args.dtype
+        )
 
     estimates = {"iid t": [], "stratified t (MDLM)": [], "exact counts": []}
     reported = []

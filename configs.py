@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from diffusion import LOSSES, SCHEDULES, TIME_LAWS
+from diffusion import LOSSES, SCHEDULES, TIME_DRAWS, TIME_LAWS
 
 LR_DECAYS = ("constant", "cosine", "linear")
 TIME_INPUTS = ("sigma", "step")
@@ -60,15 +60,19 @@ class Config:
     time_cond: bool = False  # False: adaLN sees a constant, as in MDLM's released model
     time_input: str = "sigma"  # what the time embedding reads: sigma(t) (MDLM, SEDD) or 1000 t (nanoDD)
     tied: bool = False  # the head is the first V rows of the embedding, without bias (nanoDD)
-    causal: bool = False  # attention to the past alone
+    causal: bool = False  # loss=ar: position i sees, and is predicted from, the tokens before it alone
+    zero_masking: bool = True  # False: d3pm's network may answer MASK (V + 1 outputs)
     dropout: float = 0.0
     # diffusion
     loss: str = "mdlm"  # a key of diffusion.LOSSES
     schedule: str = "linear"  # a key of diffusion.SCHEDULES
     T: int = 0  # number of diffusion steps; 0: continuous time
+    bos: bool = False  # every row's first token is given: never masked, predicted or counted
     t_min: float = 0.0  # smallest t drawn in continuous-time training
+    time_draw: str = "stratified"  # over the global batch; iid, importance (log-uniform t), counts (exact)
     time_law: str = "uniform"  # of the times drawn in training; bell: Beta(2, 2), dwells on half-masked text
-    aux_ce: float = 0.0  # d3pm: weight of the auxiliary cross-entropy over every token
+    aux_ce: float = 0.0  # d3pm: weight of nanoDD's auxiliary cross-entropy over every token
+    carry_over: bool = True  # False: d3pm's network has to copy what it sees (the reconstruction term)
     # optimisation
     steps: int = 1000
     batch_size: int = 16  # sequences per optimiser step, all GPUs together
@@ -106,8 +110,8 @@ class Config:
     def __post_init__(self):
         """Raises ValueError with one line that names the field and what is allowed."""
         choices = dict(
-            loss=LOSSES, schedule=SCHEDULES, time_law=TIME_LAWS, lr_decay=LR_DECAYS, time_input=TIME_INPUTS,
-            dtype=DTYPES,
+            loss=LOSSES, schedule=SCHEDULES, time_law=TIME_LAWS, time_draw=TIME_DRAWS, lr_decay=LR_DECAYS,
+            time_input=TIME_INPUTS, dtype=DTYPES,
         )  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -133,8 +137,21 @@ class Config:
             raise ValueError("time_cond=True: needs cond_dim > 0")
         if self.loss == "d3pm" and not self.T:
             raise ValueError("loss=d3pm: needs T, the number of diffusion steps, e.g. --T=1000")
-        if self.aux_ce and self.loss != "d3pm":
-            raise ValueError(f"aux_ce={self.aux_ce}: only loss=d3pm has an auxiliary cross-entropy")
+        for name in ("aux_ce", "zero_masking", "carry_over"):
+            if self.loss != "d3pm" and getattr(self, name) != getattr(Config, name):
+                raise ValueError(f"{name}={getattr(self, name)}: only for loss=d3pm")
+        if self.aux_ce and not (self.zero_masking and self.carry_over):
+            raise ValueError(f"aux_ce={self.aux_ce}: needs zero_masking=True and carry_over=True")
+        if self.loss in ("sedd", "ar") and self.T:
+            raise ValueError(f"T={self.T}: must be 0 for loss={self.loss}")
+        if (self.loss == "ar") != self.causal:
+            raise ValueError(f"causal={self.causal}: must be True for loss=ar and False for the others")
+        if self.causal and self.cond_dim:
+            raise ValueError(f"cond_dim={self.cond_dim}: must be 0 for loss=ar, which has no time")
+        if self.time_draw in ("importance", "counts") and (self.T or self.loss == "ar"):
+            raise ValueError(f"time_draw={self.time_draw}: needs continuous time, T=0, and not loss=ar")
+        if self.time_draw == "importance" and not (0 < self.t_min < 1 and self.time_law == "uniform"):
+            raise ValueError("time_draw=importance: needs t_min between 0 and 1 and time_law=uniform")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -168,10 +185,66 @@ def owt_mdlm():
     )  # fmt: skip
 
 
+# What the baselines of MDLM's paper change about an MDLM, and nothing else.
+
+
+def as_sedd(cfg):
+    """Score entropy; the network is told the time, if it can be."""
+    return replace(cfg, loss="sedd", time_cond=cfg.cond_dim > 0)
+
+
+def as_d3pm(cfg):
+    """MDLM's D3PM: 1,000 steps, a network that may answer MASK, has to copy what it sees and is told the time."""
+    return replace(cfg, loss="d3pm", T=1000, zero_masking=False, carry_over=False, time_cond=cfg.cond_dim > 0)
+
+
+def as_ar(cfg):
+    """An autoregressive transformer of the same blocks, without adaLN."""
+    return replace(cfg, loss="ar", causal=True, cond_dim=0, time_cond=False)
+
+
+def owt_sedd():
+    """SEDD as MDLM's paper trained it anew; perplexity there at most 24.10."""
+    return as_sedd(owt_mdlm())
+
+
+def owt_ar():
+    """Every row begins with [BOS], which is given. An AR model learns from all tokens of a row, the others from
+    the masked half: so half the steps. Perplexity in MDLM's paper 17.54."""
+    return replace(as_ar(owt_mdlm()), bos=True, steps=500_000)
+
+
+def lm1b_mdlm():
+    """MDLM on the One Billion Word Benchmark: a sentence a row, in BERT's WordPieces, padded to 128, padding not
+    counted. MDLM's paper: at most 27.04 (33B tokens). --data=lm1b_packed is the other protocol, whose figures are
+    not comparable. Upstream masks with BERT's own [MASK], id 103; ours is one id more."""
+    return replace(owt_mdlm(), data="lm1b", vocab_size=30522, seq_len=128, micro_batch=128)
+
+
+def lm1b_d3pm():
+    return as_d3pm(lm1b_mdlm())  # at most 76.90
+
+
+def lm1b_sedd():
+    return as_sedd(lm1b_mdlm())  # at most 32.79
+
+
+def lm1b_ar():
+    return replace(as_ar(lm1b_mdlm()), bos=True, steps=500_000)  # [CLS] is given; 22.32
+
+
 def text8_mdlm():
     """MDLM's recipe at text8's standard size: 27 characters, 256 of them a row, 1M steps of 512 rows, as
     D3PM (arXiv 2107.03006) and MD4 (arXiv 2406.04329) train it; others report at most 1.40 bits/char."""
     return replace(owt_mdlm(), data="text8", vocab_size=27, seq_len=256, micro_batch=64)
+
+
+def text8_sedd():
+    return as_sedd(text8_mdlm())  # others report at most 1.39
+
+
+def text8_ar():
+    return replace(as_ar(text8_mdlm()), steps=500_000)  # no BOS in text8: the first character counts; 1.23
 
 
 def text8_d3pm():
@@ -199,7 +272,13 @@ def owt_d3pm():
     )  # fmt: skip
 
 
-CONFIGS = {f.__name__: f for f in (pydocs_mdlm, text8_mdlm, text8_d3pm, owt_mdlm, owt_d3pm)}
+CONFIGS = {
+    f.__name__: f
+    for f in (
+        pydocs_mdlm, text8_mdlm, text8_d3pm, text8_sedd, text8_ar, lm1b_mdlm, lm1b_d3pm, lm1b_sedd, lm1b_ar,
+        owt_mdlm, owt_d3pm, owt_sedd, owt_ar,
+    )
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ the missing tokens. Generating is the way back: from all MASK at t = 1 to a text
 
 Contracts
     model(x, t, at)    -> (N, V) float32 logits, one row per True of `at` in row-major order; V outputs, so
-                          "the answer is never MASK" is a shape and not a minus infinity
-    denoise(x, t, at)  -> (N, V) log-probabilities; temperature and top-p wrap it
+                          "the answer is never MASK" is a shape and not a minus infinity (a D3PM without
+                          zero_masking has one more, MASK, at the end)
+    denoise(x, t, at)  -> (N, V) log-probabilities; temperature, top-p and a greedy end wrap it
     loss(model, x0, maskable, cfg, t=None, xt=None)  -> (B, L) nats, never reduced, zero where nothing is lost
     sampler(denoise, x, steps, cfg, gen=None)        -> yields (B, L) canvases, each a new tensor
 cfg is a configs.Config; gen a list of B torch.Generators, one per row, or None for torch's own.
@@ -111,11 +112,39 @@ def mask_tokens(x0, alpha_t, maskable, mask_id, u=None):
     return x0.masked_fill(maskable & (u >= alpha_t[:, None]), mask_id)
 
 
-def mask_exactly(x0, count, maskable, mask_id):
-    """Mask exactly count (B,) of each row's maskable positions, every subset equally likely."""
-    u = torch.rand(x0.shape, dtype=torch.float64, device=x0.device)
-    rank = u.masked_fill(~maskable, 2.0).argsort(-1).argsort(-1)  # maskable positions come first
-    return x0.masked_fill(maskable & (rank < count[:, None]), mask_id)
+def mask_exactly(x0, count, maskable, mask_id, u=None):
+    """Mask exactly count (B,) of each row's maskable positions, every subset equally likely, by raising the
+    masked fraction until the count-th falls. Returns xt and that fraction (B,), which is Beta(count, n + 1 -
+    count) for n maskable positions: the law of the fraction given the count, independent of which fell."""
+    u = torch.rand(x0.shape, dtype=torch.float64, device=x0.device) if u is None else u
+    u = u.masked_fill(~maskable, 2.0)  # these come last
+    fraction = u.sort(-1).values.gather(-1, count[:, None] - 1)
+    return x0.masked_fill(maskable & (u <= fraction), mask_id), fraction[:, 0].clamp(max=1.0)
+
+
+TIME_DRAWS = ("stratified", "iid", "importance", "counts")
+
+
+def draw(x0, maskable, cfg, u, v):
+    """Training's noise, from uniforms u (B,) and v (B, L): t (B,), xt (B, L), and the weights (B,) that make the
+    losses' expectation that of t uniform in [t_min, 1) again.
+
+    stratified, iid    how the caller drew u: one in each stratum of the global batch, or independently
+    importance         log t uniform (MDLM's importance sampling): the weight of a masked token is the same
+                       for all t with the linear schedule
+    counts             exactly l masks, l uniform on 1 .. n: `exact_count_bound`, for training"""
+    if cfg.time_draw == "counts":
+        n = maskable.sum(-1)
+        count = torch.floor(n * time_of(u, cfg)).long() + 1
+        xt, fraction = mask_exactly(x0, count, maskable, cfg.mask_id, v)
+        t = time_at(cfg.schedule, fraction)
+        return t, xt, n / count / bound_weight(t, cfg)  # n / count instead of the loss's own weight
+    weight = torch.ones_like(u)
+    t = time_of(u, cfg)
+    if cfg.time_draw == "importance":
+        t = cfg.t_min ** (1 - u)
+        weight = t * -math.log(cfg.t_min) / (1 - cfg.t_min)  # uniform density over that of t
+    return t, mask_tokens(x0, alpha(cfg.schedule, t), maskable, cfg.mask_id, v), weight
 
 
 def corrupt(x0, maskable, cfg, t, xt):
@@ -138,20 +167,31 @@ def corrupt(x0, maskable, cfg, t, xt):
 # random step instead of the sum costs a factor T; as T grows, T r becomes -alpha' / (1 - alpha): that is MDLM.
 
 
+def spread(values, at):
+    """values (N,) at the N positions of `at` (B, L), zero elsewhere."""
+    return torch.zeros(at.shape, dtype=values.dtype, device=at.device).masked_scatter(at, values)
+
+
 def nll(model, x0, xt, t, at):
     """-log p(x0 | xt) in nats, (B, L) float32, zero outside `at`. The head runs on `at` only."""
-    loss = F.cross_entropy(model(xt, t.float(), at), x0[at], reduction="none")
-    return torch.zeros_like(x0, dtype=loss.dtype).masked_scatter(at, loss)
+    return spread(F.cross_entropy(model(xt, t.float(), at), x0[at], reduction="none"), at)
+
+
+def reveal_rate(t, cfg):
+    """-alpha' / (1 - alpha) at t (B,): the rate at which, going back in time, a masked token is revealed."""
+    masked = 1 - alpha(cfg.schedule, t)
+    return -dalpha(cfg.schedule, t) / masked.clamp(min=1e-12)  # 0 near t = 0, where inf * 0 would be NaN
+
+
+def reveal_chance(t, cfg):
+    """r = (alpha_s - alpha_t) / (1 - alpha_t) at t (B,), of a step of 1 / T down to s = t - 1 / T."""
+    alpha_t = alpha(cfg.schedule, t)
+    return (alpha(cfg.schedule, t.double() - 1 / cfg.T) - alpha_t) / (1 - alpha_t).clamp(min=1e-12)
 
 
 def bound_weight(t, cfg):
-    """The weight of a masked token's nats at t (B,): -alpha' / (1 - alpha), or T r of step n = T t.
-    Both are 1 / t for the linear schedule."""
-    alpha_t = alpha(cfg.schedule, t)
-    masked = (1 - alpha_t).clamp(min=1e-12)  # 0 near t = 0, where nothing is masked; inf * 0 would be NaN
-    if not cfg.T:
-        return -dalpha(cfg.schedule, t) / masked
-    return cfg.T * (alpha(cfg.schedule, t.double() - 1 / cfg.T) - alpha_t) / masked
+    """The weight of a masked token's nats at t (B,): both are 1 / t for the linear schedule."""
+    return cfg.T * reveal_chance(t, cfg) if cfg.T else reveal_rate(t, cfg)
 
 
 def mdlm(model, x0, maskable, cfg, t=None, xt=None):
@@ -165,36 +205,88 @@ def mdlm(model, x0, maskable, cfg, t=None, xt=None):
 
 
 def d3pm(model, x0, maskable, cfg, t=None, xt=None):
-    """nanoDD's absorbing D3PM: T x (KL of step n + aux_ce x cross-entropy over all tokens), KL as above, but
-    in step 1, instead, T x the cross-entropy over all tokens.
+    """Absorbing D3PM (arXiv 2107.03006) in T steps, in three forms that are `mdlm` and more.
 
-    D3PM, arXiv 2107.03006; flukeskywalker/nanoDD, with its dense posteriors summed in closed form. What goes
-    beyond the KL helps training and is no part of the bound: with aux_ce = 0 this is `mdlm` with T steps."""
-    if not cfg.aux_ce:
-        return mdlm(model, x0, maskable, cfg, t, xt)
+    aux_ce > 0             nanoDD's: T x (KL + aux_ce x cross-entropy over all tokens), and in step 1, instead,
+                           T x the cross-entropy over all tokens. What goes beyond the KL is no part of the
+                           bound (flukeskywalker/nanoDD, its dense posteriors summed in closed form)
+    carry_over=False       the network must copy what it sees: plus the reconstruction -log p(x0 | x0) at t = 0
+    zero_masking=False     the network may answer MASK, with probability m. The posterior built from it is
+                           normalised by 1 - alpha + alpha m; call that (1 - alpha) exp(a):
+                           KL = r (a_t - log p(x0)) + (1 - r) (a_t - a_s)
+    The last two are the ablations of MDLM (arXiv 2406.07524), its "D3PM". x0 (B, L) -> (B, L) nats."""
     t, xt = corrupt(x0, maskable, cfg, t, xt)
     masked = maskable & (xt == cfg.mask_id)
-    first = (t * cfg.T < 1.5)[:, None]
-    weight = bound_weight(t, cfg).float()[:, None] * masked
-    weight = torch.where(first, float(cfg.T), weight + cfg.T * cfg.aux_ce)
-    return weight * nll(model, x0, xt, t, maskable)
+    if cfg.aux_ce:
+        weight = bound_weight(t, cfg).float()[:, None] * masked
+        weight = torch.where((t * cfg.T < 1.5)[:, None], float(cfg.T), weight + cfg.T * cfg.aux_ce)
+        return weight * nll(model, x0, xt, t, maskable)
+    nats = (
+        mdlm(model, x0, maskable, cfg, t, xt)
+        if cfg.zero_masking
+        else posterior_kl(model, x0, xt, t, cfg, masked)
+    )
+    return nats if cfg.carry_over else nats + nll(model, x0, x0, torch.zeros_like(t), maskable)
 
 
-LOSSES = {"mdlm": mdlm, "d3pm": d3pm}
+def posterior_kl(model, x0, xt, t, cfg, masked):
+    """T x D3PM's KL of step n = T t for a network that may answer MASK, (B, L) nats, zero outside `masked`."""
+    log_p = F.log_softmax(model(xt, t.float(), masked).double(), -1)
+    m, correct = log_p[:, -1].exp(), log_p.gather(-1, x0[masked][:, None])[:, 0]
+    alpha_t, alpha_s = (
+        alpha(cfg.schedule, u)[:, None].expand(x0.shape)[masked] for u in (t, t.double() - 1 / cfg.T)
+    )
+    r = (alpha_s - alpha_t) / (1 - alpha_t)
+    a_t = torch.log1p(m * alpha_t / (1 - alpha_t))
+    rest = torch.special.xlog1py(
+        1 - r, m * alpha_s / (1 - alpha_s).clamp(min=1e-12)
+    )  # 0 at s = 0, where r = 1
+    return spread((cfg.T * (a_t - r * correct - rest)).float(), masked)
+
+
+# SEDD learns ratios instead ("concrete scores"): s(y) = p_t(x with y at a masked position) / p_t(x), which is
+# r p(y | xt) with r = alpha / (1 - alpha), known. So its network's outputs are read as log s(y) = logit(y) +
+# log(r / V), and p^ = s / r is a guess at p(. | xt) that sums to some Z instead of 1. Score entropy, Eq. 5 of
+# SEDD, times sigma' = -alpha' / alpha, is then  w(t) (Z - 1 - log p^(x0)),  w the weight of `mdlm`. With
+# p = p^ / Z that is  w(t) (-log p(x0) + Z - 1 - log Z):  MDLM's loss, plus what it costs not to be normalised.
+
+
+def score_entropy(model, x0, xt, t, at):
+    """Z - 1 - log p^(x0) in nats, (B, L) float32, zero outside `at`."""
+    logits = model(xt, t.float(), at)
+    log_p = logits - math.log(logits.shape[-1])
+    return spread(log_p.exp().sum(-1) - 1 - log_p.gather(-1, x0[at][:, None])[:, 0], at)
+
+
+def sedd(model, x0, maskable, cfg, t=None, xt=None):
+    """Score entropy of SEDD's absorbing graph, arXiv 2310.16834: a bound on -log p(x0), continuous time.
+    x0 (B, L) -> (B, L) nats, zero where xt is visible."""
+    t, xt = corrupt(x0, maskable, cfg, t, xt)
+    masked = maskable & (xt == cfg.mask_id)
+    return bound_weight(t, cfg).float()[:, None] * score_entropy(model, x0, xt, t, masked)
+
+
+def ar(model, x0, maskable, cfg, t=None, xt=None):
+    """-log p(x0_i | the tokens before it), (B, L) nats: no bound but the likelihood; the network is causal."""
+    return nll(model, x0, x0, torch.zeros(len(x0), device=x0.device), maskable)
+
+
+LOSSES = {"mdlm": mdlm, "d3pm": d3pm, "sedd": sedd, "ar": ar}
 
 
 def exact_count_bound(model, x0, maskable, cfg, count, xt=None):
-    """The continuous bound of `mdlm` for evaluation, per row: mask exactly `count` (B,) of n tokens, and
-    weigh by n / count. With count uniform on 1 .. n its mean is the bound: the chance of `count` masks,
+    """The continuous bound of `mdlm` or `sedd` for evaluation, per row: mask exactly `count` (B,) of n tokens,
+    and weigh by n / count. With count uniform on 1 .. n its mean is the bound: the chance of `count` masks,
     weighted by -alpha'/(1 - alpha) and integrated over t, is 1 / count for every schedule. There is no cut-off
-    near t = 0 and no exploding weight. A time-conditioned model sees t drawn from its law given the count:
-    the masked fraction is Beta(count, n - count + 1). x0 (B, L) -> (B,) nats per row."""
+    near t = 0 and no exploding weight. A time-conditioned model sees t drawn from its law given the count.
+    x0 (B, L) -> (B,) nats per row."""
     n = maskable.sum(-1)
-    xt = mask_exactly(x0, count, maskable, cfg.mask_id) if xt is None else xt
-    t = count / n  # any will do when the model does not look
-    if cfg.time_cond:
-        t = time_at(cfg.schedule, torch.distributions.Beta(count.double(), (n - count + 1).double()).sample())
-    return n / count * nll(model, x0, xt, t, maskable & (xt == cfg.mask_id)).sum(-1)
+    fraction = count / n  # any will do when the model does not look
+    if xt is None:
+        xt, fraction = mask_exactly(x0, count, maskable, cfg.mask_id)
+    t = time_at(cfg.schedule, fraction) if cfg.time_cond else fraction
+    cost = score_entropy if cfg.loss == "sedd" else nll
+    return n / count * cost(model, x0, xt, t, maskable & (xt == cfg.mask_id)).sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -221,13 +313,42 @@ def categorical(log_p, u):
     return token.clamp(max=log_p.shape[-1] - 1)
 
 
-def denoiser(model):
-    """denoise(x, t, at) of a model. Rows in which nothing is asked are not run."""
+def denoiser(model, cfg):
+    """denoise(x, t, at) of a model. Rows in which nothing is asked are not run.
+
+    Two networks' answers do not sum to one: p^ = s / r of SEDD, and D3PM's without the probability of MASK.
+    `ddpm`, `analytic` and `euler` look at the sum; everything else takes them as if normalised."""
 
     @torch.no_grad()
     def denoise(x, t, at):
         rows = at.any(-1)
-        return F.log_softmax(model(x[rows], t[rows].float(), at[rows]).float(), -1)
+        return log_probabilities(model(x[rows], t[rows].float(), at[rows]).float(), cfg)
+
+    return denoise
+
+
+def log_probabilities(logits, cfg):
+    if cfg.loss == "sedd":
+        return logits - math.log(logits.shape[-1])
+    return F.log_softmax(logits, -1)[:, : cfg.vocab_size]
+
+
+def cached_denoiser(model, cfg):
+    """denoise of a causal network for `ar`: what was read in earlier calls is not read again. Serves a batch
+    whose rows are at the same position; for any other call there is no cache to use, and none is used."""
+    plain, past, seen = denoiser(model, cfg), None, None
+
+    @torch.no_grad()
+    def denoise(x, t, at):
+        nonlocal past, seen
+        columns = at.any(0).nonzero()
+        if len(columns) != 1:
+            return plain(x, t, at)
+        i = int(columns)
+        if seen is None or len(seen) != len(x) or seen.shape[1] >= i or (seen != x[:, : seen.shape[1]]).any():
+            past = [[0] for _ in model.blocks]
+        seen = x[:, :i]
+        return log_probabilities(model.next_logits(seen, past)[at[:, i]], cfg)
 
     return denoise
 
@@ -249,7 +370,7 @@ def with_top_p(denoise, top_p):
     """The smallest set of likeliest tokens that holds a mass of top_p, renormalised (nucleus sampling)."""
 
     def truncated(x, t, at):
-        log_p, order = denoise(x, t, at).sort(-1, descending=True)
+        log_p, order = F.log_softmax(denoise(x, t, at), -1).sort(-1, descending=True)
         before = log_p.exp().cumsum(-1) - log_p.exp()  # mass of the likelier tokens
         log_p = log_p.masked_fill(before >= top_p, -math.inf)
         return F.log_softmax(torch.empty_like(log_p).scatter_(-1, order, log_p), -1)
@@ -257,25 +378,69 @@ def with_top_p(denoise, top_p):
     return truncated
 
 
+def with_greedy_end(denoise, end):
+    """The likeliest token instead of a drawn one where t <= end: MDLM's "noise removal", with end one step."""
+    greedy = with_temperature(denoise, 0)
+
+    def ended(x, t, at):
+        last = (t <= end)[:, None].expand(at.shape)[at]  # (N,)
+        if not last.any():
+            return denoise(x, t, at)
+        return (
+            greedy(x, t, at)
+            if last.all()
+            else torch.where(last[:, None], greedy(x, t, at), denoise(x, t, at))
+        )
+
+    return ended
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 5. Samplers. `ddpm` defines a law for every number of steps; `ddpm_cache` has the same law in fewer calls,
-# and `first_hitting` is its limit of infinitely many steps.
+# and `first_hitting` is its limit of infinitely many steps. `analytic` and `euler` are SEDD's. These five sample
+# from the model; the next three choose by confidence what to reveal, and have laws of their own.
 
 
-def ddpm(denoise, x, steps, cfg, gen=None):
-    """Ancestral sampling, the definition: one call for each of `steps` steps, t -> s = t - 1/steps.
-    A masked position is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t). Kept literal: a token
-    is drawn for every mask, and nearly all are thrown away."""
-    alphas = alpha(cfg.schedule, torch.arange(steps + 1, dtype=torch.float64) / steps).tolist()
-    for n in range(steps, 0, -1):
+def by_steps(denoise, x, steps, cfg, gen, chance):
+    """One call for each of `steps` steps, n = steps .. 1 from t = n / steps down by 1 / steps: a masked position
+    is revealed with probability chance(n, mass), mass (N,) the sum of its p^. What is still masked after that is
+    revealed at t = 0. Kept literal: a token is drawn for every mask, and nearly all are thrown away."""
+    for n in range(steps, -1, -1):
         masked = x == cfg.mask_id
         if not masked.any():
             return
-        t = torch.full(x.shape[:1], n / steps, device=x.device)
-        draw = x.masked_scatter(masked, categorical(denoise(x, t, masked), uniform(x, gen)[masked]))
-        reveal = masked & (uniform(x, gen) < (alphas[n - 1] - alphas[n]) / (1 - alphas[n]))
-        x = torch.where(reveal, draw, x)
+        log_p = denoise(x, torch.full(x.shape[:1], n / steps, device=x.device), masked).double()
+        draw = x.masked_scatter(masked, categorical(log_p, uniform(x, gen)[masked]))
+        p = chance(n, log_p.exp().sum(-1)) if n else torch.ones_like(log_p[:, 0])
+        x = torch.where(masked & (uniform(x, gen) < spread(p, masked)), draw, x)
         yield x
+
+
+def ddpm(denoise, x, steps, cfg, gen=None):
+    """Ancestral sampling, the definition: t -> s reveals with probability r = (alpha_s - alpha_t) / (1 - alpha_t).
+    A network that answers MASK with probability 1 - mass reveals less often (see `posterior_kl`)."""
+    alphas = alpha(cfg.schedule, torch.arange(steps + 1, dtype=torch.float64) / steps).tolist()
+
+    def chance(n, mass):
+        mass = torch.ones_like(mass) if cfg.zero_masking else mass
+        return (alphas[n - 1] - alphas[n]) * mass / (1 - alphas[n] * mass)
+
+    yield from by_steps(denoise, x, steps, cfg, gen, chance)
+
+
+def analytic(denoise, x, steps, cfg, gen=None):
+    """SEDD's analytic sampler (Tweedie tau-leaping, section 4 of SEDD). Its staggered score times its transposed
+    transition row, written out for a masked position of the absorbing graph, is r p^(y) for each y and 1 - r mass
+    for MASK: `ddpm` when the scores are normalised."""
+    alphas = alpha(cfg.schedule, torch.arange(steps + 1, dtype=torch.float64) / steps).tolist()
+    r = lambda n: (alphas[n - 1] - alphas[n]) / (1 - alphas[n])
+    yield from by_steps(denoise, x, steps, cfg, gen, lambda n, mass: r(n) * mass)
+
+
+def euler(denoise, x, steps, cfg, gen=None):
+    """SEDD's Euler steps (tau-leaping): the reverse rate -alpha' / (1 - alpha) p^(y), held for 1 / steps."""
+    rate = reveal_rate(torch.arange(steps + 1, dtype=torch.float64) / steps, cfg).tolist()
+    yield from by_steps(denoise, x, steps, cfg, gen, lambda n, mass: rate[n] / steps * mass)
 
 
 def reveal_at(denoise, x, time, cfg, gen):
@@ -306,4 +471,78 @@ def first_hitting(denoise, x, steps, cfg, gen=None):
     yield from reveal_at(denoise, x, time_at(cfg.schedule, uniform(x, gen)), cfg, gen)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddpm_cache": ddpm_cache, "first_hitting": first_hitting}
+def ar(denoise, x, steps, cfg, gen=None):
+    """From left to right, one token per call; `steps` is not used. Given tokens stay, wherever they are, but a
+    causal network does not see those to the right."""
+    L = x.shape[1]
+    time = (L - torch.arange(L, dtype=torch.float64, device=x.device)) / L
+    yield from reveal_at(denoise, x, time_at(cfg.schedule, time).expand(x.shape), cfg, gen)
+
+
+def by_confidence(score):
+    """The sampler that draws a token for every mask, ranks them by score(log_p (N, V), token (N,)) -> (N,), and
+    keeps each row's best: so many that after step n a fraction 1 - alpha((n-1) / steps) of the row's masks is left,
+    rounded up. The ranking is a row's own (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992). Not a sample from the
+    model: sure tokens come first."""
+
+    def sampler(denoise, x, steps, cfg, gen=None):
+        total = (x == cfg.mask_id).sum(-1)
+        left = 1 - alpha(cfg.schedule, torch.arange(steps, dtype=torch.float64) / steps)
+        for n in range(steps, 0, -1):
+            masked = x == cfg.mask_id
+            reveal = masked.sum(-1) - torch.ceil(total * left[n - 1] - 1e-9).long()  # (B,), 0 in some steps
+            asked = masked & (reveal > 0)[:, None]
+            if not asked.any():
+                continue
+            log_p = F.log_softmax(
+                denoise(x, torch.full(x.shape[:1], n / steps, device=x.device), asked).double(), -1
+            )
+            token = categorical(log_p, uniform(x, gen)[asked])
+            value = spread(score(log_p, token), asked).masked_fill(~asked, -math.inf)
+            rank = value.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+            x = torch.where(asked & (rank < reveal[:, None]), x.masked_scatter(asked, token), x)
+            yield x
+
+    sampler.__doc__ = by_confidence.__doc__
+    return sampler
+
+
+SAMPLERS = {
+    "ddpm": ddpm,
+    "ddpm_cache": ddpm_cache,
+    "first_hitting": first_hitting,
+    "analytic": analytic,
+    "euler": euler,
+    "confidence": by_confidence(lambda log_p, token: log_p.gather(-1, token[:, None])[:, 0]),
+    "margin": by_confidence(
+        lambda log_p, token: log_p.exp().topk(2).values @ torch.tensor([1.0, -1.0]).to(log_p)
+    ),
+    "entropy": by_confidence(lambda log_p, token: torch.special.xlogy(p := log_p.exp(), p).sum(-1)),
+    "ar": ar,
+}
+
+
+def semi_ar(denoise, x, steps, cfg, gen=None, sampler=ddpm_cache, window=None, stride=None, eos=None):
+    """Texts of any length (MDLM, section 4.2): `sampler` fills a window of the canvas x (B, any length), by default
+    of cfg.seq_len tokens, which then moves on by `stride`, by default half of it, and fills what is new seeing the
+    rest. A row that has written the token `eos` is finished: it leaves the batch, and the rest of it becomes eos.
+    `steps` are those of each window. Yields (B, L) canvases."""
+    window = window or cfg.seq_len
+    stride, L, given = stride or max(window // 2, 1), x.shape[1], x != cfg.mask_id
+    rows = torch.arange(len(x), device=x.device)  # not finished yet
+    last = max(L - window, 0)
+    for start in (*range(0, last, stride), last):
+        mine = None if gen is None else [gen[i] for i in rows.tolist()]
+        part = slice(start, start + window)
+        for frame in sampler(denoise, x[rows, part], steps, cfg, mine):
+            x = x.clone()
+            x[rows, part] = frame
+            yield x
+        if eos is not None:
+            ended = ((x == eos) & ~given).cumsum(-1) > 0  # from the first eos that was written on
+            if ended.any():
+                x = x.masked_fill(ended & (x == cfg.mask_id), eos)
+                yield x
+            rows = rows[~ended[rows].any(-1)]
+        if not len(rows):
+            return

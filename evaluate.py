@@ -15,8 +15,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configs import check_range, fail, parser
-from data.corpus import read_meta, read_split, take
-from diffusion import exact_count_bound, mdlm
+from data.corpus import maskable_of, read_meta, read_split, take
+from diffusion import LOSSES, ar, exact_count_bound
 from model import autocast, compute_dtype, load, pick_device
 
 
@@ -43,45 +43,58 @@ def standard_error(nats, u, tokens):
 
 @torch.no_grad()
 def bound(
-    model, ids, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32", quiet=True
+    model, ids, meta, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32", quiet=True
 ):
     """The bound on -log p of a split in nats per token: {"nats", "se", "tokens", "forwards"}.
 
     The split is cut into fixed windows of seq_len (the last may be shorter); windows > 0 takes that many,
-    evenly spaced. T = 0: exact mask counts (`exact_count_bound`), else D3PM's T-step bound, step stratified.
+    evenly spaced. T = 0: exact mask counts (`exact_count_bound`), else D3PM's T-step bound, step stratified;
+    an AR model has no T: its likelihood is exact. Padding and given first tokens are not counted.
     Under torch.distributed the ranks share the windows, and all return the result of all."""
     L, device = cfg.seq_len, next(model.parameters()).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     starts = np.arange(0, len(ids), L)
     if 0 < windows < len(starts):
         starts = starts[np.linspace(0, len(starts) - 1, windows).astype(int)]
-    tokens = np.minimum(L, len(ids) - starts)
+    lengths = np.minimum(L, len(ids) - starts)
     W = len(starts)
     rng = np.random.Generator(np.random.Philox(seed))
     u = np.stack([strata(W, rng) for _ in range(passes)])
     batches = [slice(i, min(i + batch_size, W)) for i in range(0, W, batch_size)]
-    if tokens[-1] < L and batches[-1].stop - batches[-1].start > 1:  # the short last window goes alone
+    if lengths[-1] < L and batches[-1].stop - batches[-1].start > 1:  # the short last window goes alone
         batches[-1:] = [slice(batches[-1].start, W - 1), slice(W - 1, W)]
     jobs = [(p, b) for p in range(passes) for b in batches]
-    in_steps = replace(cfg, loss="mdlm", aux_ce=0.0, T=T)
+    in_steps = None
+    if (
+        T and not cfg.causal
+    ):  # nanoDD's auxiliary loss is no part of the bound; SEDD in steps is `ddpm` of its p
+        in_steps = replace(cfg, aux_ce=0.0, T=T, loss="d3pm" if cfg.loss == "d3pm" else "mdlm")
 
-    nats = torch.zeros(passes, W, dtype=torch.float64, device=device)
+    nats, tokens = torch.zeros(2, passes, W, dtype=torch.float64, device=device)
     mine = list(enumerate(jobs))[rank::world]
     for job, (p, b) in tqdm(mine, disable=quiet or rank > 0, unit="batch", leave=False):
         torch.manual_seed(seed * 1_000_003 + job)  # of the job, not of the rank: any world gives one result
-        x0 = torch.from_numpy(take(ids, starts[b], int(tokens[b.start]), cfg, where)).to(device)
+        x0 = torch.from_numpy(take(ids, starts[b], int(lengths[b.start]), cfg, where)).to(device)
         v = torch.from_numpy(u[p, b]).to(device)
-        maskable = torch.ones_like(x0, dtype=torch.bool)
+        maskable = maskable_of(x0, meta, cfg)
+        tokens[p, b] = n = maskable.sum(-1).double()
         with autocast(device, dtype):
-            if T:
+            if cfg.causal:
+                nats[p, b] = ar(model, x0, maskable, cfg).double().sum(-1)
+            elif T:
                 t = (torch.floor(v * T) + 1).clamp(max=T) / T
-                nats[p, b] = mdlm(model, x0, maskable, in_steps, t).double().sum(-1)
+                nats[p, b] = LOSSES[in_steps.loss](model, x0, maskable, in_steps, t).double().sum(-1)
             else:
-                count = (torch.floor(v * x0.shape[1]) + 1).clamp(max=x0.shape[1]).long()
+                count = torch.minimum(torch.floor(v * n) + 1, n.clamp(min=1)).long()
                 nats[p, b] = exact_count_bound(model, x0, maskable, cfg, count).double()
     if world > 1:
         dist.all_reduce(nats)
-    nats = nats.cpu().numpy()
+        dist.all_reduce(tokens)
+    nats, tokens = nats.cpu().numpy(), tokens[0].cpu().numpy()
+    kept = tokens > 0  # a window may be all padding
+    if not kept.any():
+        fail(f"{where}: nothing to predict, only padding or given tokens")
+    nats, tokens, u = nats[:, kept], tokens[kept], u[:, kept]
     return {
         "nats": float(nats.mean(0).sum() / tokens.sum()),
         "se": standard_error(nats, u, tokens),
@@ -93,7 +106,7 @@ def bound(
 def report(result, meta, split):
     """The figures people quote, each with its standard error, from the nats per token of `bound`."""
     of = meta["splits"][split]
-    bits, per_char = 1 / math.log(2), of["tokens"] / of["characters"]
+    bits, per_char = 1 / math.log(2), (of["tokens"] - of.get("padding", 0)) / of["characters"]
     nats, se = result["nats"], result["se"]
     return {
         "split": split,
@@ -146,8 +159,12 @@ def main(argv=None):
         fail(f"{data}: made with another tokenizer than {args.ckpt}")
     ids, meta = read_split(data, args.split, cfg)
     T = cfg.T if args.T is None else args.T
+    if T and cfg.causal:
+        fail(f"--T {T}: an AR model has no diffusion steps")
+    if not T and not cfg.zero_masking:
+        fail("--T 0: a model that may answer MASK (zero_masking=False) needs steps, e.g. --T 1000")
     result = bound(
-        model, ids, cfg, f"{data}/{args.split}.bin", T, args.passes, 0, args.batch_size, args.seed, args.dtype,
+        model, ids, meta, cfg, f"{data}/{args.split}.bin", T, args.passes, 0, args.batch_size, args.seed, args.dtype,
         quiet=args.json,
     )  # fmt: skip
     result = report(result, meta, args.split) | {

@@ -34,7 +34,12 @@ class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         d = cfg.n_embd
-        self.n_head, self.causal, self.dropout = cfg.n_head, cfg.causal, cfg.dropout
+        self.n_head, self.seq_len, self.causal, self.dropout = (
+            cfg.n_head,
+            cfg.seq_len,
+            cfg.causal,
+            cfg.dropout,
+        )
         self.norm1 = nn.LayerNorm(d, bias=False)
         self.qkv = nn.Linear(d, 3 * d, bias=False)  # rows: all of q, all of k, all of v
         self.attn_out = nn.Linear(d, d, bias=False)
@@ -43,23 +48,32 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * d, d)
         self.ada = nn.Linear(cfg.cond_dim, 6 * d) if cfg.cond_dim else None
 
-    def attention(self, x, cos, sin):
+    def attention(self, x, cos, sin, past=None):
         B, L, d = x.shape
         qkv = self.qkv(x).view(B, L, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
         q, k = rotate(qkv[:2], cos.to(qkv.dtype), sin.to(qkv.dtype))  # (B, H, L, head_dim) each
+        v, mask = qkv[2], None
+        if past:  # [length so far, room for keys and values], or [0] before the first call
+            start, end = past[0], past[0] + L
+            if len(past) == 1:
+                past += [k.new_empty(B, self.n_head, self.seq_len, d // self.n_head) for _ in range(2)]
+            past[0], past[1][:, :, start:end], past[2][:, :, start:end] = end, k, v
+            k, v = past[1][:, :, :end], past[2][:, :, :end]
+            mask = torch.ones(L, end, dtype=torch.bool, device=x.device).tril(start)
         if x.is_cuda or self.causal or L > 512:
-            y = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=self.causal)
+            causal = self.causal and mask is None
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         else:  # written out: on CPUs much faster than torch's kernel for short rows, see README
-            y = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ qkv[2]
+            y = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
         return self.attn_out(y.transpose(1, 2).reshape(B, L, d))
 
     def mlp(self, x):
         return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
 
-    def forward(self, x, c, cos, sin):
+    def forward(self, x, c, cos, sin, past=None):
         """x (B, L, d) float32 residual stream, c (1 or B, 1, cond_dim) or None."""
         if c is None:
-            x = x + F.dropout(self.attention(self.norm1(x), cos, sin), self.dropout, self.training)
+            x = x + F.dropout(self.attention(self.norm1(x), cos, sin, past), self.dropout, self.training)
             return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c).chunk(6, -1)
         y = self.attention(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
@@ -84,7 +98,9 @@ class TimeEmbedding(nn.Module):
 
 class DiT(nn.Module):
     """model(x, t, at) -> (N, V) logits for the N True positions of `at` (B, L), row by row; (B, L, V) without
-    `at`.
+    `at`. Without zero_masking there is one more output, MASK. A causal network (loss=ar) answers position i
+    from the tokens before i: its input is shifted by one, with MASK as the start symbol, unless cfg.bos gives
+    the first token.
 
     Initialisation: torch's own for linear layers, except
         embedding        uniform +-1/sqrt(d) (MDLM, SEDD); tied: normal 1/sqrt(d), cut at 3 sigma (nanoDD)
@@ -100,7 +116,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
         self.final_norm = nn.LayerNorm(d, bias=False)
         self.final_ada = nn.Linear(cfg.cond_dim, 2 * d) if cfg.cond_dim else None
-        self.head = None if cfg.tied else nn.Linear(d, cfg.vocab_size)
+        self.outputs = cfg.vocab_size + (not cfg.zero_masking)
+        self.head = None if cfg.tied else nn.Linear(d, self.outputs)
         cos, sin = rotary_tables(cfg.seq_len, d // cfg.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -127,24 +144,46 @@ class DiT(nn.Module):
             return 1000 * t
         return -torch.log(1e-3 + (1 - 1e-3) * alpha(self.cfg.schedule, t))
 
-    def hidden(self, x, t):
-        """The trunk: ids (B, L), t (B,) -> (B, L, d). Static shapes: this is what gets compiled."""
-        L = x.shape[1]
+    def hidden(self, x, t, past=None):
+        """The trunk: ids (B, L), t (B,) -> (B, L, d). Static shapes: this is what gets compiled.
+        past: for a causal network, one list per block, [0] at first, that keeps the keys and values of all
+        calls; x are then the tokens that come next."""
+        start = past[0][0] if past else 0
         c = None if self.time is None else self.time(self.time_input(t))
-        h = self.embed(x)
-        for block in self.blocks:
-            h = block(h, c, self.cos[:L], self.sin[:L])
+        h, cos, sin = (
+            self.embed(x),
+            self.cos[start : start + x.shape[1]],
+            self.sin[start : start + x.shape[1]],
+        )
+        for i, block in enumerate(self.blocks):
+            h = block(h, c, cos, sin, past and past[i])
         h = self.final_norm(h)
         if c is None:
             return h
         shift, scale = self.final_ada(c).chunk(2, -1)
         return h * (1 + scale) + shift
 
-    def forward(self, x, t, at=None):
-        h = self.hidden(x, t)
-        h = h if at is None else h[at]  # the head runs only where it is asked
-        weight = self.embed.weight[: self.cfg.vocab_size] if self.cfg.tied else self.head.weight
+    def logits(self, h):
+        weight = self.embed.weight[: self.outputs] if self.cfg.tied else self.head.weight
         return F.linear(h, weight, None if self.cfg.tied else self.head.bias).float()
+
+    def forward(self, x, t, at=None):
+        if not self.cfg.causal:
+            h = self.hidden(x, t)
+        elif self.cfg.bos:
+            h = F.pad(self.hidden(x[:, :-1], t), (0, 0, 1, 0))  # nothing stands before position 0
+        else:
+            h = self.hidden(self.shifted(x)[:, :-1], t)
+        return self.logits(h if at is None else h[at])  # the head runs only where it is asked
+
+    def shifted(self, x):
+        """What a causal network reads: the tokens, after the start symbol if it has one."""
+        return x if self.cfg.bos else F.pad(x, (1, 0), value=self.cfg.mask_id)
+
+    @torch.no_grad()
+    def next_logits(self, x, past):
+        """Causal: x (B, i) tokens -> (B, V) logits of token i, reading only what `past` has not read yet."""
+        return self.logits(self.hidden(self.shifted(x)[:, past[0][0] :], None, past)[:, -1])
 
 
 # ---------------------------------------------------------------------------------------------------------

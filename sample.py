@@ -3,6 +3,7 @@
 python sample.py out/pydocs_mdlm/ckpt.pt --num 4 --watch
 python sample.py out/owt_mdlm/ckpt.pt --prompt "The meaning of life" --steps 256 --top_p 0.9
 python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12] the end."
+python sample.py out/pydocs_mdlm/ckpt.pt --semi_ar --length 4096 --stride 128       # any length
 """
 
 import re
@@ -14,7 +15,16 @@ import torch
 
 from configs import check_range, fail, parser
 from data.tokenizer import tokenizer_of
-from diffusion import SAMPLERS, denoiser, row_generators, with_temperature, with_top_p
+from diffusion import (
+    SAMPLERS,
+    cached_denoiser,
+    denoiser,
+    row_generators,
+    semi_ar,
+    with_greedy_end,
+    with_temperature,
+    with_top_p,
+)
 from model import autocast, load, pick_device
 
 HOLE = re.compile(
@@ -22,42 +32,57 @@ HOLE = re.compile(
 )  # ____ is a hole of as many tokens as underscores, [12] one of 12 tokens
 
 
-def prompt_canvas(tokenizer, prompt, length, mask_id):
+def opening(tokenizer, cfg):
+    """The ids that every text begins with: the first token, for a model that is always given it."""
+    if cfg.bos and tokenizer.bos is None:
+        raise ValueError("bos=True, but the tokenizer has no token that begins a text")
+    return [tokenizer.bos] if cfg.bos else []
+
+
+def prompt_canvas(tokenizer, prompt, length, cfg):
     """(length,) ids: the prompt's tokens, then MASK. ValueError when it does not fit."""
-    ids = tokenizer.encode(prompt)
+    ids = opening(tokenizer, cfg) + tokenizer.encode(prompt)
     if len(ids) > length:
         raise ValueError(f"the prompt has {len(ids)} tokens, but the length is {length}")
-    return torch.tensor(ids + [mask_id] * (length - len(ids)))
+    return torch.tensor(ids + [cfg.mask_id] * (length - len(ids)))
 
 
-def infill_canvas(tokenizer, text, mask_id, subword):
+def infill_canvas(tokenizer, text, cfg, subword):
     """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so there the
     space before a hole belongs to the hole. ValueError without a hole."""
-    ids, end = [], 0
+    ids, end = opening(tokenizer, cfg), 0
     for hole in HOLE.finditer(text):
         piece = text[end : hole.start()]
         ids += tokenizer.encode(piece.removesuffix(" ") if subword else piece)
         size = len(hole[0]) if hole[0][0] == "_" else int(hole[0][1:-1])
-        ids += [mask_id] * size
+        ids += [cfg.mask_id] * size
         end = hole.end()
-    if mask_id not in ids:
+    if cfg.mask_id not in ids:
         raise ValueError("no hole in the text: write ____ (a token per underscore, four or more) or [12]")
     return torch.tensor(ids + tokenizer.encode(text[end:]))
 
 
-def frames(model, cfg, canvas, rows, steps, sampler, temperature=1.0, top_p=1.0, seed=0, dtype="float32"):
+def frames(
+    model, cfg, canvas, rows, steps, sampler, temperature=1.0, top_p=1.0, noise_removal="sampled", seed=0,
+    dtype="float32", **semi,
+):  # fmt: skip
     """Yield (N, L) canvases from the masked one to the text. Row number rows[i] has its own random numbers,
-    so it comes out the same in any batch."""
-    denoise = denoiser(model)
+    so it comes out the same in any batch. semi: window, stride and eos of `semi_ar`, or nothing."""
+    denoise = (cached_denoiser if cfg.causal else denoiser)(model, cfg)
     if temperature != 1:
         denoise = with_temperature(denoise, temperature)
     if top_p != 1:
         denoise = with_top_p(denoise, top_p)
+    if noise_removal == "greedy":
+        denoise = with_greedy_end(denoise, 1 / steps)
     device = next(model.parameters()).device
     x = canvas.to(device).repeat(len(rows), 1)
     yield x
-    cast = autocast(device, dtype)
-    sampling = SAMPLERS[sampler](denoise, x, steps, cfg, row_generators(seed, rows))
+    cast, gen = autocast(device, dtype), row_generators(seed, rows)
+    if semi:
+        sampling = semi_ar(denoise, x, steps, cfg, gen, SAMPLERS[sampler], **semi)
+    else:
+        sampling = SAMPLERS[sampler](denoise, x, steps, cfg, gen)
     while True:  # autocast only around the sampler's own work, not around the caller's
         with cast:
             x = next(sampling, None)
@@ -66,16 +91,28 @@ def frames(model, cfg, canvas, rows, steps, sampler, temperature=1.0, top_p=1.0,
         yield x
 
 
-def generate(
-    model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler="ddpm_cache", **options
-):
+def default_sampler(cfg):
+    return "ar" if cfg.causal else "ddpm_cache"
+
+
+def written(ids, canvas, eos):
+    """The ids of a text that has ended: up to the first eos that was not in the canvas."""
+    ends = [i for i, (a, b) in enumerate(zip(ids, canvas)) if a == eos and b != eos]
+    return ids[: ends[0]] if ends else ids
+
+
+def generate(model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler=None, **options):
     """num texts from `canvas` (L,), by default all MASK; options: see `frames`."""
-    canvas = torch.full((cfg.seq_len,), cfg.mask_id) if canvas is None else canvas
-    texts = []
+    canvas = prompt_canvas(tokenizer, "", cfg.seq_len, cfg) if canvas is None else canvas
+    texts, sampler = [], sampler or default_sampler(cfg)
     for first in range(0, num, batch_size):
         rows = range(first, min(first + batch_size, num))
         x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
-        texts += [tokenizer.decode(ids) for ids in x.tolist()]
+        eos = options.get("eos")
+        texts += [
+            tokenizer.decode(written(ids, canvas.tolist(), eos) if eos is not None else ids)
+            for ids in x.tolist()
+        ]
     return texts
 
 
@@ -115,9 +152,15 @@ def main(argv=None):
     p.add_argument(
         "--steps", type=int, default=1000, help="diffusion steps; ddpm_cache makes at most --length calls"
     )
-    p.add_argument("--sampler", default="ddpm_cache", choices=SAMPLERS)
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: ddpm_cache, or ar for an AR model")
+    p.add_argument(
+        "--semi_ar", action="store_true", help="any length, window by window; stops at end-of-text"
+    )
+    p.add_argument("--window", type=int, help="semi_ar: tokens of a window; default: the model's")
+    p.add_argument("--stride", type=int, help="semi_ar: new tokens of a window; default: half of it")
     p.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     p.add_argument("--top_p", type=float, default=1.0, help="nucleus")
+    p.add_argument("--noise_removal", default="sampled", choices=("sampled", "greedy"), help="the last step")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch_size", type=int, default=16, help="changes memory and speed, not the text")
     p.add_argument("--no_ema", action="store_true", help="the raw weights")
@@ -125,7 +168,7 @@ def main(argv=None):
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
     args = p.parse_args(argv)
-    check_range(args, num=1, steps=1, length=1, temperature=0, seed=0, batch_size=1)
+    check_range(args, num=1, steps=1, length=1, temperature=0, seed=0, batch_size=1, window=2, stride=1)
     if not 0 < args.top_p <= 1:
         fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
     if args.infill is not None and (args.prompt or args.length):
@@ -133,28 +176,33 @@ def main(argv=None):
 
     model, cfg = load(args.ckpt, ema=not args.no_ema, device=pick_device(args.device))
     tokenizer = tokenizer_of(model.tokenizer)
-    length = args.length or cfg.seq_len
+    window = args.window or cfg.seq_len
+    if not args.semi_ar and (args.window or args.stride):
+        fail("--window and --stride: only with --semi_ar")
+    if window > cfg.seq_len or (args.stride or 1) >= window:
+        fail(f"--window {window} --stride {args.stride}: must be at most {cfg.seq_len}, and below the window")
     try:
         if args.infill is not None:
-            canvas = infill_canvas(tokenizer, args.infill, cfg.mask_id, model.tokenizer["kind"] != "char")
+            canvas = infill_canvas(tokenizer, args.infill, cfg, model.tokenizer["kind"] != "char")
         else:
-            canvas = prompt_canvas(tokenizer, args.prompt, length, cfg.mask_id)
+            canvas = prompt_canvas(tokenizer, args.prompt, args.length or cfg.seq_len, cfg)
     except ValueError as e:
         fail(f"--{'prompt' if args.infill is None else 'infill'}: {e}")
-    if len(canvas) > cfg.seq_len:
-        fail(
-            f"the text would have {len(canvas)} tokens, but the model was trained on {cfg.seq_len} at a time"
-        )
+    if len(canvas) > cfg.seq_len and not args.semi_ar:
+        fail(f"the text would have {len(canvas)} tokens, but the model was trained on {cfg.seq_len} at a time; "
+             "--semi_ar writes longer ones window by window")  # fmt: skip
 
     options = dict(
-        steps=args.steps, sampler=args.sampler, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-        dtype=args.dtype,
+        steps=args.steps, sampler=args.sampler or default_sampler(cfg), temperature=args.temperature,
+        top_p=args.top_p, noise_removal=args.noise_removal, seed=args.seed, dtype=args.dtype,
     )  # fmt: skip
+    if args.semi_ar:
+        options |= dict(window=window, stride=args.stride or window // 2, eos=tokenizer.eos)
     if args.watch and sys.stdout.isatty():
         header = "sample {} of {} · {}, {} steps"
         texts = (
             watch(tokenizer, frames(model, cfg, canvas, [row], **options),
-                  header.format(row + 1, args.num, args.sampler, args.steps))
+                  header.format(row + 1, args.num, options["sampler"], args.steps))
             for row in range(args.num)
         )  # fmt: skip
     else:

@@ -27,10 +27,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configs import fail, from_cli
-from data.corpus import folder_of, read_split, training_rows
+from data.corpus import folder_of, maskable_of, read_split, training_rows
 from data.prepare import prepare
 from data.tokenizer import tokenizer_of
-from diffusion import LOSSES, alpha, mask_tokens, time_of
+from diffusion import LOSSES, draw
 from evaluate import bound, figure, report, to_json
 from model import (
     KIND,
@@ -42,7 +42,7 @@ from model import (
     pick_device,
     read_checkpoint,
 )
-from sample import generate
+from sample import generate, prompt_canvas
 
 try:
     import fcntl
@@ -58,14 +58,15 @@ LOG_EVERY = 10  # steps
 
 
 def batch(ids, meta, cfg, step, rows):
-    """Rows `rows` (N,) of the global batch of `step`: x0 (N, L), maskable (N, L), t (N,), xt (N, L)."""
+    """Rows `rows` (N,) of the global batch of `step`: x0, maskable (N, L), t (N,), xt (N, L), weight (N,)."""
     x0 = torch.from_numpy(training_rows(ids, meta, cfg, step * cfg.batch_size + rows))
-    maskable = torch.ones_like(x0, dtype=torch.bool)
+    maskable = maskable_of(x0, meta, cfg)
     noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 1) for row in rows]
     u = torch.from_numpy(np.stack(noise))  # (N, L + 1) float64
-    t = time_of((torch.from_numpy(rows) + u[:, 0]) / cfg.batch_size, cfg)  # stratified over the global batch
-    xt = mask_tokens(x0, alpha(cfg.schedule, t), maskable, cfg.mask_id, u[:, 1:])
-    return x0, maskable, t, xt
+    time = u[:, 0]
+    if cfg.time_draw != "iid":  # one in each stratum of the global batch
+        time = (torch.from_numpy(rows) + time) / cfg.batch_size
+    return x0, maskable, *draw(x0, maskable, cfg, time, u[:, 1:])
 
 
 def row_noise(seed, index, n):
@@ -233,11 +234,12 @@ def train_step(net, optimizers, micro_batches, step, cfg, device):
     """One update from a list of micro-batches: (mean loss in nats per token, gradient norm), on the device."""
     total = torch.zeros((), device=device)
     for i, tensors in enumerate(micro_batches):
-        x0, maskable, t, xt = (a.to(device) for a in tensors)
+        x0, maskable, t, xt, weight = (a.to(device) for a in tensors)
         net.require_backward_grad_sync = i == len(micro_batches) - 1  # for DDP: average once
         with autocast(device, cfg.dtype):
             nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt)  # (B, L)
-        loss = (nats.sum(-1) / maskable.sum(-1)).mean() / len(micro_batches)  # the same for any split
+        nats = (nats.sum(-1) * weight / maskable.sum(-1)).float()  # (B,) per token
+        loss = nats.mean() / len(micro_batches)  # the same for any split
         loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
@@ -265,7 +267,12 @@ def run(cfg, resume, overwrite, at_end):
     barrier()
     train_ids, meta = read_split(cfg.data, "train", cfg)
     val_ids, _ = read_split(cfg.data, "val", cfg)
-    tokenizer = tokenizer_of(meta["tokenizer"]) if cfg.samples else None  # now, not after days of training
+    if cfg.samples:  # now, not after days of training
+        tokenizer = tokenizer_of(meta["tokenizer"])
+        try:
+            canvas = prompt_canvas(tokenizer, "", cfg.seq_len, cfg)
+        except ValueError as e:
+            fail(f"{cfg.data}: {e}; --samples=0 trains without showing any")
     state = open_run(cfg, meta, resume, overwrite)
 
     torch.manual_seed(cfg.seed)
@@ -328,7 +335,8 @@ def run(cfg, resume, overwrite, at_end):
     def validate(windows):
         """The report on `windows` windows of the validation split (0: all), which all ranks share."""
         where = f"{cfg.data}/val.bin"
-        return report(bound(ema, val_ids, cfg, where, cfg.T, 1, windows, micro, dtype=cfg.dtype), meta, "val")
+        result = bound(ema, val_ids, meta, cfg, where, cfg.T, 1, windows, micro, dtype=cfg.dtype)
+        return report(result, meta, "val")
 
     bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
     logged, losses, stopping = time.time(), [], False
@@ -385,7 +393,7 @@ def run(cfg, resume, overwrite, at_end):
     if rank == 0:
         say(f"\nvalidation: {figure(val, 'bits_per_char', 3)} bits per character, perplexity "
             f"{figure(val, 'perplexity', 1)} per token, after {trained:.0f} s of training")  # fmt: skip
-        for text in generate(ema, tokenizer, cfg, num=cfg.samples):
+        for text in generate(ema, tokenizer, cfg, cfg.samples, canvas) if cfg.samples else ():
             say(f"\n--- sample\n{text}")
         say(f"\nNext:\n  python sample.py {out}/ckpt.pt --watch\n  python evaluate.py {out}/ckpt.pt")
     return val

@@ -2,7 +2,8 @@
 
 The .bin files are nothing but token ids, uint16 (uint32 for a vocabulary over 65,536), to be memory-mapped.
 meta.json: name, source, tokenizer (see tokenizer.py), vocab_size, dtype, wrap (0, or the window length that
-the ids were cut to, each window with its own BOS and EOS) and, per split, tokens, characters and sha256.
+the ids were cut to, each window with its own BOS and EOS), pad (the id that fills up windows, or null) and,
+per split, tokens, characters, sha256 and, where there is a pad, padding: how many of the tokens are pad.
 """
 
 import hashlib
@@ -31,21 +32,27 @@ def partial_of(folder):
     return folder.with_name(folder.name + ".partial")
 
 
-def finish(folder, source, tokenizer, vocab_size, characters, wrap=0):
+def finish(folder, source, tokenizer, vocab_size, characters, wrap=0, pad=None):
     """Seal the partial folder: hash its .bin files, write meta.json, rename it to `folder`.
 
     characters: {split: number of characters of text that the split's ids stand for}."""
     partial, dtype = partial_of(folder), dtype_of(vocab_size)
     splits = {}
     for split in characters:
+        sha256, tokens, padding = hashlib.sha256(), 0, 0
         with open(partial / f"{split}.bin", "rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-            tokens = f.tell() // dtype.itemsize
+            while block := f.read(2**24):
+                sha256.update(block)
+                ids = np.frombuffer(block, dtype)
+                tokens += len(ids)
+                padding += int((ids == pad).sum()) if pad is not None else 0
             os.fsync(f.fileno())
-        splits[split] = dict(tokens=tokens, characters=characters[split], sha256=sha256)
+        splits[split] = dict(tokens=tokens, characters=characters[split], sha256=sha256.hexdigest())
+        if pad is not None:
+            splits[split]["padding"] = padding
     meta = dict(
         name=folder.name, source=source, tokenizer=tokenizer, vocab_size=vocab_size, dtype=dtype.name,
-        wrap=wrap, splits=splits,
+        wrap=wrap, pad=pad, splits=splits,
     )  # fmt: skip
     (partial / "meta.json").write_text(json.dumps(meta, indent=1))
     if folder.exists():
@@ -66,15 +73,17 @@ def read_meta(name):
     """meta.json of a prepared corpus, as a dict; fails in one line when there is none or it is damaged."""
     path = folder_of(name) / "meta.json"
     if not path.exists():
-        known, _, wrap = path.parent.name.partition("_wrap")
-        how = f"{known} --wrap {wrap}" if wrap else known
-        if known not in ("pydocs", "text8", "openwebtext"):
-            how = f"text --input FILE... --out {name}"
+        from data.prepare import options_for  # not at the top: it imports this file
+
+        how = options_for(path.parent.name) or "text --input FILE..."
+        if "/" in str(name) or how.startswith("text "):
+            how += f" --out {name}"
         fail(f"{path}: no such file; prepare the data first: python data/prepare.py {how}")
     try:
         meta = json.loads(path.read_text())
         for key in ("tokenizer", "vocab_size", "wrap", "splits"):
             meta[key]
+        meta.setdefault("pad", None)  # corpora prepared before there was any padding
         np.dtype(meta["dtype"])
     except (ValueError, KeyError, TypeError) as e:
         fail(f"{path}: damaged ({e}); prepare the data again")
@@ -138,3 +147,12 @@ def epoch_order(seed, epoch, windows, offsets):
         _order[key] = rng.integers(offsets), rng.permutation(np.arange(windows, dtype=np.uint32))
     offset, order = _order[key]
     return order, int(offset)
+
+
+def maskable_of(x0, meta, cfg):
+    """(N, L) bool: the tokens of x0 (N, L) to be trained and counted, i.e. no padding and no given BOS."""
+    pad = meta.get("pad")
+    maskable = x0 >= 0 if pad is None else x0 != pad
+    if cfg.bos:
+        maskable[:, 0] = False
+    return maskable

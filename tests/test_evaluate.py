@@ -72,7 +72,7 @@ def runs():
     world, rng, rows = Markov(), np.random.default_rng(0), []
     for seed in range(150):
         x = world.text(32, rng)
-        ours = bound(Network(world.model), x.reshape(-1), world.cfg, "text", seed=seed)
+        ours = bound(Network(world.model), x.reshape(-1), {}, world.cfg, "text", seed=seed)
         x0 = torch.from_numpy(x)
         t = time_of(stratified(32), world.cfg)
         theirs = mdlm(world.model, x0, torch.ones_like(x0, dtype=torch.bool), world.cfg, t).mean().item()
@@ -116,7 +116,14 @@ def test_pairs_mask_a_constant_number_of_tokens():
         counts.append(int(at.sum()))
         return torch.zeros(counts[-1], 5)
 
-    bound(Network(model), np.zeros(64 * 32, np.int64), Config(vocab_size=5, seq_len=64), "text", batch_size=8)
+    bound(
+        Network(model),
+        np.zeros(64 * 32, np.int64),
+        {},
+        Config(vocab_size=5, seq_len=64),
+        "text",
+        batch_size=8,
+    )
     assert counts == [8 * 65 // 2] * 4
 
 
@@ -126,7 +133,7 @@ def test_every_T_estimates_its_own_bound(T, schedule):
     """With a time-dependent network each T has another bound; a split that repeats one text converges to it."""
     model, text = hostile_model(), torch.tensor([0, 2, 1])
     cfg = tiny(schedule=schedule, time_cond=True, cond_dim=8)
-    got = bound(Network(model), np.tile(text.numpy(), 20_000), cfg, "text", T=T, batch_size=10_000)
+    got = bound(Network(model), np.tile(text.numpy(), 20_000), {}, cfg, "text", T=T, batch_size=10_000)
     want = expected_loss("mdlm", model, text, replace(cfg, T=T)) / L
     assert abs(got["nats"] - want) < 4 * got["se"] + 1e-9 and got["se"] < 0.02
 
@@ -143,14 +150,14 @@ def test_the_last_short_window_and_every_token_count():
         return joint.sum((1, 2)).log()[None]
 
     ids = np.concatenate([TEXTS[:10].numpy().reshape(-1), [1]])
-    result = bound(Network(short), ids, tiny(), "text", passes=3000, batch_size=11)
+    result = bound(Network(short), ids, {}, tiny(), "text", passes=3000, batch_size=11)
     want = -(joint.flatten()[:10].log().sum() + joint.sum((1, 2))[1].log()).item() / 31
     assert result["tokens"] == 31 and result["forwards"] == 33_000
     assert abs(result["nats"] - want) < 0.01  # 3,000 passes
 
 
 def test_few_windows_give_no_error_bar_rather_than_a_wrong_one():
-    result = bound(Network(exact_model(random_joint())), TEXTS[:4].numpy().reshape(-1), tiny(), "text")
+    result = bound(Network(exact_model(random_joint())), TEXTS[:4].numpy().reshape(-1), {}, tiny(), "text")
     assert math.isnan(result["se"]) and math.isfinite(result["nats"])
     meta = {"splits": {"val": {"tokens": 12, "characters": 12}}}
     shown = evaluate.report(result, meta, "val")
@@ -167,7 +174,7 @@ def test_windows_takes_evenly_spaced_ones():
         return torch.zeros(int(at.sum()), 50)
 
     ids = np.repeat(np.arange(50), 8)
-    result = bound(Network(model), ids, Config(vocab_size=50, seq_len=8), "text", windows=10)
+    result = bound(Network(model), ids, {}, Config(vocab_size=50, seq_len=8), "text", windows=10)
     first = [row[row < 50].unique().tolist() for row in torch.cat(seen)]
     assert result["tokens"] == 80 and [r for row in first for r in row][:2] != [0, 1]
     assert all(len(row) <= 1 for row in first) and first[-1] in ([49], [])
@@ -186,7 +193,7 @@ def test_the_command_reports_the_whole_split(checkpoint, corpus, capsys):
     model, cfg = load(checkpoint)
     ids, meta = read_split(str(corpus), "val", cfg)
     assert out["tokens"] == len(ids) == meta["splits"]["val"]["tokens"] and out["split"] == "val"
-    direct = bound(model, ids, cfg, "val", batch_size=32)
+    direct = bound(model, ids, {}, cfg, "val", batch_size=32)
     assert out["nats"] == pytest.approx(direct["nats"], rel=1e-6)
     assert out["bits_per_char"] == pytest.approx(out["nats"] / math.log(2))  # one token is one character
     assert out["perplexity"] == pytest.approx(math.exp(out["nats"]))
@@ -215,6 +222,6 @@ def test_a_uniform_model_costs_exactly_log_v(corpus):
     cfg = Config(vocab_size=27, seq_len=32)
     ids, _ = read_split(str(corpus), "test", cfg)
     flat = Network(lambda x, t, at: torch.zeros(int(at.sum()), 27))
-    result = bound(flat, ids, cfg, "test")
+    result = bound(flat, ids, {}, cfg, "test")
     assert result["nats"] == pytest.approx(math.log(27), rel=1e-6) and result["se"] < 1e-6
     assert len(TEXTS) == V**L

@@ -1,9 +1,11 @@
 """The losses against their definitions: every mask of a tiny world, exact integrals over t."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from world import (
     MASK,
     SUBSETS,
@@ -14,6 +16,7 @@ from world import (
     exact_model,
     expected_loss,
     hostile_model,
+    hostile_scores,
     index,
     ones,
     random_joint,
@@ -23,8 +26,10 @@ from world import (
 from diffusion import (
     LOSSES,
     SCHEDULES,
+    TIME_DRAWS,
     alpha,
     dalpha,
+    draw,
     exact_count_bound,
     mask_exactly,
     mask_tokens,
@@ -57,12 +62,61 @@ def test_continuous_bound_is_tight_for_the_exact_denoiser(schedule, text):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("loss", ["mdlm", "d3pm"])
-def test_discrete_bound_falls_to_the_exact_likelihood(loss, schedule):
-    """T = 1 reveals all at once: the sum of the marginals. More steps can only help; 2,000 are nearly exact."""
+def test_score_entropy_is_tight_for_the_exact_scores(schedule):
+    joint = random_joint()
+    model = lambda x, t, at: exact_model(joint)(x, t, at) + math.log(V)  # their logits: log(s V / r)
+    bound = expected_loss("sedd", model, TEXT, tiny(schedule=schedule, loss="sedd"))
+    assert bound == pytest.approx(-joint[tuple(TEXT)].log().item(), abs=1e-5)
+
+
+def test_score_entropy_is_that_of_the_paper():
+    """sigma' (sum_y s(y) - r log s(x0) + r (log r - 1)) for the scores s = exp(logits) r / V, at masks."""
+    model, cfg = hostile_scores(), tiny(loss="sedd", schedule="cosine")
+    x0, t = torch.randint(0, V, (300, L)), torch.rand(300, dtype=torch.float64)
+    xt = mask_tokens(x0, alpha("cosine", t), ones(x0), MASK)
+    a = alpha("cosine", t)[:, None]
+    r, dsigma = a / (1 - a), -dalpha("cosine", t)[:, None] / a
+    log_s = model(xt, t, ones(x0)).view(*x0.shape, V) - math.log(V) + r.log()[..., None]
+    entropy = log_s.exp().sum(-1) - r * log_s.gather(-1, x0[..., None])[..., 0] + r * (r.log() - 1)
+    got = LOSSES["sedd"](model, x0, ones(x0), cfg, t, xt)
+    torch.testing.assert_close(got.double(), dsigma * entropy * (xt == MASK), rtol=1e-5, atol=1e-5)
+    normal = LOSSES["mdlm"](
+        model, x0, ones(x0), tiny(schedule="cosine"), t, xt
+    )  # reads logits up to a constant
+    assert (got >= normal - 1e-5).all() and (got > normal + 0.01).any()
+    p = lambda x, t, at: model(x, t, at).log_softmax(-1) + math.log(V)
+    torch.testing.assert_close(LOSSES["sedd"](p, x0, ones(x0), cfg, t, xt), normal, rtol=1e-5, atol=1e-5)
+
+
+def test_ar_is_the_chain_rule():
+    joint = random_joint()
+    model = exact_model(joint)
+
+    def causal(x, t, at):
+        parts = [
+            model(x.masked_fill(torch.arange(L) >= i, MASK), t, ones(x)).view(-1, L, V) for i in range(L)
+        ]
+        return torch.stack([part[:, i] for i, part in enumerate(parts)], 1)[at]
+
+    nats = LOSSES["ar"](causal, TEXTS, ones(TEXTS), tiny(loss="ar", causal=True, cond_dim=0))
+    torch.testing.assert_close(nats.sum(-1).double(), -joint.flatten().log(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["mdlm", "d3pm", "copies", "may_answer_mask"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_discrete_bound_falls_to_the_exact_likelihood(form, schedule):
+    """T = 1 reveals all at once: the sum of the marginals. More steps can only help; 2,000 are nearly exact.
+    The exact network copies what it sees and never answers MASK, so D3PM's further terms cost nothing."""
     joint = random_joint()
     model, exact = exact_model(joint), -joint[tuple(TEXT)].log().item()
-    bounds = [expected_loss(loss, model, TEXT, tiny(schedule=schedule, loss=loss, T=T)) for T in (1, 2000)]
+    loss, fields = form, {}
+    if form in ("copies", "may_answer_mask"):
+        loss, fields = "d3pm", dict(carry_over=False, zero_masking=form == "copies")
+    if form == "may_answer_mask":
+        model = lambda x, t, at: F.pad(exact_model(joint)(x, t, at), (0, 1), value=-math.inf)
+    bounds = [
+        expected_loss(loss, model, TEXT, tiny(schedule=schedule, loss=loss, T=T, **fields)) for T in (1, 2000)
+    ]
     marginals = [joint.sum([j for j in range(L) if j != i])[TEXT[i]].log().item() for i in range(L)]
     assert bounds[0] == pytest.approx(-sum(marginals), abs=1e-5)
     assert bounds[1] == pytest.approx(exact, abs=0.02 if schedule in ("geometric", "sigma_linear") else 2e-3)
@@ -95,13 +149,12 @@ def dense_d3pm(model, x0, xt, t, cfg):
         eye = torch.eye(K, dtype=torch.float64)
         qbar_s = a_s * eye + (1 - a_s) * absorb
         q_st = (a_t / a_s) * eye + (1 - a_t / a_s) * absorb
-        prediction = model(xt[b : b + 1], t[b : b + 1], ones(xt[b : b + 1])).softmax(-1)  # (L, V)
+        prediction = model(xt[b : b + 1], t[b : b + 1], ones(xt[b : b + 1])).softmax(-1)  # (L, V or K)
         for i in range(L):
-            posterior = q_st[:, xt[b, i]] * qbar_s  # (K, K) [x0, x_s], impossible pairs are 0 / 0
-            posterior = posterior / posterior.sum(-1, keepdim=True)
-            q = posterior[x0[b, i]]
+            pair = q_st[:, xt[b, i]] * qbar_s  # (K, K): q(x_s, xt | x0), as [x0, x_s]
+            q, p = pair[x0[b, i]], prediction[i] @ pair[: prediction.shape[1]]
             if xt[b, i] == MASK:
-                p = prediction[i] @ posterior[:V]
+                q, p = q / q.sum(), p / p.sum()
                 kl[b, i] = torch.where(q > 0, q * (q / p).log(), 0).sum()
             ce[b, i] = -prediction[i, x0[b, i]].log()
     return cfg.T * kl, ce
@@ -126,6 +179,15 @@ def test_losses_equal_the_dense_d3pm_posterior_kl(schedule, T):
     cfg = tiny(schedule=schedule, T=T, loss="d3pm", aux_ce=0.05)
     scale(want, LOSSES["d3pm"](model, x0, ones(x0), cfg, t, xt))
 
+    cfg = tiny(schedule=schedule, T=T, loss="d3pm", carry_over=False)
+    copy = -model(x0, 0 * t, ones(x0)).log_softmax(-1).view(*x0.shape, V).gather(-1, x0[..., None])[..., 0]
+    scale(kl + copy, LOSSES["d3pm"](model, x0, ones(x0), cfg, t, xt))
+
+    masking = hostile_model(outputs=V + 1)
+    kl = dense_d3pm(masking, x0, xt, t, tiny(schedule=schedule, T=T))[0]
+    cfg = tiny(schedule=schedule, T=T, loss="d3pm", zero_masking=False)
+    scale(kl, LOSSES["d3pm"](masking, x0, ones(x0), cfg, t, xt))
+
 
 def test_mdlm_is_cross_entropy_over_t():
     """T = 0, linear: CE / t on masked positions, zero elsewhere; T steps of the linear schedule: the same."""
@@ -139,23 +201,35 @@ def test_mdlm_is_cross_entropy_over_t():
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("aux", [0.0, 0.05])
-def test_a_prompt_is_never_masked_and_never_counted(loss, aux):
-    cfg = tiny(loss=loss, T=10, aux_ce=aux if loss == "d3pm" else 0.0)
+FORMS = {
+    "mdlm": dict(),
+    "mdlm, 10 steps": dict(T=10),
+    "d3pm": dict(loss="d3pm", T=10),
+    "d3pm, nanoDD": dict(loss="d3pm", T=10, aux_ce=0.05),
+    "d3pm, copies": dict(loss="d3pm", T=10, carry_over=False),
+    "d3pm, may answer MASK": dict(loss="d3pm", T=10, zero_masking=False, carry_over=False),
+    "sedd": dict(loss="sedd"),
+    "ar": dict(loss="ar", causal=True, cond_dim=0),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_prompt_is_never_masked_and_never_counted(form):
+    cfg = tiny(**FORMS[form])
+    loss, answer = cfg.loss, hostile_model(outputs=V + (not cfg.zero_masking))
     x0 = torch.randint(0, V, (400, L))
     maskable = torch.rand(x0.shape) < 0.6
     seen = []
 
     def model(x, t, at):
         seen.append((x, at))
-        return hostile_model()(x, t, at)
+        return answer(x, t, at)
 
     nats = LOSSES[loss](model, x0, maskable, cfg)
     (xt, at) = seen[0]
-    assert (xt == x0)[~maskable].all() and (xt == MASK)[maskable].any()
+    assert (xt == x0)[~maskable].all() and (loss == "ar" or (xt == MASK)[maskable].any())
     assert (nats[~maskable] == 0).all() and not at[~maskable].any() and nats.sum() > 0
-    if not aux:
+    if not cfg.aux_ce and cfg.carry_over and loss != "ar":
         assert (nats[xt != MASK] == 0).all() and (at == (xt == MASK)).all()  # the head runs on masks only
 
 
@@ -193,13 +267,59 @@ def test_the_bell_is_beta_2_2_and_training_alone_uses_it():
 def test_mask_exactly_draws_every_subset_equally_often():
     n, maskable = 30_000, torch.tensor([True, False, True, True, True])
     x0 = torch.zeros(n, 5, dtype=torch.long)
-    masked = mask_exactly(x0, torch.full((n,), 2), maskable.repeat(n, 1), MASK) == MASK
+    xt, fraction = mask_exactly(x0, torch.full((n,), 2), maskable.repeat(n, 1), MASK)
+    masked = xt == MASK
     assert (masked.sum(-1) == 2).all() and not masked[:, 1].any()
     counts = torch.bincount((masked * 2 ** torch.arange(5)).sum(-1))
     counts = counts[counts > 0].double()
     assert len(counts) == 6  # 4 choose 2
     chi2 = ((counts - n / 6) ** 2 / (n / 6)).sum()
     assert torch.special.gammaincc(torch.tensor(2.5), chi2 / 2) > 1e-4
+    mean, var = 2 / 5, 2 * 3 / (25 * 6)  # of Beta(2, 3), which the fraction is, whatever was masked
+    assert (
+        abs(fraction.mean().item() - mean) < 4 * (var / n) ** 0.5 and abs(fraction.var().item() - var) < 1e-3
+    )
+    for i in range(5):
+        if i != 1:
+            assert abs(fraction[masked[:, i]].mean().item() - mean) < 6 * (var / n) ** 0.5
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("loss", ["mdlm", "sedd"])
+@pytest.mark.parametrize("time_draw", TIME_DRAWS)
+def test_every_draw_of_times_estimates_the_bound(time_draw, loss, schedule):
+    """Of a strongly time-dependent network. Importance sampling leaves out t < t_min, as does what it replaces."""
+    cfg = tiny(loss=loss, schedule=schedule, time_draw=time_draw, t_min=1e-4, time_cond=True)
+    model, n = hostile_scores() if loss == "sedd" else hostile_model(), 60_000
+    want = expected_loss(loss, model, TEXT, replace(cfg, time_draw="stratified"))
+    x0, u = TEXT.repeat(n, 1), torch.rand(n, dtype=torch.float64)
+    if time_draw == "stratified":
+        u = (torch.arange(n) + u) / n
+    t, xt, weight = draw(x0, ones(x0), cfg, u, torch.rand(n, L, dtype=torch.float64))
+    nats = LOSSES[loss](model, x0, ones(x0), cfg, t, xt).double().sum(-1) * weight
+    assert abs(nats.mean().item() - want) < 4 * nats.std().item() / n**0.5 + 2e-3
+    if time_draw in ("importance", "counts"):
+        assert abs((nats / weight).mean().item() - want) > 0.05  # the weights matter
+
+
+def test_importance_sampling_is_log_uniform_with_one_weight_for_all():
+    cfg, x0 = tiny(time_draw="importance", t_min=1e-3), torch.zeros(1000, L, dtype=torch.long)
+    u = (torch.arange(1000) + 0.5) / 1000
+    t, _, weight = draw(x0, ones(x0), cfg, u.double(), torch.rand(1000, L, dtype=torch.float64))
+    torch.testing.assert_close(t.log() / math.log(1e-3), 1 - u.double())
+    torch.testing.assert_close(weight / t, torch.full_like(t, math.log(1000) / 0.999))  # 6.9: MDLM's constant
+
+
+def test_drawn_counts_are_exact_and_even():
+    cfg, x0 = tiny(time_draw="counts"), torch.zeros(3000, 8, dtype=torch.long)
+    maskable = torch.arange(8) < torch.tensor([8, 5, 1]).repeat(1000)[:, None]
+    u = torch.rand(3000, dtype=torch.float64)
+    t, xt, weight = draw(x0, maskable, cfg, u, torch.rand(3000, 8, dtype=torch.float64))
+    n, count = maskable.sum(-1), (xt == MASK).sum(-1)
+    assert (count == torch.floor(u * n) + 1).all() and not (xt == MASK)[~maskable].any()
+    torch.testing.assert_close(
+        weight / t, n / count.double()
+    )  # on the linear schedule, whose own weight is 1 / t
 
 
 def test_exact_count_bound_is_tight_when_enumerated():

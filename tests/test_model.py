@@ -11,6 +11,7 @@ from diffusion import alpha
 from model import DiT, count_parameters, flops_per_token, rotary_tables, rotate
 
 SMALL = Config(vocab_size=11, seq_len=16, n_layer=2, n_head=2, n_embd=16, cond_dim=8)
+AR = dict(loss="ar", causal=True, cond_dim=0)
 
 
 def awake(cfg):
@@ -32,6 +33,10 @@ def canvas(cfg, B=3):
         ("text8_d3pm", 92_402_176),  # nanoDD, vocabulary 28
         ("owt_d3pm", 130_978_816),  # nanoDD, vocabulary 50,258
         ("owt_mdlm", 169_627_218 - 769),  # MDLM small, less the head's row and bias for MASK
+        ("owt_sedd", 169_627_218 - 769),
+        ("owt_ar", 162_246_482 - 769),
+        ("lm1b_mdlm", 139_292_986 + 768),  # MASK is one id more, and has a row in the embedding
+        ("lm1b_d3pm", 139_292_986 + 768 + 769),  # and in the head
     ],
 )
 def test_parameter_counts_are_upstreams(config, parameters):
@@ -117,14 +122,36 @@ def test_attention_equals_scaled_dot_product_attention(length):
     torch.testing.assert_close(block.attention(x, cos, sin), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_causal_sees_no_future_and_bidirectional_does(causal):
-    cfg = replace(SMALL, causal=causal, cond_dim=0)
+@pytest.mark.parametrize("kind", [{}, AR, AR | dict(bos=True)])
+def test_causal_sees_the_past_alone_and_bidirectional_everything(kind):
+    """A causal network's answer at a position does not depend on the token there, which it is to predict."""
+    cfg = replace(SMALL, **kind)
     model, (x, t) = awake(cfg), canvas(cfg, 1)
     changed = x.clone()
     changed[0, 9] = (x[0, 9] + 1) % cfg.vocab_size
     same = (model(x, t) - model(changed, t)).abs().amax(-1)[0] < 1e-6
-    assert not same[9:].any() and same[:9].all().item() == causal
+    assert not same[10:].any() and same[:10].all().item() == cfg.causal
+
+
+def test_a_causal_network_reads_the_start_symbol_or_begins_after_a_given_token():
+    """Shifted by hand: with bos, position i reads the trunk over the bare tokens at i - 1; without, the trunk
+    over MASK and then the tokens at i."""
+    plain, given = awake(replace(SMALL, **AR)), awake(replace(SMALL, **AR, bos=True))
+    (x, t), cfg = canvas(SMALL), SMALL
+    x = x.clamp(max=cfg.vocab_size - 1)
+    start = torch.cat((torch.full((len(x), 1), cfg.mask_id), x), 1)[:, :-1]
+    torch.testing.assert_close(plain(x, t), plain.logits(plain.hidden(start, t)))
+    torch.testing.assert_close(given(x, t)[:, 1:], given.logits(given.hidden(x, t))[:, :-1])
+    at = torch.rand(x.shape) < 0.5
+    torch.testing.assert_close(given(x, t, at), given(x, t)[at])
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_reading_in_pieces_is_reading_at_once(bos):
+    model, (x, t) = awake(replace(SMALL, **AR, bos=bos)), canvas(SMALL)
+    x, past = x.clamp(max=SMALL.vocab_size - 1), [[0] for _ in model.blocks]
+    for i in (1, 2, 5, 6, 11):
+        torch.testing.assert_close(model.next_logits(x[:, :i], past), model(x, t)[:, i], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("time_input", ["sigma", "step"])
@@ -151,8 +178,7 @@ def test_the_time_embedding_reads_upstreams_numbers():
 
 def test_a_shorter_row_is_a_prefix_of_positions():
     """Any length up to seq_len runs; positions count from 0."""
-    cfg = replace(SMALL, causal=True, cond_dim=0)
-    model, (x, t) = awake(cfg), canvas(cfg)
+    model, (x, t) = awake(replace(SMALL, **AR)), canvas(SMALL)
     torch.testing.assert_close(model(x[:, :7], t), model(x, t)[:, :7])
 
 

@@ -9,6 +9,7 @@ import torch
 from conftest import LETTERS
 
 import sample
+from configs import Config
 from data.tokenizer import load_tokenizer, train_bpe
 from model import load
 
@@ -63,15 +64,15 @@ def test_holes_take_the_space_before_a_subword():
     text = "to be or not to be that is the question " * 40
     spec = train_bpe([text], 300)
     tokenizer = load_tokenizer(spec)
-    mask = tokenizer.vocab_size
-    ids = sample.infill_canvas(tokenizer, "to be [2] not to", mask, subword=True).tolist()
+    mask, cfg = tokenizer.vocab_size, Config(vocab_size=tokenizer.vocab_size)
+    ids = sample.infill_canvas(tokenizer, "to be [2] not to", cfg, subword=True).tolist()
     assert ids == [*tokenizer.encode("to be"), mask, mask, *tokenizer.encode(" not to")]
     assert ids.count(mask) == 2 and tokenizer.decode(ids) == "to be██ not to"
     for hole, size in (("____", 4), ("______", 6), ("[1]", 1), ("[12]", 12)):
-        canvas = sample.infill_canvas(tokenizer, f"to {hole}", mask, subword=True)
+        canvas = sample.infill_canvas(tokenizer, f"to {hole}", cfg, subword=True)
         assert (canvas == mask).sum() == size
     with pytest.raises(ValueError, match="no hole"):
-        sample.infill_canvas(tokenizer, "a ___ b [x]", mask, subword=True)
+        sample.infill_canvas(tokenizer, "a ___ b [x]", cfg, subword=True)
 
 
 class Terminal(io.StringIO):

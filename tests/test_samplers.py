@@ -1,34 +1,48 @@
 """Every sampler's law against the enumerated one, with a hostile, time-dependent denoiser."""
 
+import itertools
 import math
 from collections import deque
 
 import pytest
 import torch
+import torch.nn.functional as F
 from world import (
     MASK,
     TEXTS,
     L,
     V,
     ancestral_law,
+    answers,
     chi_square_p,
     exact_model,
     hostile_model,
+    hostile_scores,
+    index,
     random_joint,
+    step_law,
     tiny,
+    tiny_ar,
 )
 
 from diffusion import (
     SAMPLERS,
     SCHEDULES,
+    alpha,
+    analytic,
+    cached_denoiser,
     categorical,
+    dalpha,
     denoiser,
     reveal_at,
     row_generators,
+    semi_ar,
     time_at,
+    with_greedy_end,
     with_temperature,
     with_top_p,
 )
+from model import DiT
 
 CANVASES = {  # all masks, prompt, suffix, hole, two holes
     "empty": [MASK, MASK, MASK],
@@ -44,9 +58,113 @@ def last(frames):
     return deque(frames, maxlen=1).pop()
 
 
-def law_of(sampler, model, canvas, schedule, steps):
-    """The enumerated law: `steps` ancestral steps, or for first_hitting so many that it is the limit."""
-    return ancestral_law(model, canvas, schedule, 2000 if sampler == "first_hitting" else steps)
+def staggered_row(p, alpha_s, alpha_t):
+    """SEDD's analytic step as its paper writes it, for scores p^ r: the score staggered by the change of sigma,
+    times the transposed transition's row of MASK; chances below zero are never drawn."""
+    score = torch.cat((p * alpha_t / (1 - alpha_t), torch.ones_like(p[..., :1])), -1)
+    ratio = alpha_s / alpha_t  # e^(sigma_t - sigma_s)
+    staggered = ratio * score
+    staggered[..., V] += (1 - ratio) * score.sum(-1)
+    transition = torch.full((V + 1,), 1.0, dtype=torch.float64) * (1 - 1 / ratio)
+    transition[V] += 1 / ratio
+    chance = (staggered * transition).clamp(min=0)
+    return chance / chance.sum(-1, keepdim=True)
+
+
+def analytic_law(model, canvas, schedule, steps):
+    grid = alpha(schedule, torch.arange(steps + 1, dtype=torch.float64) / steps).clamp(min=1e-13)
+
+    def row(n):
+        p = answers(model, n / steps).exp() / V
+        if n == 0:
+            return torch.cat((p / p.sum(-1, keepdim=True), 0 * p[..., :1]), -1)
+        return staggered_row(p, grid[n - 1], grid[n])
+
+    return step_law(canvas, steps, row)
+
+
+def euler_law(model, canvas, schedule, steps):
+    """onehot + dt sigma' x reverse rate, the rate to y being the score of y and to MASK minus the sum."""
+
+    def row(n):
+        p = answers(model, n / steps).exp() / V
+        if n == 0:
+            return torch.cat((p / p.sum(-1, keepdim=True), 0 * p[..., :1]), -1)
+        t = torch.tensor(n / steps, dtype=torch.float64)
+        a = alpha(schedule, t).clamp(min=1e-13)
+        flow = -dalpha(schedule, t) / a * (p * a / (1 - a)) / steps
+        chance = torch.cat((flow, 1 - flow.sum(-1, keepdim=True)), -1).clamp(min=0)
+        return chance / chance.sum(-1, keepdim=True)
+
+    return step_law(canvas, steps, row)
+
+
+def masking_law(model, canvas, schedule, steps):
+    """D3PM's ancestral steps from dense matrices, for a network that may answer MASK: q(x_s | x_t = MASK, x0)
+    with x0 replaced by the network's V + 1 probabilities."""
+    a = alpha(schedule, torch.arange(steps + 1, dtype=torch.float64) / steps)
+
+    def row(n):
+        x0 = answers(model, n / steps, V + 1).exp()
+        if n == 0:
+            return torch.cat((x0[..., :V] / x0[..., :V].sum(-1, keepdim=True), 0 * x0[..., :1]), -1)
+        to_s = a[n - 1] * torch.eye(V + 1, dtype=torch.float64)
+        to_s[:, V] += 1 - a[n - 1]  # (x0, x_s)
+        s_to_mask = torch.full((V + 1,), 1.0, dtype=torch.float64) * (1 - a[n] / a[n - 1])
+        s_to_mask[V] = 1
+        joint = x0 @ to_s * s_to_mask
+        return joint / joint.sum(-1, keepdim=True)
+
+    return step_law(canvas, steps, row)
+
+
+def law_of_choice(score):
+    """The law of a sampler that draws all masks and keeps the best: every outcome of every step, one by one."""
+
+    def law(model, canvas, schedule, steps):
+        state, total = {tuple(canvas.tolist()): 1.0}, int((canvas == MASK).sum())
+        for n in range(steps, 0, -1):
+            left = 1 - alpha(schedule, torch.tensor((n - 1) / steps, dtype=torch.float64)).item()
+            after, p = {}, answers(model, n / steps).exp()
+            for key, chance in state.items():
+                x = torch.tensor(key)
+                holes = (x == MASK).nonzero()[:, 0].tolist()
+                keep = len(holes) - math.ceil(total * left - 1e-9)
+                for tokens in itertools.product(range(V), repeat=len(holes) if keep else 0):
+                    q = [p[index(x), i] for i in holes]
+                    best = sorted(range(len(tokens)), key=lambda j: -score(q[j], tokens[j]))[:keep]
+                    y = x.clone()
+                    for j in best:
+                        y[holes[j]] = tokens[j]
+                    drawn = math.prod(q[j][v].item() for j, v in enumerate(tokens))
+                    after[tuple(y.tolist())] = after.get(tuple(y.tolist()), 0) + chance * drawn
+            state = after
+        return torch.tensor([state.get(tuple(x), 0.0) for x in TEXTS.tolist()], dtype=torch.float64)
+
+    return law
+
+
+def left_to_right_law(model, canvas, schedule, steps):
+    state = {tuple(canvas.tolist()): 1.0}
+    for i in range(L):
+        t = time_at(schedule, torch.tensor((L - i) / L)).item()
+        p, after = answers(model, t).exp(), {}
+        for x, chance in state.items():
+            for v in range(V) if x[i] == MASK else [x[i]]:
+                q = p[index(torch.tensor(x)), i, v].item() if x[i] == MASK else 1
+                after[x[:i] + (v,) + x[i + 1 :]] = chance * q
+        state = after
+    return torch.tensor([state.get(tuple(x), 0.0) for x in TEXTS.tolist()], dtype=torch.float64)
+
+
+LAWS = {  # what is not here has the ancestral law
+    "first_hitting": lambda model, canvas, schedule, steps: ancestral_law(model, canvas, schedule, 2000),
+    "euler": lambda model, *args: euler_law(lambda x, t, at: model(x, t, at) + math.log(V), *args),
+    "confidence": law_of_choice(lambda p, v: p[v]),
+    "margin": law_of_choice(lambda p, v: p.topk(2).values.diff().neg().item()),
+    "entropy": law_of_choice(lambda p, v: (p * p.log()).sum().item()),
+    "ar": left_to_right_law,
+}
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "geometric"])
@@ -56,26 +174,162 @@ def test_law_equals_the_enumerated_one(sampler, schedule, steps):
     """All canvases in one batch, so that rows with different prompts and events ride together."""
     model, canvases = hostile_model(), torch.tensor(list(CANVASES.values()))
     x = canvases.repeat(N, 1)
-    texts = last(SAMPLERS[sampler](denoiser(model), x, steps, tiny(schedule=schedule)))
+    texts = last(SAMPLERS[sampler](denoiser(model, tiny()), x, steps, tiny(schedule=schedule)))
     for i, name in enumerate(CANVASES):
-        p = chi_square_p(texts[i :: len(CANVASES)], law_of(sampler, model, canvases[i], schedule, steps))
+        law = LAWS.get(sampler, ancestral_law)(model, canvases[i], schedule, steps)
+        p = chi_square_p(texts[i :: len(CANVASES)], law)
         assert p > 1e-4, f"{name}: p = {p:.2g}"
 
 
 def test_the_law_test_tells_step_counts_apart():
     """With a time-dependent denoiser 4 steps, 5 steps and infinitely many have different laws."""
     model, canvas = hostile_model(), torch.tensor(CANVASES["empty"])
-    texts = last(SAMPLERS["ddpm_cache"](denoiser(model), canvas.repeat(N, 1), 4, tiny()))
+    texts = last(SAMPLERS["ddpm_cache"](denoiser(model, tiny()), canvas.repeat(N, 1), 4, tiny()))
     assert chi_square_p(texts, ancestral_law(model, canvas, "linear", 4)) > 1e-4
     for steps in (3, 5, 2000):
         assert chi_square_p(texts, ancestral_law(model, canvas, "linear", steps)) < 1e-6
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "geometric"])
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("sampler", ["analytic", "euler"])
+def test_sedds_samplers_have_the_law_of_its_dense_kernels(sampler, steps, schedule):
+    """With scores that are not normalised, whose sum the two look at, and noise removal at the end."""
+    model, canvases = hostile_scores(), torch.tensor(list(CANVASES.values()))
+    cfg = tiny(loss="sedd", schedule=schedule)
+    texts = last(SAMPLERS[sampler](denoiser(model, cfg), canvases.repeat(N, 1), steps, cfg))
+    law = {"analytic": analytic_law, "euler": euler_law}[sampler]
+    for i, name in enumerate(CANVASES):
+        p = chi_square_p(texts[i :: len(CANVASES)], law(model, canvases[i], schedule, steps))
+        assert p > 1e-4, f"{name}: p = {p:.2g}"
+
+
+def test_the_sum_of_the_scores_matters_to_sedds_samplers():
+    model, canvas, cfg = hostile_scores(), torch.tensor(CANVASES["empty"]), tiny(loss="sedd")
+    texts = last(analytic(denoiser(model, cfg), canvas.repeat(N, 1), 4, cfg))
+    assert (
+        chi_square_p(texts, ancestral_law(lambda *a: model(*a).log_softmax(-1), canvas, "linear", 4)) < 1e-6
+    )
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_ddpm_has_d3pms_law_when_the_network_may_answer_mask(schedule):
+    model, canvases = hostile_model(outputs=V + 1), torch.tensor(list(CANVASES.values()))
+    cfg = tiny(loss="d3pm", T=4, zero_masking=False, schedule=schedule)
+    texts = last(SAMPLERS["ddpm"](denoiser(model, cfg), canvases.repeat(N, 1), 4, cfg))
+    for i, name in enumerate(CANVASES):
+        p = chi_square_p(texts[i :: len(CANVASES)], masking_law(model, canvases[i], schedule, 4))
+        assert p > 1e-4, f"{name}: p = {p:.2g}"
+
+
+def test_analytic_is_ddpm_draw_for_draw_when_scores_are_normalised():
+    x, model = torch.full((500, L), MASK), hostile_model()
+    a, b = (
+        list(SAMPLERS[s](denoiser(model, tiny()), x, 7, tiny(), row_generators(0, range(500))))
+        for s in ("ddpm", "analytic")
+    )
+    assert len(a) == len(b) and all((p == q).all() for p, q in zip(a, b))
+
+
+@pytest.mark.parametrize("window, stride", [(3, 1), (3, 2), (2, 1)])
+@pytest.mark.parametrize("sampler", ["ddpm", "ar"])
+def test_semi_ar_has_the_law_of_its_windows(sampler, window, stride):
+    """A canvas of five tokens, with one given: windows multiplied out one after the other."""
+    cfg, timed = tiny(), sampler != "ar"  # whose times would be those of a row of three tokens
+    model = lambda x, t, at: hostile_model()(x, t * timed, at)
+    canvas, wide = torch.tensor([MASK, 2, MASK, MASK, MASK]), (V + 1) ** torch.arange(4, -1, -1)
+
+    def in_window(x, t, at):  # the tiny network reads three tokens; shorter windows get a token 0 behind them
+        pad = L - x.shape[1]
+        return model(F.pad(x, (0, pad)), t, F.pad(at, (0, pad)))
+
+    starts = {(3, 1): (0, 1, 2), (3, 2): (0, 2), (2, 1): (0, 1, 2, 3)}[window, stride]
+    state = {tuple(canvas.tolist()): 1.0}
+    for start in starts:
+        after = {}
+        for x, chance in state.items():
+            part = torch.tensor([*x[start : start + window], *[0] * (L - window)])
+            law = LAWS.get(sampler, ancestral_law)
+            for text, p in zip(TEXTS.tolist(), law(model, part, "linear", 4).tolist()):
+                if p:
+                    after[x[:start] + tuple(text[:window]) + x[start + window :]] = chance * p
+        state = after
+    x = canvas.repeat(N, 1)
+    texts = last(semi_ar(denoiser(in_window, cfg), x, 4, cfg, None, SAMPLERS[sampler], window, stride))
+    counts = torch.bincount((texts * wide).sum(-1), minlength=4**5)
+    expected = torch.zeros(4**5, dtype=torch.float64)
+    for text, p in state.items():
+        expected[(torch.tensor(text) * wide).sum()] = p * N
+    assert counts[expected == 0].sum() == 0 and expected.sum().item() == pytest.approx(N)
+    common = expected >= 5
+    chi2 = ((counts - expected)[common] ** 2 / expected[common]).sum()
+    assert torch.special.gammaincc((common.sum() - 1) / 2, chi2 / 2) > 1e-4
+
+
+def test_semi_ar_stops_rows_that_have_ended():
+    """A row that wrote eos is asked nothing more, and its rest is eos; an eos of the prompt does not end it."""
+    asked = []
+
+    def denoise(x, t, at):  # row 0 writes eos = 2 in its first window, row 1 never
+        asked.append(len(x))
+        token = torch.where(at & (x[:, :1] == 0), 2, 1)[at]
+        return F.one_hot(token, V).double().log()
+
+    x = torch.tensor([[0] + [MASK] * 8, [2] + [MASK] * 8])
+    out = last(semi_ar(denoise, x, 1, tiny(), None, SAMPLERS["ddpm"], 3, 2, eos=2))
+    assert out.tolist() == [[0] + [2] * 8, [2] + [1] * 8]
+    assert asked == [2, 1, 1, 1]
+    gen = row_generators(3, [5])
+    model = denoiser(hostile_model(), tiny())
+    run = lambda rows, gen: last(semi_ar(model, torch.full((rows, 9), MASK), 4, tiny(), gen, eos=2))
+    assert (run(1, gen)[0] == run(8, row_generators(3, range(8)))[5]).all()  # a row's text is its own
+
+
+def test_a_greedy_end_takes_the_likeliest_token_there_alone():
+    p = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    denoise = with_greedy_end(lambda x, t, at: p.repeat(int(at.sum()), 1), 0.25)
+    at = torch.tensor([[True, True], [True, False], [False, True]])
+    got = denoise(None, torch.tensor([0.25, 0.5, 0.1]), at).exp()
+    torch.testing.assert_close(got[[0, 1, 3]].float(), torch.tensor([[1.0, 0, 0]]).repeat(3, 1))
+    torch.testing.assert_close(got[2].float(), p[0].exp())
+    torch.testing.assert_close(denoise(None, torch.tensor([0.5, 0.5, 0.5]), at), p.repeat(4, 1))
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_ar_with_a_cache_is_ar_without_draw_for_draw(bos):
+    """Tokens, and the logits behind them; one call reads one token. Batches that leave step are served too."""
+    cfg = tiny_ar(bos=bos)
+    torch.manual_seed(1)
+    model = DiT(cfg).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    read = []
+    model.embed.register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
+    x = torch.full((4, cfg.seq_len), cfg.mask_id)
+    x[:, 0], x[:, 4] = 1, 3  # a prompt, and a given token further on
+    draw = lambda maker, x: list(SAMPLERS["ar"](maker(model, cfg), x, 1, cfg, row_generators(2, range(4))))
+    plain = draw(denoiser, x)
+    assert set(read) == {cfg.seq_len - bos}
+    read.clear()
+    cached = draw(cached_denoiser, x)
+    assert all((a == b).all() for a, b in zip(plain, cached)) and len(plain) == len(cached) == cfg.seq_len - 2
+    assert read[0] <= 2 and set(read[1:]) <= {1, 2} and sum(read) == cfg.seq_len - bos
+    x[2, :3] = torch.tensor([1, 0, 2])  # rows at different positions: no cache to use
+    assert all((a == b).all() for a, b in zip(draw(denoiser, x), draw(cached_denoiser, x)))
+    denoise, at = cached_denoiser(model, cfg), torch.zeros_like(x, dtype=torch.bool)
+    at[:, 6] = True
+    for tokens in (1, 2):  # other tokens behind the same position: the cache must not be used
+        full = torch.full_like(x, tokens)
+        torch.testing.assert_close(
+            denoise(full, torch.ones(4), at), denoiser(model, cfg)(full, torch.ones(4), at)
+        )
 
 
 @pytest.mark.parametrize("sampler", ["first_hitting"])
 def test_the_exact_denoiser_gives_the_joint(sampler):
     joint = random_joint()
     x = torch.full((N, L), MASK)
-    texts = last(SAMPLERS[sampler](denoiser(exact_model(joint)), x, 1, tiny()))
+    texts = last(SAMPLERS[sampler](denoiser(exact_model(joint), tiny()), x, 1, tiny()))
     assert chi_square_p(texts, joint.flatten()) > 1e-4
 
 
@@ -84,7 +338,7 @@ def test_the_exact_denoiser_gives_the_joint(sampler):
 def test_known_tokens_never_change_and_no_mask_survives(sampler, schedule):
     x = torch.randint(0, V + 1, (500, L))
     canvas, before = x.clone(), x
-    for frame in SAMPLERS[sampler](denoiser(hostile_model()), x, 5, tiny(schedule=schedule)):
+    for frame in SAMPLERS[sampler](denoiser(hostile_model(), tiny()), x, 5, tiny(schedule=schedule)):
         assert (frame == before)[before != MASK].all()
         before = frame
     assert (before < V).all() and (before == canvas)[canvas != MASK].all()
@@ -144,12 +398,12 @@ def test_time_is_each_rows_own():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_row_does_not_depend_on_its_batch(sampler):
-    model = denoiser(hostile_model())
+    model = denoiser(hostile_model(), tiny())
     run = lambda rows: last(
         SAMPLERS[sampler](model, torch.full((len(rows), L), MASK), 6, tiny(), row_generators(7, rows))
     )
     together = run(range(64))
-    assert len(together.unique(dim=0)) > 5
+    assert len(together.unique(dim=0)) >= 5
     assert all((run([i])[0] == together[i]).all() for i in range(64))
 
 
@@ -163,7 +417,7 @@ def test_denoiser_skips_rows_in_which_nothing_is_asked():
     at = torch.zeros(5, L, dtype=torch.bool)
     at[1, 2] = at[3, 0] = at[3, 1] = True
     x, t = torch.randint(0, V + 1, (5, L)), torch.rand(5)
-    got = denoiser(model)(x, t, at)
+    got = denoiser(model, tiny())(x, t, at)
     assert rows == [2]
     torch.testing.assert_close(got, hostile_model()(x, t, at), check_dtype=False)
 

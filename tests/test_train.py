@@ -52,8 +52,13 @@ def test_a_batch_is_a_pure_function_of_seed_step_and_row(cfg):
     for rows in ([3], [7, 1], [0, 2, 4, 6]):
         part = train.batch(ids, meta, cfg, 5, np.array(rows))
         assert all(torch.equal(a[rows], b) for a, b in zip(whole, part))
-    x0, maskable, t, xt = whole
+    x0, maskable, t, xt, weight = whole
     assert (torch.floor(t * 8) == torch.arange(8)).all()  # stratified over the whole batch
+    iid = torch.cat(
+        [train.batch(ids, meta, replace(cfg, time_draw="iid"), s, np.arange(8))[2] for s in range(40)]
+    )
+    assert (torch.floor(iid * 8) != torch.arange(8).repeat(40)).double().mean() > 0.8  # 7 of 8
+    assert abs(iid.mean() - 0.5) < 4 / (12 * 320) ** 0.5 and (weight == 1).all()
     assert ((xt == x0) | (xt == cfg.mask_id)).all() and maskable.all()
     for other in (replace(cfg, seed=2), cfg):
         step = 5 if other.seed == 2 else 6
@@ -67,7 +72,7 @@ def test_batches_are_masked_by_the_schedule(cfg, schedule):
     ids, meta = read_split(cfg.data, "train", cfg)
     masked, wanted = 0.0, 0.0
     for step in range(150):
-        _, _, t, xt = train.batch(ids, meta, cfg, step, np.arange(4))
+        _, _, t, xt, _ = train.batch(ids, meta, cfg, step, np.arange(4))
         masked += (xt == cfg.mask_id).double().mean().item() / 150
         wanted += (1 - alpha(schedule, t)).mean().item() / 150
     assert abs(masked - wanted) < 4 * 0.5 / math.sqrt(150 * 4 * 32)

@@ -1,6 +1,7 @@
 """A world small enough to enumerate: L = 3 tokens of V = 3 letters, 64 canvases. Everything is float64."""
 
 import itertools
+import math
 
 import numpy as np
 import torch
@@ -29,6 +30,13 @@ def tiny(**fields):
     return Config(vocab_size=V, seq_len=L, n_embd=8, n_head=2, n_layer=1, **fields)
 
 
+def tiny_ar(**fields):
+    """A causal network of eight tokens."""
+    return Config(
+        vocab_size=5, seq_len=8, n_embd=16, n_head=2, n_layer=2, cond_dim=0, causal=True, loss="ar", **fields
+    )
+
+
 def random_joint(seed=0):
     """(V, V, V) probabilities of every text, far from independent."""
     g = torch.Generator().manual_seed(seed)
@@ -47,10 +55,10 @@ def exact_model(joint):
     return lambda x, t, at: table[index(x)][at]
 
 
-def hostile_model(seed=0):
+def hostile_model(seed=0, outputs=V):
     """An arbitrary network: of the canvas, the position and, strongly, the time; sure of wrong answers too."""
     g = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(2, len(CANVASES), L, V, dtype=torch.float64, generator=g).mul(1.5)
+    a, b = torch.randn(2, len(CANVASES), L, outputs, dtype=torch.float64, generator=g).mul(1.5)
 
     def model(x, t, at):
         k = index(x)
@@ -60,23 +68,60 @@ def hostile_model(seed=0):
     return model
 
 
-def ancestral_law(model, canvas, schedule, steps):
-    """P(text | canvas) (27,) of ancestral sampling, by multiplying out the transitions of all canvases."""
-    everywhere = torch.ones(len(CANVASES), L, dtype=torch.bool)
+def hostile_scores(seed=0):
+    """A network whose answers, read as SEDD's scores, sum to anything between 1/2 and 2 instead of to 1."""
+    normal, size = hostile_model(seed), hostile_model(seed + 1)
+    return lambda x, t, at: normal(x, t, at) + math.log(V) + 0.7 * torch.sin(5 * size(x, t, at)[:, :1])
+
+
+def causal_model(seed=0):
+    """An arbitrary network whose answer at a position depends on the tokens before it alone."""
+    model = hostile_model(seed)
+
+    def causal(x, t, at):
+        logits = torch.stack([
+            model(x.masked_fill(torch.arange(L) >= i, MASK), 0 * t, ones(x)).view(len(x), L, V)[:, i]
+            for i in range(L)
+        ], 1)  # fmt: skip
+        return logits[at]
+
+    return causal
+
+
+def step_law(canvas, steps, row):
+    """P(text | canvas) (27,) of a sampler that goes through `steps` steps, changing all positions independently:
+    row(n) (64, L, V + 1) are the chances of each token at a masked position of each canvas in step n. Transitions
+    of all canvases are multiplied out; row(0) is what becomes of masks that are left, if any."""
     masked = CANVASES == MASK
-    grid = alpha(schedule, torch.arange(steps + 1, dtype=torch.float64) / steps)
     state = (CANVASES == canvas).all(-1).double()
-    for n in range(steps, 0, -1):
-        r = (grid[n - 1] - grid[n]) / (1 - grid[n])
-        p = model(CANVASES, torch.full((len(CANVASES),), n / steps, dtype=torch.float64), everywhere)
-        p = p.view(len(CANVASES), L, V).exp()
-        step = torch.nn.functional.one_hot(CANVASES, V + 1).double()  # visible tokens stay
-        reveal = torch.cat((r * p, (1 - r).expand(len(CANVASES), L, 1)), -1)
-        step = torch.where(masked[..., None], reveal, step)  # (64, L, V + 1)
+    for n in range(steps, -1, -1):
+        if n == 0 and state[masked.any(-1)].sum() < 1e-12:
+            break
+        stay = torch.nn.functional.one_hot(CANVASES, V + 1).double()  # visible tokens stay
+        step = torch.where(masked[..., None], row(n), stay)  # (64, L, V + 1)
         to = torch.stack([step[:, i, CANVASES[:, i]] for i in range(L)]).prod(0)  # (64 from, 64 to)
         state = state @ to
-    assert state[masked.any(-1)].sum() < 1e-12
+    assert state[masked.any(-1)].sum() < 1e-12 and abs(state.sum() - 1) < 1e-9
     return state[index(TEXTS)]
+
+
+def answers(model, t, outputs=V):
+    """The network's (64, L, outputs) answers to all canvases at time t."""
+    everywhere = torch.ones(len(CANVASES), L, dtype=torch.bool)
+    t = torch.full((len(CANVASES),), t, dtype=torch.float64)
+    return model(CANVASES, t, everywhere).view(len(CANVASES), L, outputs)
+
+
+def ancestral_law(model, canvas, schedule, steps):
+    """P(text | canvas) (27,) of ancestral sampling."""
+    grid = alpha(schedule, torch.arange(steps + 1, dtype=torch.float64) / steps)
+
+    def row(n):
+        r = (grid[n - 1] - grid[n]) / (1 - grid[n])
+        p = answers(model, n / steps).exp()
+        return torch.cat((r * p, (1 - r).expand(len(CANVASES), L, 1)), -1)
+
+    return step_law(canvas, steps, row)
 
 
 def chi_square_p(texts, law):
