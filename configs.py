@@ -288,13 +288,15 @@ def boolean(text):
     return bool(("false", "true").index(text.lower()))  # ValueError on anything else
 
 
-def from_cli(argv=None, doc=None, flags=()):
+def from_cli(argv=None, doc=None, flags=(), out="out/{}"):
     """[CONFIG] [--field=value ...] [--flag ...] -> (Config, namespace of the flags). Bad input: exit 2.
+    A flag is (name, help), or (name, help, default) for one that takes a whole number.
     With the flag --resume, fields that are not given are those of the run in out_dir."""
     p = parser(doc)
     p.add_argument("config", nargs="?", default="pydocs_mdlm", help=", ".join(CONFIGS))
-    for flag, text in flags:
-        p.add_argument(f"--{flag}", action="store_true", help=text)
+    for flag, text, *default in flags:
+        kind = dict(type=int, default=default[0]) if default else dict(action="store_true")
+        p.add_argument(f"--{flag}", help=text, **kind)
     notes = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for f in fields(Config):
         options = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
@@ -308,7 +310,7 @@ def from_cli(argv=None, doc=None, flags=()):
     if args.config not in CONFIGS:
         fail(f"unknown config {args.config!r}; the configs are {', '.join(CONFIGS)}")
     given = {f.name: vars(args).pop(f.name) for f in fields(Config) if f.name in args}
-    given.setdefault("out_dir", f"out/{args.config}")
+    given.setdefault("out_dir", out.format(args.config))
     cfg, saved = CONFIGS[args.config](), Path(given["out_dir"]) / "config.json"
     if getattr(args, "resume", False) and saved.exists():
         cfg = from_dict(saved.read_text(), saved)

@@ -471,7 +471,7 @@ def first_hitting(denoise, x, steps, cfg, gen=None):
     yield from reveal_at(denoise, x, time_at(cfg.schedule, uniform(x, gen)), cfg, gen)
 
 
-def ar(denoise, x, steps, cfg, gen=None):
+def left_to_right(denoise, x, steps, cfg, gen=None):
     """From left to right, one token per call; `steps` is not used. Given tokens stay, wherever they are, but a
     causal network does not see those to the right."""
     L = x.shape[1]
@@ -518,7 +518,7 @@ SAMPLERS = {
         lambda log_p, token: log_p.exp().topk(2).values @ torch.tensor([1.0, -1.0]).to(log_p)
     ),
     "entropy": by_confidence(lambda log_p, token: torch.special.xlogy(p := log_p.exp(), p).sum(-1)),
-    "ar": ar,
+    "ar": left_to_right,
 }
 
 

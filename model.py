@@ -60,11 +60,16 @@ class Block(nn.Module):
             past[0], past[1][:, :, start:end], past[2][:, :, start:end] = end, k, v
             k, v = past[1][:, :, :end], past[2][:, :, :end]
             mask = torch.ones(L, end, dtype=torch.bool, device=x.device).tril(start)
-        if x.is_cuda or self.causal or L > 512:
+        if x.is_cuda or past or L > 512:
             causal = self.causal and mask is None
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         else:  # written out: on CPUs much faster than torch's kernel for short rows, see README
-            y = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+            if self.causal:
+                scores = scores.masked_fill(
+                    torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -math.inf
+                )
+            y = scores.softmax(-1) @ v
         return self.attn_out(y.transpose(1, 2).reshape(B, L, d))
 
     def mlp(self, x):

@@ -96,8 +96,8 @@ def default_sampler(cfg):
 
 
 def written(ids, canvas, eos):
-    """The ids of a text that has ended: up to the first eos that was not in the canvas."""
-    ends = [i for i, (a, b) in enumerate(zip(ids, canvas)) if a == eos and b != eos]
+    """ids up to the first eos that was not given by the canvas (L,); all of them when eos is None."""
+    ends = [i for i, (a, b) in enumerate(zip(ids, canvas.tolist())) if a == eos and b != eos]
     return ids[: ends[0]] if ends else ids
 
 
@@ -108,17 +108,13 @@ def generate(model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=100
     for first in range(0, num, batch_size):
         rows = range(first, min(first + batch_size, num))
         x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
-        eos = options.get("eos")
-        texts += [
-            tokenizer.decode(written(ids, canvas.tolist(), eos) if eos is not None else ids)
-            for ids in x.tolist()
-        ]
+        texts += [tokenizer.decode(written(ids, canvas, options.get("eos"))) for ids in x.tolist()]
     return texts
 
 
 def watch(tokenizer, xs, header):
     """Redraw one row in the terminal as it is revealed: new tokens bright green, masks dim. It happens on the
-    terminal's second screen, cut to what fits; returns the text."""
+    terminal's second screen, cut to what fits; returns the final ids."""
     print("\x1b[?1049h", end="")
     previous = None
     try:
@@ -139,7 +135,7 @@ def watch(tokenizer, xs, header):
             previous = ids
     finally:
         print("\x1b[?1049l", end="", flush=True)
-    return tokenizer.decode(ids)
+    return ids
 
 
 def main(argv=None):
@@ -200,11 +196,12 @@ def main(argv=None):
         options |= dict(window=window, stride=args.stride or window // 2, eos=tokenizer.eos)
     if args.watch and sys.stdout.isatty():
         header = "sample {} of {} · {}, {} steps"
-        texts = (
+        rows = (
             watch(tokenizer, frames(model, cfg, canvas, [row], **options),
                   header.format(row + 1, args.num, options["sampler"], args.steps))
             for row in range(args.num)
         )  # fmt: skip
+        texts = (tokenizer.decode(written(ids, canvas, options.get("eos"))) for ids in rows)
     else:
         texts = generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, **options)
     for i, text in enumerate(texts):

@@ -260,7 +260,7 @@ def main(cfg, resume=False, overwrite=False):
 def run(cfg, resume, overwrite, at_end):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     barrier = dist.barrier if world > 1 else lambda: None
-    device = local_device(cfg) if world > 1 else pick_device(cfg.device)
+    device = local_device(cfg)
     grad_accum, micro = split_batch(cfg, world)
     if cfg.data == "pydocs" and rank == 0 and not folder_of("pydocs").exists():
         prepare("pydocs")
@@ -404,8 +404,22 @@ def on_cuda(cfg):
 
 
 def local_device(cfg):
-    """This process's device under torchrun."""
-    return pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if on_cuda(cfg) else cfg.device)
+    """This process's device, under torchrun or alone."""
+    own = dist.is_torchelastic_launched() and on_cuda(cfg)
+    return pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if own else cfg.device)
+
+
+@contextlib.contextmanager
+def processes(cfg):
+    """The process group of torchrun's processes; without torchrun, nothing."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if (device := local_device(cfg)).type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -416,10 +430,5 @@ if __name__ == "__main__":
             ("overwrite", "delete the run that is in out_dir"),
         ),
     )
-    if dist.is_torchelastic_launched():
-        if (device := local_device(cfg)).type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    main(cfg, args.resume, args.overwrite)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with processes(cfg):
+        main(cfg, args.resume, args.overwrite)

@@ -118,3 +118,39 @@ def test_caller_work_between_frames_is_not_autocast(checkpoint):
     canvas = torch.full((8,), cfg.mask_id)
     for _ in sample.frames(model, cfg, canvas, [0], 4, "ddpm", dtype="bfloat16"):
         assert not torch.is_autocast_enabled("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_semi_ar_writes_any_length_and_keeps_prompt_and_holes(checkpoint, capsys):
+    out = run(capsys, checkpoint, "--semi_ar", "--length", 100, "--prompt", "the cat ")
+    assert re.fullmatch(r"the cat [a-z ]{92}\n", out)
+    half = run(capsys, checkpoint, "--semi_ar", "--length", 100, "--window", 16, "--stride", 4)
+    assert re.fullmatch(r"[a-z ]{100}\n", half) and half != run(
+        capsys, checkpoint, "--semi_ar", "--length", 100
+    )
+    out = run(capsys, checkpoint, "--semi_ar", "--infill", f"one ____{'x' * 40}[3]end")
+    assert re.fullmatch(f"one [a-z ]{{4}}{'x' * 40}[a-z ]{{3}}end\n", out)
+    short = run(capsys, checkpoint, "--length", 20)  # a text of one window is that of the plain sampler
+    assert run(capsys, checkpoint, "--semi_ar", "--length", 20) == short
+    texts = run(capsys, checkpoint, "--semi_ar", "--length", 50, "--num", 5)
+    assert run(capsys, checkpoint, "--semi_ar", "--length", 50, "--num", 5, "--batch_size", 2) == texts
+
+
+def test_a_text_ends_at_the_first_eos_that_was_written():
+    canvas = torch.tensor([9, 1, 50, 50, 50])  # 9 ends texts, and begins this one
+    assert sample.written([9, 1, 2, 9, 9], canvas, 9) == [9, 1, 2]
+    assert sample.written([9, 1, 2, 3, 4], canvas, 9) == [9, 1, 2, 3, 4]
+    assert sample.written([9, 1, 2, 9, 9], canvas, None) == [9, 1, 2, 9, 9]
+
+
+def test_the_greedy_end_acts_in_the_last_step(checkpoint, capsys):
+    """With one step that is everything: every text is the same. With many, it is hardly anything."""
+    greedy = ("--noise_removal", "greedy", "--num", 4)
+    lines = run(capsys, checkpoint, "--steps", 1, *greedy).splitlines()[1::2]
+    assert (
+        len(set(lines)) == 1
+        and len(set(run(capsys, checkpoint, "--steps", 1, "--num", 4).splitlines()[1::2])) == 4
+    )
+    assert len(set(run(capsys, checkpoint, "--steps", 1000, *greedy).splitlines()[1::2])) == 4

@@ -16,7 +16,7 @@ import torch
 from conftest import LETTERS, make_corpus, tiny_run
 
 import train
-from configs import CONFIGS, Config
+from configs import CONFIGS, Config, as_ar, as_d3pm, as_sedd
 from data.corpus import read_split
 from diffusion import alpha
 from model import DiT, load, read_checkpoint
@@ -97,6 +97,30 @@ def test_training_learns_and_reports(cfg):
         and model.tokenizer == {"kind": "char", "characters": LETTERS}
     )
     assert not model.training and json.loads((Path(cfg.out_dir) / "config.json").read_text())["lr"] == 3e-3
+
+
+@pytest.mark.parametrize("change", [as_ar, as_sedd, as_d3pm, lambda cfg: replace(as_ar(cfg), bos=True)])
+def test_every_baseline_trains_evaluates_and_samples(cfg, change, capsys):
+    """Better than single characters, as above; the given first character is none that sampling could know."""
+    bos = change(cfg).bos
+    cfg = change(
+        replace(cfg, steps=300, muon_lr=0.02, eval_every=1000, save_every=1000, samples=0 if bos else 1)
+    )
+    val = train.main(cfg)
+    ids, _ = read_split(cfg.data, "val", cfg)
+    p = np.bincount(ids) / len(ids)
+    assert val["bits_per_char"] < -(p[p > 0] * np.log2(p[p > 0])).sum() - 5 * val["bits_per_char_se"]
+    assert val["tokens"] == len(ids) - bos * math.ceil(len(ids) / cfg.seq_len)
+    assert bos or "--- sample" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("time_draw", ["iid", "importance", "counts"])
+def test_every_draw_of_times_trains(cfg, time_draw):
+    """Its loss is near the bound it is to estimate, which no draw without its weights would be."""
+    cfg = replace(cfg, steps=200, time_draw=time_draw, t_min=1e-3, ema=0.9, samples=0)
+    val = train.main(replace(cfg, eval_every=1000, save_every=1000))
+    loss = list(records(cfg, "loss").values())[-5:]
+    assert np.mean(loss) == pytest.approx(val["nats"], abs=0.5)
 
 
 @pytest.mark.parametrize("recipe", ["adamw", "muon_dropout", "d3pm"])

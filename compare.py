@@ -1,0 +1,152 @@
+"""AR, MDLM, SEDD and D3PM on the same data in the same order, for the same steps, with the same network.
+
+python compare.py                                          # the demo's network and data, 3 seeds
+python compare.py --data=mine --steps=600 --seeds 5        # any field of any config
+torchrun --nproc_per_node=8 compare.py owt_mdlm --seeds 1
+
+Writes to out/compare_<config>/: a folder per run, table.md, curves.png and samples.txt. Runs that are complete are
+not run again, and one that was stopped goes on where it stopped.
+"""
+
+import json
+import statistics
+import textwrap
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+
+import torch.distributed as dist
+
+import train
+from configs import as_ar, as_d3pm, as_sedd, check_range, fail, from_cli
+from data.corpus import read_split
+from data.tokenizer import tokenizer_of
+from evaluate import bound, report
+from model import count_parameters, load
+from sample import generate
+
+VARIANTS = {"ar": as_ar, "mdlm": lambda cfg: cfg, "sedd": as_sedd, "d3pm": as_d3pm}
+
+
+def trained(cfg):
+    """The checkpoint of cfg, trained now unless its folder holds it."""
+    path = Path(cfg.out_dir) / "ckpt.pt"
+    if path.exists():
+        model, saved = load(path)
+        if saved != cfg:
+            fail(f"{path}: of another recipe; remove {path.parents[1]}, or give another --out_dir")
+        if model.step == cfg.steps:
+            return path
+    train.main(cfg, resume=True)
+    return path
+
+
+def final(path, passes):
+    """The report on the whole validation split of the averaged weights."""
+    model, cfg = load(path, device=train.local_device(load(path)[1]))
+    ids, meta = read_split(cfg.data, "val", cfg)
+    result = bound(
+        model, ids, meta, cfg, f"{cfg.data}/val.bin", cfg.T, 1 if cfg.causal else passes,
+        batch_size=cfg.micro_batch, dtype=cfg.dtype,
+    )  # fmt: skip
+    return report(result, meta, "val")
+
+
+def cell(values):
+    """Mean over seeds ± its standard error."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{error}"
+
+
+def table(cfgs, results):
+    """Markdown: bits per character of each loss, and the difference from mdlm, paired by seed."""
+    lines = [
+        "| loss | parameters | bits/char | minus `mdlm`'s | perplexity per token |",
+        "|---|---|---|---|---|",
+    ]
+    for name, runs in results.items():
+        bits = [r["bits_per_char"] for r in runs]
+        paired = [a - r["bits_per_char"] for a, r in zip(bits, results["mdlm"])]
+        relation = "" if name == "ar" else "≤ "
+        lines.append(
+            f"| `{name}` | {count_parameters(cfgs[name][0]):,} | {relation}{cell(bits)} | "
+            f"{'' if name == 'mdlm' else cell(paired)} | {relation}{cell([r['perplexity'] for r in runs])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def curves(cfgs, path):
+    """Validation bits per character over training tokens, mean ± standard error over seeds."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no curves.png: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.figure(figsize=(7, 4.5))
+    for name, runs in cfgs.items():
+        logs = [map(json.loads, (Path(cfg.out_dir) / "log.jsonl").read_text().splitlines()) for cfg in runs]
+        logs = [{r["step"]: r["val"]["bits_per_char"] for r in log if "val" in r} for log in logs]
+        steps = sorted(logs[0])
+        values = [[log[step] for log in logs] for step in steps]
+        error = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values]
+        tokens = [step * runs[0].batch_size * runs[0].seq_len / 1e6 for step in steps]
+        plt.errorbar(tokens, [statistics.fmean(v) for v in values], error, label=name, capsize=3, marker=".")
+    plt.xlabel("million tokens")
+    plt.ylabel("validation bits per character")
+    plt.title(f"{runs[0].data}, {len(runs)} seeds")
+    plt.grid(alpha=0.3)
+    plt.legend()
+    plt.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close()
+
+
+def side_by_side(texts, width=36):
+    """{name: text} as columns."""
+    columns = [[name, "", *sum((textwrap.wrap(line, width) or [""] for line in text.splitlines()), [])]
+               for name, text in texts.items()]  # fmt: skip
+    rows = zip_longest(*columns, fillvalue="")
+    return "\n".join("  ".join(c.ljust(width) for c in row).rstrip() for row in rows) + "\n"
+
+
+def main(cfg, seeds, passes):
+    if cfg.loss != "mdlm":
+        fail(f"loss={cfg.loss}: compare starts from a config of loss=mdlm")
+    cfgs = {
+        name: [
+            replace(make(cfg), seed=seed, out_dir=f"{cfg.out_dir}/{name}_{seed}")
+            for seed in range(1, seeds + 1)
+        ]
+        for name, make in VARIANTS.items()
+    }
+    paths = {name: [trained(c) for c in runs] for name, runs in cfgs.items()}
+    results = {name: [final(path, passes) for path in of] for name, of in paths.items()}
+    if dist.is_initialized() and dist.get_rank():
+        return results
+    out = Path(cfg.out_dir)
+    (out / "table.md").write_text(table(cfgs, results))
+    curves(cfgs, out / "curves.png")
+    texts = {}
+    for name, (path, *_) in paths.items():
+        model, c = load(path, device=train.local_device(cfg))
+        texts[name] = generate(model, tokenizer_of(model.tokenizer), c, dtype=c.dtype)[0]
+    (out / "samples.txt").write_text(side_by_side(texts))
+    print(
+        f"\n{(out / 'table.md').read_text()}\n{side_by_side(texts)}\n{out}: table.md, curves.png, samples.txt"
+    )
+    return results
+
+
+if __name__ == "__main__":
+    cfg, args = from_cli(
+        doc=__doc__,
+        flags=(
+            ("seeds", "runs of each loss", 3),
+            ("passes", "forwards per window of the final bounds", 16),
+        ),
+        out="out/compare_{}",
+    )
+    check_range(args, seeds=1, passes=1)
+    with train.processes(cfg):
+        main(cfg, args.seeds, args.passes)
