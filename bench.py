@@ -1,6 +1,7 @@
 """Measure: seconds and network calls of the samplers, noise of the likelihood estimators.
 
 python bench.py sample out/pydocs_mdlm/ckpt.pt --steps 1000 --batch_size 8      # each sampler, same weights
+python bench.py semi_ar out/pydocs_mdlm/ckpt.pt                                 # long texts, window by window
 python bench.py evaluate out/pydocs_mdlm/ckpt.pt --repeats 30                   # error per forward
 
 Machines are noisy: runs are interleaved, figures are medians, and what counts is the ratio within one run.
@@ -11,6 +12,7 @@ import math
 import statistics
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,44 +20,88 @@ from tqdm import tqdm
 
 from configs import check_range, fail, parser
 from data.corpus import read_split, take
-from diffusion import SAMPLERS, denoiser, mdlm, row_generators, stratified, time_of
+from diffusion import (
+    SAMPLERS,
+    cached_denoiser,
+    denoiser,
+    mdlm,
+    row_generators,
+    semi_ar,
+    stratified,
+    time_of,
+)
 from evaluate import bound, report
 from model import autocast, load, pick_device
 
 
+def timed(sampling, model, cfg, canvas, dtype):
+    """(seconds, calls, rows through the head) of sampling(denoise, canvas, gen), a generator of canvases."""
+    count, plain = [0, 0], (cached_denoiser if cfg.causal else denoiser)(model, cfg)
+
+    def counted(x, t, at):
+        count[0] += 1
+        count[1] += int(at.sum())
+        return plain(x, t, at)
+
+    start = time.perf_counter()
+    with autocast(canvas.device, dtype):
+        for x in sampling(counted, canvas, row_generators(0, range(len(canvas)))):
+            x.sum().item()  # waits for the device, as a reader of the frames would
+    return time.perf_counter() - start, *count
+
+
+def interleaved(jobs, repeats):
+    """{name: (median seconds, calls, head rows)} of jobs {name: () -> those three}, run in turns."""
+    runs = {name: [] for name in jobs}
+    for _ in tqdm(range(repeats), unit="repeat", leave=False):
+        for name, job in jobs.items():
+            runs[name].append(job())
+    return {name: (statistics.median(r[0] for r in of), *of[-1][1:]) for name, of in runs.items()}
+
+
 def bench_sample(args):
-    """Seconds, calls and head rows of every sampler for one batch, all from the same weights."""
+    """Seconds, calls and head rows of samplers for one batch, from the same weights; how many times faster each
+    is than the first."""
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, device=device)
     canvas = torch.full((args.batch_size, cfg.seq_len), cfg.mask_id, device=device)
-    seconds, calls = {name: [] for name in SAMPLERS}, {}
-
-    def run(name, seed, steps):
-        count, plain, gen = [0, 0], denoiser(model, cfg), row_generators(seed, range(args.batch_size))
-
-        def counted(x, t, at):
-            count[0] += 1
-            count[1] += int(at.sum())
-            return plain(x, t, at)
-
-        start = time.perf_counter()
-        with autocast(device, args.dtype):
-            for x in SAMPLERS[name](counted, canvas, steps, cfg, gen):
-                x.sum().item()  # waits for the device, as a reader of the frames would
-        return time.perf_counter() - start, count
-
-    jobs = [(name, seed) for seed in range(args.repeats) for name in SAMPLERS]
-    for name in SAMPLERS:
-        run(name, 0, 4)  # warm-up
-    for name, seed in tqdm(jobs, unit="run", leave=False):
-        s, calls[name] = run(name, seed, args.steps)
-        seconds[name].append(s)
-    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    canvas[:, : cfg.bos] = 0  # any token will do
+    run = lambda name, steps: timed(
+        lambda denoise, x, gen: SAMPLERS[name](denoise, x, steps, cfg, gen), model, cfg, canvas, args.dtype
+    )
+    for name in args.samplers:
+        run(name, 4)  # warm-up
+    figures = interleaved({n: partial(run, n, args.steps) for n in args.samplers}, args.repeats)
+    first = figures[args.samplers[0]][0]
     return [
-        dict(sampler=name, seconds=medians[name], times_faster=medians["ddpm"] / medians[name],
-             calls=calls[name][0], head_rows=calls[name][1])
-        for name in SAMPLERS
-    ]  # fmt: skip
+        dict(sampler=name, seconds=s, times_faster=first / s, calls=calls, head_rows=rows)
+        for name, (s, calls, rows) in figures.items()
+    ]
+
+
+def bench_semi_ar(args):
+    """One text of 16 x seq_len tokens, window by window, beside as many tokens in 16 texts of seq_len that know
+    nothing of each other: in one batch, and one at a time."""
+    device = pick_device(args.device)
+    model, cfg = load(args.ckpt, device=device)
+    L, sampler = cfg.seq_len, SAMPLERS[args.samplers[0]]
+    empty = lambda *shape: torch.full(shape, cfg.mask_id, device=device)
+    plain = lambda denoise, x, gen: sampler(denoise, x, args.steps, cfg, gen)
+    run = lambda sampling, canvas: timed(sampling, model, cfg, canvas, args.dtype)
+    long = lambda stride: run(
+        lambda denoise, x, gen: semi_ar(denoise, x, args.steps, cfg, gen, sampler, stride=stride),
+        empty(1, 16 * L),
+    )
+    alone = lambda: [sum(column) for column in zip(*(run(plain, empty(1, L)) for _ in range(16)))]
+    jobs = {"16 texts, one batch": partial(run, plain, empty(16, L)), "16 texts, one by one": alone}
+    jobs |= {
+        f"one text, stride {stride}": partial(long, stride) for stride in (L // 4, L // 2, L * 3 // 4, L - 1)
+    }
+    run(plain, empty(1, L))  # warm-up
+    return [
+        {"tokens": 16 * L, "how": how, "seconds": s, "calls": calls, "tokens_per_s": 16 * L / s}
+        for how, (s, calls, _) in interleaved(jobs, args.repeats).items()
+    ]
 
 
 def bench_evaluate(args):
@@ -106,7 +152,7 @@ def bench_evaluate(args):
     return [{k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()} for row in rows]
 
 
-BENCHES = {"sample": bench_sample, "evaluate": bench_evaluate}
+BENCHES = {"sample": bench_sample, "semi_ar": bench_semi_ar, "evaluate": bench_evaluate}
 
 
 def table(rows):
@@ -122,7 +168,8 @@ def main(argv=None):
     p = parser(__doc__)
     p.add_argument("what", choices=BENCHES)
     p.add_argument("ckpt")
-    p.add_argument("--steps", type=int, default=1000, help="sample: diffusion steps")
+    p.add_argument("--steps", type=int, default=1000, help="sample, semi_ar: diffusion steps")
+    p.add_argument("--samplers", nargs="+", choices=SAMPLERS, help="sample: default all; semi_ar: one")
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--device", default="auto")
@@ -130,6 +177,7 @@ def main(argv=None):
     p.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
     args = p.parse_args(argv)
     check_range(args, steps=1, batch_size=1, repeats=2 if args.what == "evaluate" else 1)
+    args.samplers = args.samplers or (["ddpm_cache"] if args.what == "semi_ar" else list(SAMPLERS))
     rows = BENCHES[args.what](args)
     print("\n".join(map(json.dumps, rows)) if args.json else table(rows))
 

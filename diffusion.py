@@ -183,15 +183,15 @@ def reveal_rate(t, cfg):
     return -dalpha(cfg.schedule, t) / masked.clamp(min=1e-12)  # 0 near t = 0, where inf * 0 would be NaN
 
 
-def reveal_chance(t, cfg):
-    """r = (alpha_s - alpha_t) / (1 - alpha_t) at t (B,), of a step of 1 / T down to s = t - 1 / T."""
+def reveal_chance(t, s, cfg):
+    """r = (alpha_s - alpha_t) / (1 - alpha_t): a masked token's chance to be revealed in a step from t to s."""
     alpha_t = alpha(cfg.schedule, t)
-    return (alpha(cfg.schedule, t.double() - 1 / cfg.T) - alpha_t) / (1 - alpha_t).clamp(min=1e-12)
+    return (alpha(cfg.schedule, s) - alpha_t) / (1 - alpha_t).clamp(min=1e-12)
 
 
 def bound_weight(t, cfg):
     """The weight of a masked token's nats at t (B,): both are 1 / t for the linear schedule."""
-    return cfg.T * reveal_chance(t, cfg) if cfg.T else reveal_rate(t, cfg)
+    return cfg.T * reveal_chance(t, t.double() - 1 / cfg.T, cfg) if cfg.T else reveal_rate(t, cfg)
 
 
 def mdlm(model, x0, maskable, cfg, t=None, xt=None):
@@ -233,10 +233,10 @@ def posterior_kl(model, x0, xt, t, cfg, masked):
     """T x D3PM's KL of step n = T t for a network that may answer MASK, (B, L) nats, zero outside `masked`."""
     log_p = F.log_softmax(model(xt, t.float(), masked).double(), -1)
     m, correct = log_p[:, -1].exp(), log_p.gather(-1, x0[masked][:, None])[:, 0]
-    alpha_t, alpha_s = (
-        alpha(cfg.schedule, u)[:, None].expand(x0.shape)[masked] for u in (t, t.double() - 1 / cfg.T)
-    )
-    r = (alpha_s - alpha_t) / (1 - alpha_t)
+    s = t.double() - 1 / cfg.T
+    at_masks = lambda u: u[:, None].expand(x0.shape)[masked]  # (B,) -> (N,)
+    alpha_t, alpha_s = at_masks(alpha(cfg.schedule, t)), at_masks(alpha(cfg.schedule, s))
+    r = at_masks(reveal_chance(t, s, cfg))
     a_t = torch.log1p(m * alpha_t / (1 - alpha_t))
     rest = torch.special.xlog1py(
         1 - r, m * alpha_s / (1 - alpha_s).clamp(min=1e-12)
@@ -384,13 +384,10 @@ def with_greedy_end(denoise, end):
 
     def ended(x, t, at):
         last = (t <= end)[:, None].expand(at.shape)[at]  # (N,)
-        if not last.any():
-            return denoise(x, t, at)
-        return (
-            greedy(x, t, at)
-            if last.all()
-            else torch.where(last[:, None], greedy(x, t, at), denoise(x, t, at))
-        )
+        if last.all():
+            return greedy(x, t, at)
+        log_p = denoise(x, t, at)
+        return torch.where(last[:, None], greedy(x, t, at), log_p) if last.any() else log_p
 
     return ended
 
@@ -402,29 +399,33 @@ def with_greedy_end(denoise, end):
 
 
 def by_steps(denoise, x, steps, cfg, gen, chance):
-    """One call for each of `steps` steps, n = steps .. 1 from t = n / steps down by 1 / steps: a masked position
-    is revealed with probability chance(n, mass), mass (N,) the sum of its p^. What is still masked after that is
-    revealed at t = 0. Kept literal: a token is drawn for every mask, and nearly all are thrown away."""
+    """One call for each of `steps` steps from t to s = t - 1 / steps: a masked position is revealed with probability
+    chance(t, s, mass), mass (N,) the sum of its p^. What is still masked after that is revealed at t = 0. Kept
+    literal: a token is drawn for every mask, and nearly all are thrown away."""
+    grid = torch.arange(steps + 1, dtype=torch.float64, device=x.device) / steps
     for n in range(steps, -1, -1):
         masked = x == cfg.mask_id
         if not masked.any():
             return
-        log_p = denoise(x, torch.full(x.shape[:1], n / steps, device=x.device), masked).double()
+        log_p = denoise(x, grid[n].expand(len(x)), masked).double()
         draw = x.masked_scatter(masked, categorical(log_p, uniform(x, gen)[masked]))
-        p = chance(n, log_p.exp().sum(-1)) if n else torch.ones_like(log_p[:, 0])
+        mass = log_p.exp().sum(-1)
+        p = chance(grid[n], grid[n - 1], mass).expand_as(mass) if n else torch.ones_like(mass)
         x = torch.where(masked & (uniform(x, gen) < spread(p, masked)), draw, x)
         yield x
 
 
 def ddpm(denoise, x, steps, cfg, gen=None):
     """Ancestral sampling, the definition: t -> s reveals with probability r = (alpha_s - alpha_t) / (1 - alpha_t).
-    A network that answers MASK with probability 1 - mass reveals less often (see `posterior_kl`)."""
-    alphas = alpha(cfg.schedule, torch.arange(steps + 1, dtype=torch.float64) / steps).tolist()
+    A network that answers MASK with probability 1 - mass reveals less often: that is D3PM's posterior, see
+    `posterior_kl`. (MDLM's code drops the MASK probability of such a network.)"""
 
-    def chance(n, mass):
-        mass = torch.ones_like(mass) if cfg.zero_masking else mass
-        return (alphas[n - 1] - alphas[n]) * mass / (1 - alphas[n] * mass)
+    def chance(t, s, mass):
+        alpha_t, alpha_s = alpha(cfg.schedule, t), alpha(cfg.schedule, s)
+        return (alpha_s - alpha_t) * mass / (1 - alpha_t * mass)
 
+    if cfg.zero_masking:
+        chance = lambda t, s, mass: reveal_chance(t, s, cfg)
     yield from by_steps(denoise, x, steps, cfg, gen, chance)
 
 
@@ -432,15 +433,12 @@ def analytic(denoise, x, steps, cfg, gen=None):
     """SEDD's analytic sampler (Tweedie tau-leaping, section 4 of SEDD). Its staggered score times its transposed
     transition row, written out for a masked position of the absorbing graph, is r p^(y) for each y and 1 - r mass
     for MASK: `ddpm` when the scores are normalised."""
-    alphas = alpha(cfg.schedule, torch.arange(steps + 1, dtype=torch.float64) / steps).tolist()
-    r = lambda n: (alphas[n - 1] - alphas[n]) / (1 - alphas[n])
-    yield from by_steps(denoise, x, steps, cfg, gen, lambda n, mass: r(n) * mass)
+    yield from by_steps(denoise, x, steps, cfg, gen, lambda t, s, mass: reveal_chance(t, s, cfg) * mass)
 
 
 def euler(denoise, x, steps, cfg, gen=None):
-    """SEDD's Euler steps (tau-leaping): the reverse rate -alpha' / (1 - alpha) p^(y), held for 1 / steps."""
-    rate = reveal_rate(torch.arange(steps + 1, dtype=torch.float64) / steps, cfg).tolist()
-    yield from by_steps(denoise, x, steps, cfg, gen, lambda n, mass: rate[n] / steps * mass)
+    """SEDD's Euler steps (tau-leaping): the reverse rate -alpha' / (1 - alpha) p^(y), held from t to s."""
+    yield from by_steps(denoise, x, steps, cfg, gen, lambda t, s, mass: (t - s) * reveal_rate(t, cfg) * mass)
 
 
 def reveal_at(denoise, x, time, cfg, gen):

@@ -3,6 +3,8 @@
 python data/prepare.py pydocs                         # Python's own documentation; nothing is downloaded
 python data/prepare.py text8                          # or --input text8.zip
 python data/prepare.py openwebtext --wrap 1024        # parquet from the hub, or --input FILE...
+python data/prepare.py lm1b                           # a sentence per row, or --packed; WordPiece
+python data/prepare.py ptb                            # and the other sets of the zero-shot benchmark, GPT-2's BPE
 python data/prepare.py text --input a.txt b.txt       # any UTF-8 text; --tokenizer bpe, char or gpt2
 
 A data set is one function; its keyword arguments are the options that apply to it.
@@ -12,22 +14,18 @@ import ast
 import hashlib
 import http.client
 import inspect
-import json
-import multiprocessing
 import os
 import platform
 import re
 import shutil
 import sys
 import sysconfig
-import threading
 import urllib.request
 import warnings
 import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -36,13 +34,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, onl
 
 from configs import CONFIGS, fail, parser  # noqa: E402
 from data.corpus import dtype_of, finish, folder_of, partial_of  # noqa: E402
-from data.tokenizer import KINDS, tokenizer_of, train_bpe  # noqa: E402
+from data.shards import Recipe, find_shards, name_of, one_line, tokenize, write_splits  # noqa: E402
+from data.tokenizer import KINDS, read_wordpiece, tokenizer_of, train_bpe  # noqa: E402
 
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 TEXT8_CHARACTERS = 100_000_000
 OPENWEBTEXT = "Skylion007/openwebtext"
 OPENWEBTEXT_DOCS = 8_013_769
-EOT = 50256  # GPT-2's <|endoftext|>
+LM1B = "billion-word-benchmark/lm1b"
+LM1B_SENTENCES = 30_301_028, 306_688  # train, test
+BERT = "google-bert/bert-base-uncased"
+BERT_VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # of vocab.txt
+CONVERTED = "refs/convert/parquet"  # the hub's own conversion of data sets that are only a script
+EOT, PAD = 50256, 0  # GPT-2's <|endoftext|>, BERT's [PAD]
 
 
 def cut(sequence):
@@ -187,7 +191,7 @@ def download(url, path):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# openwebtext: parquet shards -> one file of ids per shard -> train and val
+# openwebtext: parquet shards
 
 
 def openwebtext(folder, input=(), wrap=0, val_docs=100_000, workers=None):
@@ -195,174 +199,181 @@ def openwebtext(folder, input=(), wrap=0, val_docs=100_000, workers=None):
 
     Each finished shard stays in the .partial folder, so that a run that was killed can be started again.
     wrap: cut the stream into rows [BOS] wrap-2 ids [EOS] (MDLM's packing) instead of leaving it whole."""
-    workers = os.cpu_count() if workers is None else workers
-    if wrap and wrap < 3:
+    check(wrap=wrap, val_docs=val_docs, workers=workers)
+    source, shards = find_shards(input, OPENWEBTEXT, r"data/train-.*\.parquet")
+    recipe = Recipe({"kind": "gpt2"}, after=(EOT,))
+    documents = tokenize(folder, shards, recipe, workers, wrap=wrap, val_docs=val_docs)
+    n = len(documents.tokens)
+    if not input and n != OPENWEBTEXT_DOCS:
+        fail(f"{source}: {n:,} documents, but there should be {OPENWEBTEXT_DOCS:,}")
+    borders = {"train": (0, last_but(val_docs, n, "openwebtext")), "val": (n - val_docs, n)}
+    characters = write_splits(folder, source, documents, borders, recipe.tokenizer, wrap)
+    return finish(folder, source, recipe.tokenizer, EOT + 1, characters, wrap)
+
+
+def check(wrap, val_docs=1, workers=None, padded=False):
+    if wrap < 3 and (wrap or padded):
         fail(f"--wrap={wrap}: must be at least 3: BOS, a token, EOS")
-    if val_docs < 1 or workers < 1:
+    if val_docs < 1 or workers is not None and workers < 1:
         fail(f"--val_docs={val_docs} --workers={workers}: must be at least 1")
-    for path in input:
-        if not Path(path).is_file():
-            fail(f"{path}: no such file")
-    gpt2 = tokenizer_of({"kind": "gpt2"})  # now: its vocabulary should be fetched once, not by every worker
-    source, shards = ", ".join(Path(p).name for p in input), [str(Path(p).resolve()) for p in input]
-    if not input:
-        source, shards = hub_shards()
-    work = partial_of(folder) / "shards"
-    work.mkdir(exist_ok=True)
-    begin_or_resume(work, dict(source=source, shards=shards, wrap=wrap, val_docs=val_docs))
-    targets = [work / f"{i:05}" for i in range(len(shards))]
-    tokenize_shards(shards, targets, workers)
-
-    documents = (json.loads(target.with_suffix(".json").read_text())["documents"] for target in targets)
-    documents = np.concatenate([np.array(d, np.int64).reshape(-1, 2) for d in documents])
-    tokens, characters = documents.T
-    if not input and len(tokens) != OPENWEBTEXT_DOCS:
-        fail(f"{source}: {len(tokens):,} documents, but there should be {OPENWEBTEXT_DOCS:,}")
-    if len(tokens) <= val_docs:
-        fail(f"openwebtext: {len(tokens):,} documents, too few for --val_docs={val_docs}")
-    border, sizes = len(tokens) - val_docs, {}
-    for split, part in dict(train=slice(border), val=slice(border, None)).items():
-        start = tokens[: part.start].sum() if part.start else 0
-        path = partial_of(folder) / f"{split}.bin"
-        dropped = write_stream(path, stream(targets, start, start + tokens[part].sum()), wrap)
-        if not path.stat().st_size:
-            fail(f"openwebtext: too little text in {split} for one row of --wrap={wrap}")
-        sizes[split] = int(characters[part].sum()) - len(gpt2.decode(dropped[dropped != EOT]))
-    meta = finish(folder, source, {"kind": "gpt2"}, EOT + 1, sizes, wrap)
-    shutil.rmtree(folder / "shards")  # only now: everything before this can be resumed
-    return meta
 
 
-def hub_shards():
-    """(source, URLs in order) of the data set on the hub, pinned to today's revision."""
-    from huggingface_hub import HfApi
-
-    try:
-        info = HfApi().dataset_info(OPENWEBTEXT)
-    except Exception as e:  # the hub's and httpx' errors have no common base
-        fail(f"{OPENWEBTEXT}: cannot list its files on the hub ({one_line(e)}); or give --input FILE...")
-    names = sorted(s.rfilename for s in info.siblings if re.fullmatch(r"data/train-.*\.parquet", s.rfilename))
-    if not names:
-        fail(f"{OPENWEBTEXT}: the hub has no data/train-*.parquet at revision {info.sha}")
-    return f"{OPENWEBTEXT}@{info.sha}", [f"hub:{info.sha}:{name}" for name in names]
+def last_but(val_docs, n, name):
+    if n <= val_docs:
+        fail(f"{name}: {n:,} documents, too few for --val_docs={val_docs}")
+    return n - val_docs
 
 
-def begin_or_resume(work, plan):
-    """Write the plan of a new run, or check that the run in `work` had the same one."""
-    path = work / "plan.json"
-    if path.exists() and json.loads(path.read_text()) != plan:
-        fail(f"{work.parent}: left by a run with other inputs or options; repeat those, or remove it")
-    for left in work.glob("*.tmp"):
-        left.unlink()
-    (work / "plan.json.tmp").write_text(json.dumps(plan))
-    os.replace(work / "plan.json.tmp", path)
+# ---------------------------------------------------------------------------------------------------------
+# lm1b: shuffled sentences of news
 
 
-def tokenize_shards(shards, targets, workers):
-    threads = max(1, workers // len(shards))  # of each worker
-    with ProcessPoolExecutor(min(workers, len(shards)), initializer=die_with_parent) as pool:
-        jobs = [pool.submit(tokenize_shard, *one, threads) for one in zip(shards, targets)]
+def lm1b(folder, input=(), packed=False, wrap=128, val_docs=30_000, vocab=None, workers=None):
+    """The One Billion Word benchmark in BERT's uncased WordPiece, detokenised first, as in MDLM.
+
+    Two protocols, whose perplexities do not compare: a row [CLS] sentence [SEP] for every sentence, cut or padded
+    to wrap ids (MDLM, SEDD), or packed, rows [CLS] wrap-2 ids [SEP] of a stream with [SEP] after every sentence
+    (D3PM). val is the last val_docs training sentences; MDLM validates on test instead.
+    input: parquet, or the original files news.en-* and news.en.heldout-*; those named test or heldout are test.
+    vocab: vocab.txt or tokenizer.json of bert-base-uncased, otherwise downloaded."""
+    check(wrap=wrap, val_docs=val_docs, workers=workers, padded=not packed)
+    source, shards = find_shards(input, LM1B, r"plain_text/(train|test)/.*\.parquet", CONVERTED)
+    shards.sort(key=is_test)  # train first, both in the order in which they were
+    n_train = sum(not is_test(shard) for shard in shards)
+    for split, n in {"train": n_train, "test": len(shards) - n_train}.items():
+        if not n:
+            fail(f"{source}: no {split} file; files named test or heldout are test, the others train")
+    spec = bert_vocabulary(vocab)
+    bert = tokenizer_of(spec)
+    recipe = Recipe(
+        spec, lines="sentence", detokenizer="lm1b", after=(bert.eos,),
+        before=() if packed else (bert.bos,), limit=0 if packed else wrap - 2,
+    )  # fmt: skip
+    documents = tokenize(folder, shards, recipe, workers, wrap=wrap, val_docs=val_docs)
+    train, test = sum(documents.counts[:n_train]), sum(documents.counts[n_train:])
+    if not input and (train, test) != LM1B_SENTENCES:
+        fail(
+            f"{source}: {train:,} + {test:,} sentences, must be {LM1B_SENTENCES[0]:,} + {LM1B_SENTENCES[1]:,}"
+        )
+    border, pad = last_but(val_docs, train, "lm1b"), None if packed else PAD
+    borders = {"train": (0, border), "val": (border, train), "test": (train, train + test)}
+    characters = write_splits(folder, source, documents, borders, spec, wrap, pad)
+    return finish(folder, source, spec, bert.vocab_size, characters, wrap, pad)
+
+
+def is_test(shard):
+    path = Path(name_of(shard))
+    return "test" in path.name or "heldout" in path.name or path.parent.name == "test"
+
+
+def bert_vocabulary(path=None):
+    """The spec of bert-base-uncased's tokenizer, from a file or the hub."""
+    if path is None:
+        from huggingface_hub import hf_hub_download
+
         try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), unit="shard", disable=None):
-                job.result()
-        except (ValueError, BrokenProcessPool) as e:
-            pool.shutdown(cancel_futures=True)  # what is running now still finishes, and is kept
-            fail(e)
-
-
-def die_with_parent():
-    """Without this, the workers of a killed run would wait for work for ever."""
-    watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def tokenize_shard(shard, target, threads):
-    """One parquet file -> target.bin, all its ids, and target.json: [tokens, characters] of each document.
-
-    target.json is written last and says which file it was made from: a shard that has it is finished."""
-    import pyarrow
-    import pyarrow.parquet
-    import tiktoken
-
+            path = hf_hub_download(BERT, "vocab.txt")
+        except Exception as e:  # the hub's and httpx' errors have no common base
+            fail(f"{BERT}: cannot fetch its vocab.txt from the hub ({one_line(e)}); or give --vocab FILE")
     try:
-        path, identity = fetch(shard)
-        if finished(target, identity):
-            return
-        encoding, documents, temporary = tiktoken.get_encoding("gpt2"), [], f"{target}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as f, pyarrow.parquet.ParquetFile(path) as parquet:
-            if "text" not in parquet.schema_arrow.names:
-                raise ValueError(f"has no column 'text', only {', '.join(parquet.schema_arrow.names)}")
-            for batch in parquet.iter_batches(1000, columns=["text"]):
-                texts = batch.column(0).to_pylist()
-                if not all(isinstance(text, str) for text in texts):
-                    raise ValueError("its column 'text' has rows that are not text")
-                for text, ids in zip(texts, encoding.encode_ordinary_batch(texts, num_threads=threads)):
-                    np.array([*ids, EOT], np.uint16).tofile(f)
-                    documents.append([len(ids) + 1, len(text)])
-        os.replace(temporary, target.with_suffix(".bin"))
-        Path(temporary).write_text(json.dumps(dict(input=identity, documents=documents)))
-        os.replace(temporary, target.with_suffix(".json"))
-    except Exception as e:  # as text: not every library's exceptions survive the way to the parent process
-        raise ValueError(f"{shard}: {one_line(e)}") from None
+        spec = read_wordpiece(path)
+    except (OSError, ValueError) as e:
+        fail(one_line(e))
+    sha256 = hashlib.sha256(spec["vocab"].encode()).hexdigest()
+    if sha256 != BERT_VOCAB_SHA256:
+        fail(f"{path}: not the vocabulary of {BERT}: sha256 is {sha256}, must be {BERT_VOCAB_SHA256}")
+    return spec
 
 
-def finished(target, identity):
-    """Has an earlier run left this shard complete, and made from the same file?"""
-    about, ids = target.with_suffix(".json"), target.with_suffix(".bin")
-    if not (about.exists() and ids.exists()):
-        return False
-    done = json.loads(about.read_text())
-    return done["input"] == identity and ids.stat().st_size == 2 * sum(n for n, _ in done["documents"])
+# ---------------------------------------------------------------------------------------------------------
+# The zero-shot benchmark: text of other kinds than what the model was trained on
 
 
-def fetch(shard):
-    """(path, what it is) of a shard: a file of the user's, or one of the hub's, in the hub's own cache."""
-    if not shard.startswith("hub:"):
-        about = os.stat(shard)
-        return shard, [shard, about.st_size, about.st_mtime_ns]
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()  # one bar, of shards, is enough
-    _, revision, name = shard.split(":", 2)
-    return hf_hub_download(OPENWEBTEXT, name, repo_type="dataset", revision=revision), [shard]
+class ZeroShot(NamedTuple):
+    repo: str  # on the hub
+    files: str  # a pattern of their names
+    documents: int  # that there must be
+    column: str = "text"
+    detokenizer: str = "none"
+    lines: str = "none"  # how plain text is read, where that is how the set was published
+    revision: str | None = None
+    sha256: str | None = None  # of the only file
 
 
-def stream(targets, start, stop):
-    """Ids [start, stop) of all shards one after the other, as arrays of at most 32 MB."""
-    at = 0
-    for path in (target.with_suffix(".bin") for target in targets):
-        if n := path.stat().st_size // 2:  # an empty file cannot be mapped
-            ids = np.memmap(path, np.uint16, "r")[max(start - at, 0) : max(stop - at, 0)]
-            yield from (ids[i : i + 2**24] for i in range(0, len(ids), 2**24))
-        at += n
+PAPERS = dict(column="article", detokenizer="papers", lines="article", revision=CONVERTED)
+WIKITEXT = dict(detokenizer="wikitext", lines="wikitext")
+
+# The splits are those that MDLM evaluates. The counts are those of the hub's dataset cards; LAMBADA's sha256 is
+# that of OpenAI's lambada_test.jsonl, which this is a copy of. A converted set that is too large for the hub is
+# in partial-* folders: its count tells whether a split is complete.
+ZERO_SHOT = {
+    "ptb": ZeroShot(
+        "ptb-text-only/ptb_text_only", r"penn_treebank/validation/.*\.parquet", 3_370,
+        column="sentence", detokenizer="ptb", lines="sentence", revision=CONVERTED,
+    ),
+    "wikitext2": ZeroShot("Salesforce/wikitext", r"wikitext-2-raw-v1/validation-.*\.parquet", 3_760, **WIKITEXT),
+    "wikitext103": ZeroShot(
+        "Salesforce/wikitext", r"wikitext-103-raw-v1/validation-.*\.parquet", 3_760, **WIKITEXT
+    ),
+    "lm1b_gpt2": ZeroShot(
+        LM1B, r"plain_text/test/.*\.parquet", 306_688,
+        detokenizer="lm1b", lines="sentence", revision=CONVERTED,
+    ),
+    "lambada": ZeroShot(
+        "EleutherAI/lambada_openai", r"data/lambada_test\.jsonl", 5_153, detokenizer="lambada",
+        sha256="4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226",
+    ),
+    "ag_news": ZeroShot("fancyzhx/ag_news", r"data/test-.*\.parquet", 7_600),
+    "pubmed": ZeroShot(
+        "armanc/scientific_papers", r"pubmed/(partial-)?validation/.*\.parquet", 6_633, **PAPERS
+    ),
+    "arxiv": ZeroShot(
+        "armanc/scientific_papers", r"arxiv/(partial-)?validation/.*\.parquet", 6_436, **PAPERS
+    ),
+}  # fmt: skip
 
 
-def write_stream(path, arrays, wrap):
-    """Write the arrays one after the other, wrapped or not; returns the ids that filled no row."""
-    rest = np.empty(0, np.uint16)
-    with open(path, "wb") as f:
-        for ids in arrays:
-            if wrap:
-                ids = np.concatenate([rest, ids])
-                n = len(ids) // (wrap - 2)
-                rows = np.full((n, wrap), EOT, np.uint16)  # BOS and EOS are both <|endoftext|>
-                rows[:, 1:-1] = ids[: n * (wrap - 2)].reshape(n, wrap - 2)
-                ids, rest = rows, ids[n * (wrap - 2) :]
-            ids.tofile(f)
-    return rest
+def zero_shot(name):
+    """The function that prepares a row of ZERO_SHOT."""
+
+    def prepare_zero_shot(folder, input=(), wrap=1024, no_eot=False):
+        """One split, test: the benchmark's documents in GPT-2 BPE, detokenised, in rows [BOS] wrap-2 ids [EOS].
+
+        Every document (a line of WikiText, an empty one too) ends with <|endoftext|>, as in MDLM's code; no_eot
+        leaves that out, as in its paper. The stream is cut once, where MDLM's starts anew every 1000 documents
+        and drops the rest. input: parquet, .jsonl, or plain text as first published: ptb.valid.txt,
+        wiki.valid.raw, news.en.heldout-*, val.txt of arXiv and PubMed. Of the last two, ccdv/arxiv-summarization
+        and ccdv/pubmed-summarization are parquet, too; their white space differs, and so will the numbers."""
+        of = ZERO_SHOT[name]
+        check(wrap=wrap)
+        source, shards = find_shards(input, of.repo, of.files, of.revision)
+        if of.sha256 and not input:
+            shards = [f"{shard.rpartition(':')[0]}:{of.sha256}" for shard in shards]
+        recipe = Recipe({"kind": "gpt2"}, of.column, of.lines, of.detokenizer, after=() if no_eot else (EOT,))
+        documents = tokenize(folder, shards, recipe)
+        n = len(documents.tokens)
+        if not input and n != of.documents:
+            fail(f"{source}: {n:,} documents, must be {of.documents:,}")
+        source += ", sha256 " + " ".join(documents.sha256)
+        characters = write_splits(folder, source, documents, {"test": (0, n)}, recipe.tokenizer, wrap)
+        return finish(folder, source, recipe.tokenizer, EOT + 1, characters, wrap)
+
+    return prepare_zero_shot
 
 
 # ---------------------------------------------------------------------------------------------------------
 # text: files of your own
 
 
+TEXT_KINDS = [kind for kind in KINDS if kind != "wordpiece"]  # those that return any text
+
+
 def text(folder, input=(), tokenizer="bpe", vocab_size=None):
     """Any UTF-8 files, one after the other, cut by characters."""
     if not input:
         fail("text: needs --input FILE...")
-    if tokenizer not in KINDS:
-        fail(f"--tokenizer={tokenizer}: must be one of {', '.join(KINDS)}")
+    if tokenizer not in TEXT_KINDS:
+        fail(f"--tokenizer={tokenizer}: must be one of {', '.join(TEXT_KINDS)}")
     if vocab_size is not None and (tokenizer != "bpe" or not 256 < vocab_size <= 2**16):
         fail(f"--vocab_size={vocab_size}: only for --tokenizer=bpe, 257 to {2**16}")
     parts = []
@@ -390,7 +401,34 @@ def text(folder, input=(), tokenizer="bpe", vocab_size=None):
 
 # ---------------------------------------------------------------------------------------------------------
 
-DATASETS = {"pydocs": pydocs, "text8": text8, "openwebtext": openwebtext, "text": text}
+DATASETS = {
+    "pydocs": pydocs, "text8": text8, "openwebtext": openwebtext, "lm1b": lm1b,
+    **{name: zero_shot(name) for name in ZERO_SHOT}, "text": text,
+}  # fmt: skip
+
+
+def options_of(name):
+    """{option: default} of a data set."""
+    parameters = list(inspect.signature(DATASETS[name]).parameters.values())[1:]  # without the folder
+    return {p.name: p.default for p in parameters}
+
+
+def default_folder(name, packed=False, no_eot=False, wrap=None, **options):
+    """Where it goes: name[_packed][_no_eot][_wrap<n>], of what differs from the data set's defaults."""
+    other = wrap is not None and wrap != options_of(name).get("wrap")
+    return name + "_packed" * bool(packed) + "_no_eot" * bool(no_eot) + (f"_wrap{wrap}" if other else "")
+
+
+def options_for(folder):
+    """The other way: the command line that makes a folder of this name, or None."""
+    found = re.fullmatch(rf"({'|'.join(DATASETS)})(_packed)?(_no_eot)?(?:_wrap(\d+))?", folder)
+    name, packed, no_eot, wrap = found.groups() if found else ("text",) + (None,) * 3
+    given = dict(packed=packed, no_eot=no_eot, wrap=wrap)
+    if name == "text" or any(value and key not in options_of(name) for key, value in given.items()):
+        return None
+    return (
+        name + " --packed" * bool(packed) + " --no_eot" * bool(no_eot) + (f" --wrap {wrap}" if wrap else "")
+    )
 
 
 def prepare(name, out=None, overwrite=False, **options):
@@ -398,17 +436,16 @@ def prepare(name, out=None, overwrite=False, **options):
     exit code 2, and the folder as it was."""
     if name not in DATASETS:
         fail(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
-    allowed = [*list(inspect.signature(DATASETS[name]).parameters)[1:], "out", "overwrite"]
+    allowed = [*options_of(name), "out", "overwrite"]
     for option in options:
         if option not in allowed:
             fail(f"--{option} does not apply to {name}; its options are --{' --'.join(allowed)}")
-    out = out or name + (f"_wrap{options['wrap']}" if options.get("wrap") else "")
-    folder = folder_of(out)
+    folder = folder_of(out or default_folder(name, **options))
     if folder.exists() and not overwrite:
         fail(f"{folder}: exists; --overwrite replaces it")
     if folder.exists() and not (folder / "meta.json").exists():
         fail(f"{folder}: exists and is not a prepared data set; remove it yourself if you mean it")
-    partial, resumable = partial_of(folder), name == "openwebtext"
+    partial, resumable = partial_of(folder), "workers" in allowed  # what is worth sharing out takes long
     try:
         if not resumable:
             shutil.rmtree(partial, ignore_errors=True)
@@ -420,23 +457,28 @@ def prepare(name, out=None, overwrite=False, **options):
         if isinstance(e, OSError):
             fail(one_line(e))
         raise
+    shutil.rmtree(folder / "shards", ignore_errors=True)  # only now: everything before this can be resumed
     return meta
 
 
-def one_line(e):
-    if isinstance(e, OSError) and e.filename and e.strerror:
-        return f"{e.filename}: {e.strerror}"
-    return " ".join(str(e).split()) or type(e).__name__
-
-
-def announce(name, out, meta):
-    """Print what was made and the command that trains on it."""
+def announce(meta, name, out=None, **options):
+    """Print what was made and the command that trains on it or, where there is nothing to train on, evaluates."""
     for split, of in meta["splits"].items():
         print(f"{split:5} {of['tokens']:14,} tokens {of['characters']:16,} characters")
-    owt = "owt_mdlm" if meta["wrap"] else "owt_d3pm"
-    config = {"text8": "text8_mdlm", "openwebtext": owt}.get(name, "pydocs_mdlm")
+    data = out or meta["name"]
+    if "train" not in meta["splits"]:
+        print(f"now evaluate a model on it: python evaluate.py out/owt_mdlm/ckpt.pt --data={data}")
+        return
+    folder = default_folder(name, **options)
+
+    def nearness(config):  # made for this folder, for one like it, for the same text in another form
+        made_for = CONFIGS[config]().data
+        same_text = made_for.partition("_")[0] == name
+        return made_for == folder, same_text and ("_wrap" in made_for) == ("_wrap" in folder), same_text
+
+    config = max(CONFIGS, key=nearness)
     cfg, command = CONFIGS[config](), f"python train.py {config}"
-    for field, value in dict(data=out, vocab_size=meta["vocab_size"], seq_len=meta["wrap"]).items():
+    for field, value in dict(data=data, vocab_size=meta["vocab_size"], seq_len=meta["wrap"]).items():
         if value and value != getattr(cfg, field):
             command += f" --{field}={value}"
     if name == "text":  # the demo's recipe, but not the demo's run
@@ -449,15 +491,19 @@ def main(argv=None):
     p.add_argument("name", help=", ".join(DATASETS))
     p.add_argument("--input", nargs="+", metavar="FILE", help="read these files instead of downloading")
     p.add_argument("--out", help="folder: a bare name is under data/, anything with a slash is a path")
-    p.add_argument("--tokenizer", help=f"text: {', '.join(KINDS)}; default bpe")
+    p.add_argument("--tokenizer", help=f"text: {', '.join(TEXT_KINDS)}; default bpe")
     p.add_argument("--vocab_size", type=int, help="text, bpe: number of pieces; default 2048")
-    p.add_argument("--wrap", type=int, help="openwebtext: cut into rows of this length; default 0, uncut")
-    p.add_argument("--val_docs", type=int, help="openwebtext: size of val in documents; default 100000")
-    p.add_argument("--workers", type=int, help="openwebtext: processes; default one per core")
+    p.add_argument("--vocab", metavar="FILE", help="lm1b: vocab.txt or tokenizer.json of bert-base-uncased")
+    p.add_argument("--packed", action="store_true", default=None, help="lm1b: rows of many sentences")
+    p.add_argument("--wrap", type=int, help="rows of this length; openwebtext: default 0, uncut")
+    p.add_argument(
+        "--no_eot", action="store_true", default=None, help="zero-shot sets: no EOT after documents"
+    )
+    p.add_argument("--val_docs", type=int, help="openwebtext, lm1b: size of val; default 100000, 30000")
+    p.add_argument("--workers", type=int, help="openwebtext, lm1b: processes; default one per core")
     p.add_argument("--overwrite", action="store_true", help="replace the folder once the new one is complete")
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
-    meta = prepare(**given)
-    announce(given["name"], given.get("out", meta["name"]), meta)
+    announce(prepare(**given), **given)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 {"kind": "char", "characters": " abc..."}     one id per character, in this order
 {"kind": "bpe", "json": "..."}                byte-level BPE of our own, as the tokenizers library writes it
 {"kind": "gpt2"}                              GPT-2's byte-level BPE, 50,257 ids, through tiktoken
+{"kind": "wordpiece", "vocab": "..."}         BERT's uncased WordPiece, with this vocab.txt: one piece a line
 
 Ids are 0..vocab_size-1; the id vocab_size is MASK, which is never encoded and is shown as █.
+Text that looks like a special token, [MASK] or <|endoftext|>, is encoded like any other.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from configs import fail
@@ -18,25 +22,38 @@ MASK_SHOWN = "█"
 class Tokenizer(NamedTuple):
     vocab_size: int
     encode: Callable  # text -> list of ids; ValueError, one line, on text that it cannot express
+    encode_batch: Callable  # texts, threads -> list of lists of ids
     decode: Callable  # ids -> text; bytes that are not UTF-8 become U+FFFD
     pieces: Callable  # ids -> list of strings, one per id, for a view of the canvas token by token
+    bos: int | None = None  # the id that begins a row, where the vocabulary has one
+    eos: int | None = None  # ... and that ends a document or a row
 
 
 def load_tokenizer(spec):
     """The Tokenizer that a spec describes; ValueError, one line, if it is none of ours."""
     if spec.get("kind") not in KINDS:
         raise ValueError(f"unknown kind of tokenizer {spec.get('kind')!r}; there are {', '.join(KINDS)}")
-    encode, table = KINDS[spec["kind"]](spec)
-    table = [*table, MASK_SHOWN.encode()]  # the bytes of every id
+    kind = KINDS[spec["kind"]](spec)
+    table = [*kind["table"], MASK_SHOWN.encode()]  # the bytes of every id
 
     def decode(ids):  # joins bytes before decoding: one character may be spread over several tokens
-        return b"".join(table[i] for i in ids).decode(errors="replace")
+        text = b"".join(table[i] for i in ids).decode(errors="replace")
+        return text.removeprefix(" ") if spec["kind"] == "wordpiece" else text
 
-    def checked(text):
-        text.encode()  # half a surrogate pair, as a terminal may send: a ValueError for every kind
-        return encode(text)
+    def encode_batch(texts, threads=1):
+        for text in texts:
+            text.encode()  # half a surrogate pair, as a terminal may send: a ValueError for every kind
+        return kind["encode"](texts, threads)
 
-    return Tokenizer(len(table) - 1, checked, decode, lambda ids: [decode([i]) for i in ids])
+    return Tokenizer(
+        vocab_size=len(table) - 1,
+        encode=lambda text: encode_batch([text])[0],
+        encode_batch=encode_batch,
+        decode=decode,
+        pieces=lambda ids: [table[i].decode(errors="replace") for i in ids],
+        bos=kind.get("bos"),
+        eos=kind.get("eos"),
+    )
 
 
 def tokenizer_of(spec):
@@ -45,6 +62,10 @@ def tokenizer_of(spec):
         return load_tokenizer(spec)
     except ValueError as e:
         fail(e)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The kinds: spec -> encode (texts, threads -> lists of ids), table (the bytes of every id), bos and eos if any
 
 
 def char(spec):
@@ -56,7 +77,10 @@ def char(spec):
             raise ValueError(f"not in the vocabulary: {' '.join(map(repr, sorted(missing)))}")
         return [ids[c] for c in text]
 
-    return encode, [c.encode() for c in characters]
+    return dict(
+        encode=lambda texts, threads: [encode(text) for text in texts],
+        table=[c.encode() for c in characters],
+    )
 
 
 def bpe(spec):
@@ -69,7 +93,10 @@ def bpe(spec):
         byte_of[chr(b if visible else 256 + invisible)] = b
         invisible += not visible
     spelled = [model.id_to_token(i) for i in range(model.get_vocab_size())]
-    return lambda text: model.encode(text).ids, [bytes(byte_of[c] for c in piece) for piece in spelled]
+    return dict(
+        encode=lambda texts, threads: [model.encode(text).ids for text in texts],
+        table=[bytes(byte_of[c] for c in piece) for piece in spelled],
+    )
 
 
 def gpt2(spec):
@@ -82,10 +109,54 @@ def gpt2(spec):
             f"cannot fetch GPT-2's vocabulary, which tiktoken downloads once ({type(e).__name__}); "
             "set TIKTOKEN_CACHE_DIR to a folder that has it"
         ) from None
-    return model.encode_ordinary, [model.decode_single_token_bytes(i) for i in range(model.n_vocab)]
+    return dict(
+        encode=lambda texts, threads: model.encode_ordinary_batch(texts, num_threads=threads),
+        table=[model.decode_single_token_bytes(i) for i in range(model.n_vocab)],
+        bos=model.eot_token,
+        eos=model.eot_token,
+    )
 
 
-KINDS = {"char": char, "bpe": bpe, "gpt2": gpt2}
+def wordpiece(spec):
+    """Lower case, no accents, words and punctuation apart, then the longest pieces that fit, [UNK] if none do.
+    Not reversible: decoding writes a space before every piece that does not continue a word."""
+    from tokenizers import Tokenizer as WordPiece
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    vocab = spec["vocab"].removesuffix("\n").split("\n")
+    ids = {piece: i for i, piece in enumerate(vocab)}
+    if missing := {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - ids.keys():
+        raise ValueError(f"not a WordPiece vocabulary: has no {', '.join(sorted(missing))}")
+    if len(ids) < len(vocab):
+        raise ValueError("not a WordPiece vocabulary: some pieces appear twice")
+    model = WordPiece(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    model.normalizer = normalizers.BertNormalizer(lowercase=True)
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return dict(
+        encode=lambda texts, threads: [model.encode(text).ids for text in texts],
+        table=[(piece[2:] if piece.startswith("##") else " " + piece).encode() for piece in vocab],
+        bos=ids["[CLS]"],
+        eos=ids["[SEP]"],
+    )
+
+
+KINDS = {"char": char, "bpe": bpe, "gpt2": gpt2, "wordpiece": wordpiece}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Specs that have to be made
+
+
+def read_wordpiece(path):
+    """The spec in a vocab.txt, or in a tokenizer.json of the tokenizers library; ValueError if it is neither."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if text.lstrip().startswith("{"):
+            ids = json.loads(text)["model"]["vocab"]
+            text = "".join(f"{piece}\n" for piece in sorted(ids, key=ids.get))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: neither a vocab.txt nor a tokenizer.json") from None
+    return {"kind": "wordpiece", "vocab": text}
 
 
 def train_bpe(texts, vocab_size):

@@ -24,6 +24,15 @@ def test_sampling_counts_calls_and_head_rows(checkpoint, capsys):
     assert by_name["ddpm"]["head_rows"] > 10 * 4 * 32
 
 
+def test_semi_ar_counts_the_calls_of_its_windows(checkpoint, capsys):
+    batch, alone, *strides = rows(
+        capsys, "semi_ar", checkpoint, "--samplers", "first_hitting", "--repeats", 1
+    )
+    assert batch["calls"] == 32 and alone["calls"] == 16 * 32  # a call per token, or per token of all rows
+    assert [r["how"].split()[-1] for r in strides] == ["8", "16", "24", "31"]
+    assert all(r["calls"] == 16 * 32 == r["tokens"] for r in strides)  # each token is revealed once
+
+
 def test_estimators_agree_and_are_ranked(checkpoint, capsys):
     got = rows(capsys, "evaluate", checkpoint, "--repeats", 6)
     iid, mdlm, ours, reported = got

@@ -129,8 +129,8 @@ def test_partial_characters_and_masks_are_shown():
 def test_tokenizer_errors_are_one_line_that_names_the_culprit():
     with pytest.raises(ValueError, match=r"^not in the vocabulary: '\\n' 'é'$"):
         load_tokenizer({"kind": "char", "characters": "ab"}).encode("aéb\n")
-    for spec in ({"kind": "wordpiece"}, {}):
-        with pytest.raises(ValueError, match="^unknown kind .*char, bpe, gpt2$"):
+    for spec in ({"kind": "words"}, {}):
+        with pytest.raises(ValueError, match="^unknown kind .*char, bpe, gpt2, wordpiece$"):
             load_tokenizer(spec)
 
 
@@ -538,18 +538,22 @@ def test_text_bad_input(tmp_path, refuses):
     refuses(["text", "--input", good, bad], "bad.txt: not UTF-8: byte 0xff at offset 12")
     refuses(["text", "--input", good, empty], "empty.txt: empty")
     refuses(["text", "--input", small], "small.txt: 19 characters are too few")
-    refuses(["text", "--input", good, "--tokenizer", "words"], "--tokenizer=words", "char, bpe, gpt2")
+    for kind in ("words", "wordpiece"):
+        refuses(["text", "--input", good, "--tokenizer", kind], f"--tokenizer={kind}", "char, bpe, gpt2")
     for n in (0, 256, 65537):
         refuses(["text", "--input", good, "--vocab_size", n], f"--vocab_size={n}", "257 to 65536")
     refuses(["text", "--input", good, "--tokenizer", "char", "--vocab_size", 300], "only for --tokenizer=bpe")
 
 
 def test_options_and_names(tmp_path, refuses):
-    refuses(["wikitext"], "'wikitext'", "pydocs, text8, openwebtext, text")
+    refuses(["wikitext"], "'wikitext'", "pydocs, text8, openwebtext, lm1b, ptb", "wikitext2", "text")
     refuses(["pydocs", "--input", "x"], "--input does not apply to pydocs")
     refuses(["text8", "--wrap", "8"], "--wrap does not apply to text8", "--input")
     refuses(["text", "--workers", "2"], "--workers does not apply to text")
     refuses(["openwebtext", "--tokenizer", "char"], "--tokenizer does not apply to openwebtext")
+    refuses(["openwebtext", "--packed"], "--packed does not apply to openwebtext")
+    refuses(["lm1b", "--no_eot"], "--no_eot does not apply to lm1b")
+    refuses(["ptb", "--val_docs", "1"], "--val_docs does not apply to ptb", "--input --wrap --no_eot")
     refuses(["openwebtext", "--wrap", "wide"], "--wrap", "wide")
     refuses(["pydocs", "--fast"], "--fast")
 
