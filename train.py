@@ -231,15 +231,19 @@ def split_batch(cfg, world):
 
 
 def train_step(net, optimizers, micro_batches, step, cfg, device):
-    """One update from a list of micro-batches: (mean loss in nats per token, gradient norm), on the device."""
+    """One update from a list of micro-batches: (mean loss in nats per token, gradient norm), on the device.
+    The mean is over the tokens of the global batch, so that no split of it changes anything."""
     total = torch.zeros((), device=device)
+    tokens = sum(maskable.sum() for _, maskable, *_ in micro_batches).to(device)
+    if dist.is_initialized():
+        dist.all_reduce(tokens)
+    tokens_per_row = tokens / cfg.batch_size
     for i, tensors in enumerate(micro_batches):
         x0, maskable, t, xt, weight = (a.to(device) for a in tensors)
         net.require_backward_grad_sync = i == len(micro_batches) - 1  # for DDP: average once
         with autocast(device, cfg.dtype):
             nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt)  # (B, L)
-        nats = (nats.sum(-1) * weight / maskable.sum(-1)).float()  # (B,) per token
-        loss = nats.mean() / len(micro_batches)  # the same for any split
+        loss = (nats.sum(-1) * weight / tokens_per_row).float().mean() / len(micro_batches)
         loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)

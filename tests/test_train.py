@@ -17,8 +17,8 @@ from conftest import LETTERS, make_corpus, tiny_run
 
 import train
 from configs import CONFIGS, Config, as_ar, as_d3pm, as_sedd
-from data.corpus import read_split
-from diffusion import alpha
+from data.corpus import finish, partial_of, read_split
+from diffusion import LOSSES, alpha
 from model import DiT, load, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +112,41 @@ def test_every_baseline_trains_evaluates_and_samples(cfg, change, capsys):
     assert val["bits_per_char"] < -(p[p > 0] * np.log2(p[p > 0])).sum() - 5 * val["bits_per_char_se"]
     assert val["tokens"] == len(ids) - bos * math.ceil(len(ids) / cfg.seq_len)
     assert bos or "--- sample" in capsys.readouterr().out
+
+
+def padded_corpus(folder, pad=0):
+    """Rows of 1 to 32 tokens 1 .. 26, filled up with 0."""
+    rng, partial = np.random.default_rng(0), partial_of(folder)
+    partial.mkdir(parents=True)
+    rows = rng.integers(1, 27, (200, 32)).astype(np.uint16)
+    rows[np.arange(32) >= rng.integers(1, 33, 200)[:, None]] = pad
+    for split in ("train", "val"):
+        rows.tofile(partial / f"{split}.bin")
+    spec = {"kind": "char", "characters": LETTERS}
+    finish(folder, "made up", spec, 27, dict.fromkeys(("train", "val"), int((rows != pad).sum())), 32, pad)
+    return rows
+
+
+def test_padding_is_never_masked_trained_or_counted(cfg, tmp_path):
+    """Every token counts the same, whatever the length of its row, and however the batch is split."""
+    rows = padded_corpus(tmp_path / "padded")
+    cfg = replace(cfg, data=str(tmp_path / "padded"), steps=2, samples=0, eval_every=100)
+    ids, meta = read_split(cfg.data, "train", cfg)
+    x0, maskable, t, xt, _ = train.batch(ids, meta, cfg, 0, np.arange(8))
+    assert (maskable == (x0 != 0)).all() and (xt == 0)[~maskable].all() and not maskable.all()
+    device, grads = torch.device("cpu"), []
+    for micro in (8, 2):
+        torch.manual_seed(0)
+        model = DiT(cfg)
+        parts = [train.batch(ids, meta, cfg, 0, np.arange(i, i + micro)) for i in range(0, 8, micro)]
+        got, _ = train.train_step(model, train.make_optimizers(model, cfg), parts, 1, cfg, device)
+        grads.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        torch.manual_seed(0)
+        nats = LOSSES["mdlm"](DiT(cfg), x0, maskable, cfg, t, xt)
+        assert got.item() == pytest.approx(nats.sum().item() / maskable.sum().item(), rel=1e-5)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    val = train.main(cfg)
+    assert val["tokens"] == (rows != 0).sum() and 0.5 < val["bits_per_char"] / val["bits_per_token"] < 1.01
 
 
 @pytest.mark.parametrize("time_draw", ["iid", "importance", "counts"])

@@ -210,14 +210,16 @@ def test_wordpiece_equals_the_original():
 
 
 @needs_bert
-def test_the_vocabulary_that_is_asked_for_is_berts(refused):
-    """This copy of tokenizer.json has other names for ids 1 to 19, which no text makes; with theirs it is BERT's."""
-    pieces = read_wordpiece(BERT)["vocab"].split("\n")
-    refused(
-        lambda: prepare.bert_vocabulary(BERT), BERT, "not the vocabulary of google-bert/bert-base-uncased"
-    )
-    pieces[1:100] = [f"[unused{i}]" for i in range(99)]
-    assert hashlib.sha256("\n".join(pieces).encode()).hexdigest() == prepare.BERT_VOCAB_SHA256
+def test_the_vocabulary_that_is_asked_for_is_berts(refused, tmp_path):
+    """This copy of tokenizer.json has other names for ids 1 to 19, which no text makes; BERT's are put back."""
+    copy, spec = read_wordpiece(BERT), prepare.bert_vocabulary(BERT)
+    assert hashlib.sha256(spec["vocab"].encode()).hexdigest() == prepare.BERT_VOCAB_SHA256
+    differ = [
+        i for i, (a, b) in enumerate(zip(copy["vocab"].split("\n"), spec["vocab"].split("\n"))) if a != b
+    ]
+    assert differ == list(range(1, 20))
+    (tmp_path / "vocab.txt").write_text(spec["vocab"].replace("\nhello\n", "\nhallo2\n"))
+    refused(lambda: prepare.bert_vocabulary(tmp_path / "vocab.txt"), "not the vocabulary of google-bert")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -320,9 +322,7 @@ def test_lm1b_packed(tmp_path, vocab, sentences):
 
 
 @needs_bert
-def test_lm1b_with_the_real_vocabulary(tmp_path, monkeypatch):
-    spec = read_wordpiece(BERT)
-    monkeypatch.setattr(prepare, "BERT_VOCAB_SHA256", hashlib.sha256(spec["vocab"].encode()).hexdigest())
+def test_lm1b_with_the_real_vocabulary(tmp_path):
     news = [
         " Mr. Smith 's company , based in New York , said $ 5 million ( £ 3m ) was lost . ",
         "Why ?",
