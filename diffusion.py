@@ -221,26 +221,22 @@ def d3pm(model, x0, maskable, cfg, t=None, xt=None):
         weight = bound_weight(t, cfg).float()[:, None] * masked
         weight = torch.where((t * cfg.T < 1.5)[:, None], float(cfg.T), weight + cfg.T * cfg.aux_ce)
         return weight * nll(model, x0, xt, t, maskable)
-    nats = (
-        mdlm(model, x0, maskable, cfg, t, xt)
-        if cfg.zero_masking
-        else posterior_kl(model, x0, xt, t, cfg, masked)
-    )
+    kl = mdlm if cfg.zero_masking else posterior_kl
+    nats = kl(model, x0, maskable, cfg, t, xt)
     return nats if cfg.carry_over else nats + nll(model, x0, x0, torch.zeros_like(t), maskable)
 
 
-def posterior_kl(model, x0, xt, t, cfg, masked):
-    """T x D3PM's KL of step n = T t for a network that may answer MASK, (B, L) nats, zero outside `masked`."""
-    log_p = F.log_softmax(model(xt, t.float(), masked).double(), -1)
-    m, correct = log_p[:, -1].exp(), log_p.gather(-1, x0[masked][:, None])[:, 0]
+def posterior_kl(model, x0, maskable, cfg, t, xt):
+    """T x D3PM's KL of step n = T t for a network that may answer MASK, (B, L) nats, zero where xt is visible."""
+    masked = maskable & (xt == cfg.mask_id)
+    log_p = F.log_softmax(model(xt, t.float(), masked), -1)
+    m, correct = log_p[:, -1].double().exp(), log_p.gather(-1, x0[masked][:, None])[:, 0].double()
+    at_masks = lambda of_row: of_row[:, None].expand(x0.shape)[masked]  # (B,) -> (N,)
     s = t.double() - 1 / cfg.T
-    at_masks = lambda u: u[:, None].expand(x0.shape)[masked]  # (B,) -> (N,)
     alpha_t, alpha_s = at_masks(alpha(cfg.schedule, t)), at_masks(alpha(cfg.schedule, s))
     r = at_masks(reveal_chance(t, s, cfg))
     a_t = torch.log1p(m * alpha_t / (1 - alpha_t))
-    rest = torch.special.xlog1py(
-        1 - r, m * alpha_s / (1 - alpha_s).clamp(min=1e-12)
-    )  # 0 at s = 0, where r = 1
+    rest = torch.special.xlog1py(1 - r, m * alpha_s / (1 - alpha_s).clamp(min=1e-12))  # 0 at s = 0, as 1 - r
     return spread((cfg.T * (a_t - r * correct - rest)).float(), masked)
 
 
