@@ -236,22 +236,35 @@ def test_kill_9_loses_nothing_before_the_last_checkpoint(cfg, tmp_path):
     assert list(records(killed, "loss")) == list(records(straight, "loss"))
 
 
+def torchrun(cfg, *extra):
+    """Train in two processes on this CPU."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, *command(cfg, *extra)], cwd=ROOT, env=environment(), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+def close(a, b):
+    return a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4) for k in a)
+
+
+def test_two_processes_train_the_other_losses_like_one(cfg, tmp_path):
+    """D3PM with its two forwards per step, on padded rows, of which the processes have different numbers of tokens."""
+    padded_corpus(tmp_path / "padded")
+    cfg = replace(as_d3pm(cfg), data=str(tmp_path / "padded"), micro_batch=2, eval_every=10, samples=0)
+    one, two = (replace(cfg, steps=10, out_dir=str(tmp_path / name)) for name in ("one", "two"))
+    train.main(one)
+    torchrun(two)
+    assert close(records(one, "loss"), records(two, "loss"))
+    assert close(*({s: v["nats"] for s, v in records(c, "val").items()} for c in (one, two)))
+
+
 def test_two_processes_train_like_one_and_resume_each_other(cfg, tmp_path):
     """torchrun on two CPU processes: the losses of one process with the same global batch, and checkpoints
     that either goes on from."""
     cfg = replace(cfg, micro_batch=2, save_every=10, eval_every=10)
     one, two = (replace(cfg, steps=20, out_dir=str(tmp_path / name)) for name in ("one", "two"))
-
-    def torchrun(cfg, *extra):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        done = subprocess.run(
-            [*launch, *command(cfg, *extra)], cwd=ROOT, env=environment(), capture_output=True
-        )
-        assert done.returncode == 0, done.stderr.decode()[-2000:]
-
     train.main(one)
     torchrun(two)
-    close = lambda a, b: a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4) for k in a)
     assert close(records(one, "loss"), records(two, "loss"))
     nats = lambda cfg: {s: v["nats"] for s, v in records(cfg, "val").items()}
     assert close(nats(one), nats(two)) and list(nats(one)) == [10, 20]
