@@ -146,6 +146,8 @@ def open_run(cfg, meta, resume, overwrite):
         return None  # new, or stopped before its first checkpoint
     path, now = paths[0], asdict(cfg)
     state = read_checkpoint(path)
+    if not state["optimizer"]:
+        fail(f"{path}: converted weights, without an optimizer's state to go on from")
     for name, value in state["config"].items():
         if name not in MAY_CHANGE and now.get(name) != value:
             fail(f"{path}: trained with {name}={value}, not {now.get(name)}; a resumed run keeps its recipe")

@@ -236,6 +236,11 @@ def test_resume_with_other_data(run, capsys, tmp_path):
     longer = make_corpus(tmp_path / "longer", n=5000)
     changed = replace(run, data=str(longer), steps=20)
     refused(capsys, lambda: train.main(changed, resume=True), str(longer), "not the data", "ckpt.pt")
+    path = Path(run.out_dir) / "ckpt.pt"
+    torch.save(torch.load(path, weights_only=True) | {"optimizer": []}, path)  # as convert.py leaves it
+    refused(capsys, lambda: train.main(replace(run, steps=20), resume=True), "ckpt.pt", "converted")
+    shutil.rmtree(run.out_dir)
+    train.main(run)
     moved = shutil.copytree(run.data, tmp_path / "moved")
     train.main(replace(run, data=str(moved), steps=20), resume=True)
 

@@ -1,0 +1,812 @@
+"""Files in other projects' exact layouts, of random weights, against what their own networks answered."""
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import types
+import zipfile
+from collections import OrderedDict, defaultdict
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+import convert
+from configs import Config
+from data.tokenizer import load_tokenizer
+from model import DiT, load, read_checkpoint
+from train import save
+
+# ---------------------------------------------------------------------------------------------------------
+# Upstream's networks: width 16, 2 blocks, 2 heads, cond_dim 8, with the weights of `recipe`. ANSWERS were
+# recorded once from the projects' own classes with these weights (strict=True), on a CPU in float32, with
+# flash_attn's two functions replaced by what they compute. `shapes` has the names and order of parameters().
+#   mdlm, timed   models/dit.py DIT, logits at sigma = 0 and at sigma(t)   kuleshov-group/mdlm c112c526
+#   ar            models/autoregressive.py AR, log p                       kuleshov-group/mdlm c112c526
+#   sedd_hub      model/transformer.py SEDD, log score at sigma(t)         louaaron's SEDD repository 0605786d
+#   nanodd        dit.py DiT, logits at 1000 t                             flukeskywalker/nanoDD b656fc6f
+# "name rows": for the raw weights and for the EMA, of row 1 of ids(rows), positions 2 and 8, outputs `shown`.
+
+D, COND, LAYERS, HEADS = 16, 8, 2, 2
+
+
+def shapes(rows, kind="dit"):
+    """{name: shape} of a network in the order of its parameters()."""
+    linear = lambda name, n, m: {f"{name}.weight": (n, m), f"{name}.bias": (n,)}
+    embed, clock, last = "vocab_embed.embedding", "sigma_map", "output_layer."
+    if kind == "nanodd":
+        embed, clock, last = "vocab_embed.weight", "c_embed", ""
+    of = {embed: (rows, D)}
+    if kind != "ar":
+        of |= linear(f"{clock}.mlp.0", COND, 256) | linear(f"{clock}.mlp.2", COND, COND)
+    for i in range(LAYERS):
+        b = f"blocks.{i}."
+        of |= {b + "norm1.weight": (D,), b + "attn_qkv.weight": (3 * D, D), b + "attn_out.weight": (D, D)}
+        of |= {b + "norm2.weight": (D,)} | linear(b + "mlp.0", 4 * D, D) | linear(b + "mlp.2", D, 4 * D)
+        of |= linear(b + "adaLN_modulation", 6 * D, COND) if kind != "ar" else {}
+    of |= {last + "norm_final.weight": (D,)}
+    of |= linear(last + "linear", rows, D) if kind != "nanodd" else {}
+    return of | (linear(last + "adaLN_modulation", 2 * D, COND) if kind != "ar" else {})
+
+
+def recipe(rows, kind="dit", seed=0):
+    """Weights far from the initial ones, so that every tensor matters: uniform, from Philox."""
+    weights = {}
+    for i, (name, shape) in enumerate(shapes(rows, kind).items()):
+        u = np.random.Generator(np.random.Philox(key=[seed, i])).random(shape)
+        u = (
+            0.5 + u
+            if "norm" in name
+            else (2 * u - 1) * (1.0 if "embed" in name and "mlp" not in name else 0.4)
+        )
+        weights[name] = torch.from_numpy(u.astype(np.float32))
+    return weights
+
+
+def with_buffer(weights, prefix=""):
+    """As a state_dict has them, with the buffer of the rotary frequencies where upstream's modules put it."""
+    freq = 1 / 10_000 ** (torch.arange(0, D // HEADS, 2).float() / (D // HEADS))
+    items = list(weights.items())
+    at = next(i for i, (name, _) in enumerate(items) if name.startswith("blocks."))
+    items.insert(at, ("rotary_emb.inv_freq", freq))
+    return OrderedDict((prefix + name, tensor) for name, tensor in items)
+
+
+MASK = {50258: 50257, 30522: 103, 35: 4, 28: 27}  # by rows of the embedding
+T_UP = torch.tensor([0.25, 0.7])
+
+
+def ids(rows):
+    """(2, 12) ids, a third of them MASK, positions 2 and 8 of row 1 too."""
+    x = torch.from_numpy(np.random.Generator(np.random.Philox(key=[9, 9])).integers(5, rows - 1, (2, 12)))
+    x[x == MASK[rows]] += 1
+    return x.index_fill(1, torch.tensor([0, 2, 8, 11]), MASK[rows])
+
+
+def sigma(t):
+    return -torch.log1p(-(1 - 1e-3) * t)
+
+
+def shown(rows):
+    """Outputs to compare: across the vocabulary, both ends of it, never MASK."""
+    return [v for v in (0, 5, 11, rows // 2, rows - 3, rows - 1) if v != MASK[rows]]
+
+
+ANSWERS = {
+    "mdlm 50258": [
+        [[0.03787, 0.85254, 0.34400, -1.62006, 0.39681],
+         [0.07129, 0.85286, 0.33237, -1.66247, 0.39419]],
+        [[-2.02757, -1.25307, -1.96788, 3.54706, -1.39273],
+         [-2.49843, -2.00082, -2.24488, 3.53033, -1.85437]],
+    ],
+    "mdlm 35": [
+        [[0.58844, -1.39528, -0.34183, 0.44297, -0.28301, -1.54162],
+         [0.55058, -1.44317, -0.26693, 0.62315, -0.30227, -1.40526]],
+        [[-1.50415, -0.98690, -2.45250, 3.82269, -1.69192, -1.49731],
+         [-1.62775, -1.01373, -2.52746, 3.78718, -1.70890, -1.70518]],
+    ],
+    "timed 50258": [
+        [[-0.35363, 0.72593, 0.61788, -1.47026, 0.76772],
+         [-0.34730, 0.73805, 0.60702, -1.48937, 0.77317]],
+        [[-1.96905, -1.44117, -1.68369, 3.80094, -1.31074],
+         [-2.24483, -1.88409, -1.87468, 3.83826, -1.60651]],
+    ],
+    "timed 30522": [
+        [[0.25422, 0.09375, 0.98677, 0.93564, -0.99344, -1.95010],
+         [0.26319, 0.29151, 1.08710, 1.09152, -1.27253, -1.98255]],
+        [[-1.28733, -1.89997, -1.03345, -4.70389, -1.48999, -0.50479],
+         [-1.38406, -1.72521, -2.45301, -3.34773, 1.24214, -0.71121]],
+    ],
+    "timed 35": [
+        [[0.29524, -1.37001, -0.41051, 0.63296, -0.69315, -1.46875],
+         [0.26059, -1.40052, -0.36851, 0.71877, -0.71652, -1.39237]],
+        [[-1.78934, -1.06442, -2.46312, 3.52251, -2.05522, -0.86878],
+         [-1.78730, -0.77489, -2.67954, 3.93417, -1.74401, -1.09638]],
+    ],
+    "ar 50258": [
+        [[-11.79841, -10.05579, -12.58461, -11.09689, -13.69794],
+         [-11.26925, -10.24910, -12.32223, -10.95442, -13.78996]],
+        [[-12.60766, -11.71231, -12.78236, -12.00732, -9.98160],
+         [-11.45283, -11.49089, -12.56109, -12.01233, -9.66672]],
+    ],
+    "ar 30522": [
+        [[-11.72814, -10.25074, -11.69503, -12.93943, -13.13034, -10.02548],
+         [-10.75270, -10.33439, -12.03971, -12.19464, -12.24507, -9.39117]],
+        [[-11.43214, -11.24064, -10.94825, -10.72280, -10.02512, -10.83036],
+         [-11.69335, -10.89927, -12.04551, -11.04918, -9.98309, -11.54965]],
+    ],
+    "sedd_hub 50258": [
+        [[-12.02250, -10.94294, -11.05099, -13.13914, -10.90116],
+         [-12.01618, -10.93083, -11.06186, -13.15824, -10.89571]],
+        [[-13.63792, -13.11004, -13.35256, -7.86793, -12.97961],
+         [-13.91370, -13.55297, -13.54355, -7.83061, -13.27539]],
+    ],
+    "nanodd 28": [
+        [[-2.41375, -2.23854, -1.14337, -0.58828, 0.55338],
+         [-2.39711, -2.23981, -1.10696, -0.64068, 0.64696]],
+        [[-2.67416, 3.90976, -2.27568, -5.45235, 1.55665],
+         [-2.59044, 3.85780, -2.07335, -5.42791, 1.64534]],
+    ],
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Their files
+
+
+@contextlib.contextmanager
+def foreign(*names):
+    """Classes "module.Name" that can be pickled inside and are not to be found outside."""
+    made, before = {}, dict(sys.modules)
+    for full in names:
+        module, name = full.rsplit(".", 1)
+        parts = module.split(".")
+        for i in range(len(parts)):
+            sys.modules[".".join(parts[: i + 1])] = types.ModuleType(".".join(parts[: i + 1]))
+    for full in names:
+        module, name = full.rsplit(".", 1)
+        made[name] = type(name, (), {"__module__": module})
+        setattr(sys.modules[module], name, made[name])
+    try:
+        yield types.SimpleNamespace(**made)
+    finally:
+        for name in set(sys.modules) - set(before):
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+def omegaconf(of, value, parent=None):
+    """A nested dict as OmegaConf's objects, with the attributes that they pickle."""
+    node = of.DictConfig() if isinstance(value, dict) else of.AnyNode()
+    meta = of.ContainerMetadata() if isinstance(value, dict) else of.Metadata()
+    meta.__dict__ |= dict(ref_type=object, object_type=dict, optional=True, key=None, flags={})
+    meta.__dict__ |= dict(flags_root=False, resolver_cache=defaultdict(dict))
+    node.__dict__ |= dict(_metadata=meta, _parent=parent)
+    if isinstance(value, dict):
+        node._content = {k: omegaconf(of, v, node) for k, v in value.items()}
+    else:
+        node._val = value
+    return node
+
+
+HYDRA = {
+    "backbone": "dit", "parameterization": "subs", "time_conditioning": False, "T": 0, "subs_masking": False,
+    "noise": {"type": "loglinear", "sigma_min": 1e-4, "sigma_max": 20},
+    "model": {"name": "small", "length": 32, "n_heads": HEADS, "dropout": 0.1, "hidden_size": D},
+    "data": {"train": "openwebtext-train", "tokenizer_name_or_path": "gpt2"},
+    "training": {"ema": 0.9999, "change_of_variables": False},
+    "trainer": {"max_steps": 1_000_000, "devices": "${device_count:}"},
+}  # fmt: skip
+
+
+def lightning(path, rows, kind="dit", vocab=None, extra=(), edit=None, **config):
+    """A .ckpt as Lightning and MDLM's hooks write it."""
+    raw, ema = recipe(rows, kind), recipe(rows, kind, seed=1)
+    om, base = "omegaconf.dictconfig.DictConfig", "omegaconf.base."
+    names = [om, "omegaconf.nodes.AnyNode", base + "Metadata", base + "ContainerMetadata"]
+    names += ["transformers.models.gpt2.tokenization_gpt2_fast.GPT2TokenizerFast"]
+    names += ["tokenizers.Tokenizer", "tokenizers.AddedToken", "functools_.partial"]
+    with foreign(*names) as of:
+        of.Tokenizer.__getstate__ = lambda self: b'{"version": "1.0"}'
+        of.Tokenizer.__setstate__ = lambda self, state: None
+        tokenizer = of.GPT2TokenizerFast()
+        tokenizer.__dict__ |= dict(
+            _tokenizer=of.Tokenizer(), _eos_token=of.AddedToken(), never_split={"a", "b"}
+        )
+        if vocab:
+            tokenizer.vocab = OrderedDict((token, i) for i, token in enumerate(vocab))
+        ckpt = {
+            "epoch": 0, "global_step": 4321, "pytorch-lightning_version": "2.2.1",
+            "state_dict": with_buffer(raw, "backbone."),
+            "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"completed": 0}}}},
+            "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_k_models": {}, "score": torch.ones(())}},
+            "optimizer_states": [{"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(3)}}}],
+            "lr_schedulers": [{"last_epoch": 4321, "lr_lambdas": [{}]}], "hparams_name": "kwargs",
+            "hyper_parameters": {"config": omegaconf(of, HYDRA | config), "tokenizer": tokenizer},
+            "ema": {"decay": 0.9999, "num_updates": 4321, "shadow_params": [*ema.values(), *extra]},
+            "sampler": {"random_state": None},
+        }  # fmt: skip
+        if edit:
+            edit(ckpt)
+        torch.save(ckpt, path)
+    return path
+
+
+def hub_mdlm(folder, weights=None, **config):
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    known = dict(model_type="mdlm", vocab_size=50258, model_length=24, hidden_dim=D, cond_dim=COND)
+    known |= dict(n_blocks=LAYERS, n_heads=HEADS, dropout=0.1, time_conditioning=False)
+    (folder / "config.json").write_text(json.dumps(known | config))
+    weights = with_buffer(recipe(50258), "backbone.") if weights is None else weights
+    save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+SEDD = {
+    "ngpus": 8, "tokens": 50257, "training": {"batch_size": 512, "ema": 0.9999}, "graph": {"type": "absorb"},
+    "data": {"train": "openwebtext", "valid": "wikitext103"}, "noise": {"type": "loglinear"},
+    "model": {"name": "small", "hidden_size": D, "length": 40, "n_heads": HEADS, "dropout": 0.1},
+}  # fmt: skip
+
+
+def hub_sedd(folder, rows=50258, **config):
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SEDD | config))
+    save_file(dict(with_buffer(recipe(rows))), folder / "model.safetensors")
+    return folder
+
+
+def run_sedd(folder):
+    """A run's folder: Hydra's configuration and the checkpoint to resume from."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "config.yaml").write_text(json.dumps(SEDD))  # YAML has JSON in it
+    (folder / "checkpoints-meta").mkdir()
+    ema = {"decay": 0.9999, "num_updates": 70, "shadow_params": list(recipe(50258, seed=1).values())}
+    state = {"optimizer": {"state": {}, "param_groups": [{"lr": 3e-4, "betas": (0.9, 0.999)}]}, "ema": ema}
+    state |= {"model": with_buffer(recipe(50258)), "step": 70}
+    torch.save(state, folder / "checkpoints-meta" / "checkpoint.pth")
+    return folder
+
+
+def file_nanodd(path, T=1000):
+    betas, alphas = torch.zeros(T + 1), torch.linspace(1, 0, T + 1)
+    state = lambda seed: (
+        {"betas": betas, "alpha_bars": alphas} | with_buffer(recipe(28, "nanodd", seed), "net.")
+    )
+    args = dict(
+        vocab_size=27,
+        n_embed=D,
+        n_heads=HEADS,
+        n_blocks=LAYERS,
+        n_cond=COND,
+        dropout=0.025,
+        T=T,
+        lambda_ce=0.05,
+    )
+    ema = {"initted": torch.tensor(True), "step": torch.tensor(77)}
+    ema |= {f"ema_model.{name}": tensor for name, tensor in state(1).items()}
+    ckpt = {
+        "model": OrderedDict(state(0)),
+        "ema": OrderedDict(ema),
+        "optimizer": {"state": {}, "param_groups": []},
+    }
+    ckpt |= dict(model_cls="D3PMAbsorbing", model_args=args, training_args={"batch_size": 256}, iter_num=77)
+    torch.save(ckpt | dict(total_batch_size=1024, best_val_loss=1.3), path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def run(*args):
+    convert.main([str(a) for a in args])
+
+
+def refused(capsys, *args):
+    """The one line with which these arguments are refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        run(*args)
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and not out and err.count("\n") == 1 and err.startswith("error: "), err
+    return err
+
+
+BERT = [f"[unused{i}]" if 0 < i < 99 else f"piece{i}" for i in range(30522)]
+for i, token in {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1037: "a"}.items():
+    BERT[i] = token
+TEXT8 = dict(data={"train": "text8"}, model=HYDRA["model"] | {"length": 16})
+LM1B = dict(data={"train": "lm1b"}, T=1000, time_conditioning=True, parameterization="d3pm")
+SCORES = dict(parameterization="sedd", time_conditioning=True)
+WORDS = dict(parameterization="ar", backbone="ar", model=HYDRA["model"] | {"causal": True})
+
+LAYOUTS = {  # name: (SOURCE, key of ANSWERS, fields of our Config)
+    "mdlm_hub": (lambda p: hub_mdlm(p), "mdlm 50258", dict(
+        loss="mdlm", seq_len=24, data="openwebtext_wrap24", time_cond=False, n_head=2, vocab_size=50257)),
+    "subs": (lambda p: lightning(p, 35, **TEXT8), "mdlm 35", dict(
+        loss="mdlm", seq_len=16, data="text8", dropout=0.1, vocab_size=35, T=0)),
+    "subs_1000": (lambda p: lightning(p, 50258, T=1000, noise={"type": "cosinesqr"}), "mdlm 50258", dict(
+        loss="mdlm", T=1000, schedule="cosine2", data="openwebtext_wrap32")),
+    "d3pm": (lambda p: lightning(p, 30522, vocab=BERT, **LM1B), "timed 30522", dict(
+        loss="d3pm", T=1000, time_cond=True, zero_masking=False, carry_over=False, vocab_size=30522,
+        data="lm1b")),
+    "d3pm_subs": (lambda p: lightning(p, 30522, vocab=BERT, **LM1B, subs_masking=True), "timed 30522", dict(
+        zero_masking=True, carry_over=False)),
+    "sedd": (lambda p: lightning(p, 50258, **SCORES), "timed 50258", dict(loss="sedd", time_cond=True)),
+    "sedd_text8": (lambda p: lightning(p, 35, **SCORES), "timed 35", dict(loss="sedd", vocab_size=35)),
+    "ar": (lambda p: lightning(p, 50258, "ar", **WORDS), "ar 50258", dict(
+        loss="ar", causal=True, bos=True, cond_dim=0)),
+    "ar_bert": (lambda p: lightning(p, 30522, "ar", vocab=BERT, **WORDS), "ar 30522", dict(loss="ar")),
+    "sedd_hub": (lambda p: hub_sedd(p), "sedd_hub 50258", dict(
+        loss="sedd", time_cond=True, seq_len=40, data="openwebtext", dropout=0.1)),
+    "sedd_run": (lambda p: run_sedd(p), "sedd_hub 50258", dict(loss="sedd", time_cond=True, seq_len=40)),
+    "nanodd": (lambda p: file_nanodd(p), "nanodd 28", dict(
+        loss="d3pm", T=1000, aux_ce=0.05, tied=True, time_input="step", time_cond=True, seq_len=256,
+        data="text8", zero_masking=True, carry_over=True, vocab_size=27)),
+}  # fmt: skip
+
+
+def answers(model, cfg, key):
+    """Our model on the same ids, as upstream's class would put it: (2, outputs shown)."""
+    rows = int(key.split()[1])
+    x = ids(rows)
+    x = x.masked_fill(x == MASK[rows], cfg.mask_id)
+    y = model(x, T_UP)[1]  # (L, V)
+    positions = torch.tensor([2, 8])
+    if cfg.loss == "ar":  # upstream's output j is about token j + 1
+        y, positions = y.log_softmax(-1), positions + 1
+    if key.startswith("sedd_hub"):
+        y = y - torch.log(torch.expm1(sigma(T_UP[1]))) - math.log(cfg.vocab_size)
+    if cfg.loss == "sedd" and cfg.vocab_size == rows:  # SEDD counts rows - 1 real tokens, our scale V of them
+        y = y - math.log(cfg.vocab_size / (rows - 1))
+    return y[positions][:, shown(rows)]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_gives_upstreams_logits(name, tmp_path):
+    build, key, known = LAYOUTS[name]
+    run(build(tmp_path / "source"), tmp_path / "out" / "ckpt.pt")
+    for ema in (False, True):
+        model, cfg = load(tmp_path / "out", ema=ema)  # a folder with ckpt.pt in it
+        seed = int(ema and not name.endswith("_hub"))  # the hub's have one set of weights
+        torch.testing.assert_close(
+            answers(model, cfg, key), torch.tensor(ANSWERS[key][seed]), atol=1e-4, rtol=0
+        )
+    assert {field: getattr(cfg, field) for field in known} == known
+    assert (cfg.n_layer, cfg.n_head, cfg.n_embd) == (LAYERS, HEADS, D)
+    rows = int(key.split()[1])
+    vocab = {"vocab": "".join(f"{piece}\n" for piece in BERT)} if rows == 30522 else {}
+    assert model.tokenizer == convert.TOKENIZERS[rows][0] | vocab
+    assert model.step == {"sedd_run": 70, "nanodd": 77}.get(name, 0 if name.endswith("_hub") else 4321)
+    if MASK[rows] < rows - 1:  # an id that no text has
+        y = model(ids(rows), T_UP)
+        assert y[..., : cfg.vocab_size].softmax(-1)[..., MASK[rows]].max() == 0
+    if name == "d3pm":  # may answer MASK, with upstream's logit
+        assert (y[..., -1] > -100).all() and y.shape[-1] == 30523
+
+
+def test_text8s_special_tokens_are_no_text():
+    tokenizer = load_tokenizer(convert.TOKENIZERS[35][0])
+    assert tokenizer.vocab_size == 35
+    assert tokenizer.encode("az ") == [8, 33, 34]  # Text8Tokenizer, dataloader.py of MDLM
+    assert all(len(piece) == 1 and "\ue000" <= piece <= "\ue007" for piece in tokenizer.pieces(range(8)))
+
+
+def test_the_result_samples_and_evaluates(corpus, tmp_path, capsys):
+    import evaluate
+    import sample
+
+    run(file_nanodd(tmp_path / "nanodd.pt"), tmp_path / "ckpt.pt")
+    sample.main(
+        [str(tmp_path / "ckpt.pt"), "--prompt", "ab", "--length", "12", "--steps", "4", "--device", "cpu"]
+    )
+    assert capsys.readouterr().out.splitlines()[-1].startswith("ab")
+    result = evaluate.main([str(tmp_path / "ckpt.pt"), "--data", str(corpus), "--device", "cpu", "--json"])
+    assert result["step"] == 77 and math.isfinite(result["nats"])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_an_ema_may_be_longer_but_not_shorter(tmp_path, capsys):
+    lightning(tmp_path / "a.ckpt", 35, extra=[torch.zeros(())])  # older noises had a parameter
+    run(tmp_path / "a.ckpt", tmp_path / "a.pt")
+    lightning(tmp_path / "b.ckpt", 35, edit=lambda ckpt: ckpt["ema"]["shadow_params"].pop())
+    assert "ema: 29 tensors, but the network has 30" in refused(
+        capsys, tmp_path / "b.ckpt", tmp_path / "b.pt"
+    )
+    lightning(tmp_path / "c.ckpt", 35, edit=lambda ckpt: ckpt["ema"]["shadow_params"].reverse())
+    assert "vocab_embed.embedding [32] instead of [35, 16]" in refused(
+        capsys, tmp_path / "c.ckpt", tmp_path / "c.pt"
+    )
+    lightning(tmp_path / "d.ckpt", 35, edit=lambda ckpt: ckpt.pop("ema"))  # training.ema=0
+    run(tmp_path / "d.ckpt", tmp_path / "d.pt")
+    ckpt = read_checkpoint(tmp_path / "d.pt")
+    assert all(torch.equal(ckpt["model"][name], ckpt["ema"][name]) for name in ckpt["model"])
+    assert not (tmp_path / "b.pt").exists() and not (tmp_path / "c.pt").exists()
+
+
+def change(name, tensor=None):
+    def edit(ckpt):
+        weights = ckpt["state_dict"]
+        weights.pop(name, None)
+        weights |= {} if tensor is None else {name: tensor}
+
+    return edit
+
+
+FREQ = "backbone.rotary_emb.inv_freq"
+BAD_TENSORS = {
+    "missing: blocks.1.mlp.0.bias": change("backbone.blocks.1.mlp.0.bias"),
+    "unknown: blocks.1.moe.weight": change("backbone.blocks.1.moe.weight", torch.ones(3)),
+    "unknown: loss_scale": change("loss_scale", torch.ones(3)),
+    "blocks.0.attn_qkv.weight [48, 15] instead of [48, 16]": change(
+        "backbone.blocks.0.attn_qkv.weight", torch.ones(48, 15)
+    ),
+    "output_layer.linear.bias [35] instead of [35]": change(
+        "backbone.output_layer.linear.bias", torch.ones(35, dtype=torch.long)
+    ),
+    "not MDLM's, SEDD's or nanoDD's: has no embedding, but sigma_map.mlp.0.weight": change(
+        "backbone.vocab_embed.embedding"
+    ),
+    "an embedding of 77 rows": change("backbone.vocab_embed.embedding", torch.ones(77, 16)),
+    "rotary_emb.inv_freq: not of base 10000": change(FREQ, torch.tensor([1, 0.3, 0.1, 0.03])),
+    "inv_freq is of heads of 4": change(FREQ, torch.tensor([1.0, 0.01])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD_TENSORS)
+def test_tensors_that_do_not_fit_are_named(message, tmp_path, capsys):
+    lightning(tmp_path / "x.ckpt", 35, edit=BAD_TENSORS[message])
+    assert message in refused(capsys, tmp_path / "x.ckpt", tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_long_list_of_names_is_cut(tmp_path, capsys):
+    hub_mdlm(tmp_path / "hub", {f"layers.{i}.mixer.A_log": torch.ones(2) for i in range(20)})
+    line = refused(capsys, tmp_path / "hub", tmp_path / "x.pt")
+    assert "layers.0.mixer.A_log" in line and line.endswith("and 12 more\n")
+
+
+BAD_SETTINGS = {
+    "graph.type=uniform": lambda p: hub_sedd(p, graph={"type": "uniform"}),
+    "graph.type=uniform, without a MASK": lambda p: hub_sedd(p, rows=50257),
+    "noise.type=geometric": lambda p: hub_sedd(p, noise={"type": "geometric"}),
+    "change_of_variables=True": lambda p: lightning(p, 35, **SCORES, training={"change_of_variables": True}),
+    "T=500": lambda p: file_nanodd(p, T=500),
+    "schedule='polynomial'": lambda p: lightning(p, 35, noise={"type": "polynomial"}),
+    "loss='ddim'": lambda p: lightning(p, 35, parameterization="ddim"),
+    "could not convert string to float: '${x}'": lambda p: hub_mdlm(p, dropout="${x}"),
+    "has none of model.safetensors": lambda p: p.mkdir() or p,
+    "beside it cannot be read": lambda p: (hub_mdlm(p) / "config.json").write_text("{") and p,
+    "model.safetensors: damaged": lambda p: (hub_mdlm(p) / "model.safetensors").write_bytes(b"x") and p,
+    "damaged": lambda p: p.write_bytes(lightning(p, 35).read_bytes()[:9999]) and p,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD_SETTINGS)
+def test_settings_that_we_cannot_follow_are_refused(message, tmp_path, capsys):
+    assert message in refused(capsys, BAD_SETTINGS[message](tmp_path / "x"), tmp_path / "x.pt")
+
+
+def test_what_a_file_does_not_tell(tmp_path, capsys):
+    """Tensors alone: MDLM unless --loss says otherwise; a SEDD is told the time."""
+    torch.save(with_buffer(recipe(50258)), tmp_path / "pytorch_model.bin")
+    run(tmp_path, tmp_path / "mdlm.pt")
+    run(tmp_path, tmp_path / "sedd.pt", "--loss", "sedd")
+    state = run_sedd(tmp_path / "run") / "checkpoints-meta" / "checkpoint.pth"
+    torch.save({k: v for k, v in torch.load(state).items() if k != "optimizer"}, tmp_path / "lean.pth")
+    run(tmp_path / "lean.pth", tmp_path / "lean.pt")
+    told = lambda cfg: (cfg.loss, cfg.time_cond, cfg.seq_len, cfg.n_head)
+    assert told(load(tmp_path / "mdlm.pt")[1]) == ("mdlm", False, 1024, 2)
+    assert (
+        told(load(tmp_path / "sedd.pt")[1]) == told(load(tmp_path / "lean.pt")[1]) == ("sedd", True, 1024, 2)
+    )
+    torch.save(
+        with_buffer(recipe(35)) | {"backbone.output_layer.linear.bias": torch.ones(35)},
+        tmp_path / "twice.bin",
+    )
+    assert "some tensors are there twice" in refused(capsys, tmp_path / "twice.bin", tmp_path / "twice.pt")
+
+
+def test_nothing_is_overwritten_or_misread(tmp_path, capsys, monkeypatch):
+    source = file_nanodd(tmp_path / "nanodd.pt")
+    run(source, tmp_path / "x.pt")
+    before = (tmp_path / "x.pt").read_bytes()
+    assert "exists; add --overwrite" in refused(capsys, source, tmp_path / "x.pt")
+    run(source, tmp_path / "x.pt", "--overwrite")
+    assert (tmp_path / "x.pt").read_bytes() == before
+    assert "no such file or folder" in refused(capsys, "no/such.pt", tmp_path / "y.pt")
+    assert "are for a folder" in refused(capsys, source, tmp_path / "y.pt", "--push", "me/x")
+    assert "none.txt" in refused(capsys, source, tmp_path / "y.pt", "--vocab", tmp_path / "none.txt")
+
+    def no_network(*args, **options):
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    assert "not to be had from the hub" in refused(capsys, "someone/something", tmp_path / "y.pt")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", no_network)
+    lightning(tmp_path / "bert.ckpt", 30522)
+    assert "--vocab" in refused(capsys, tmp_path / "bert.ckpt", tmp_path / "y.pt")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
+    line = refused(capsys, tmp_path / "bert.ckpt", tmp_path / "y.pt", "--vocab", tmp_path / "vocab.txt")
+    assert "an embedding of 30522 rows, but a vocabulary of 4 pieces" in line
+    (tmp_path / "vocab.txt").write_text("\n".join(BERT))
+    run(tmp_path / "bert.ckpt", tmp_path / "y.pt", "--vocab", tmp_path / "vocab.txt")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(hub_mdlm(tmp_path / "hub")))
+    run("kuleshov-group/mdlm-owt", tmp_path / "z.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pickles that mean harm. Each tries to write a file; it may be refused or come to nothing.
+
+
+class Calls:
+    """Pickles as a call of `function` with `args`."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def zipped(path, pickled):
+    """A file as torch.save's, with this pickle."""
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as z:
+        records = {name: z.read(name) for name in z.namelist()}
+    with zipfile.ZipFile(path, "w") as z:
+        for name, content in records.items():
+            z.writestr(name, pickled if name.endswith("data.pkl") else content)
+    return path
+
+
+def harm(marker):
+    touch, code = f"touch {marker}", f"open({str(marker)!r}, 'w')"
+    text = lambda s: b"X" + len(s).to_bytes(4, "little") + s.encode()
+    system = b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n" + text("os") + b"\x85R" + text("system") + b"tR"
+    return {
+        "eval": Calls(eval, code),
+        "exec": Calls(exec, code),
+        "subprocess": Calls(subprocess.call, touch.split()),
+        "partial": Calls(functools.partial(open, str(marker), "w")),
+        "map": Calls(list, Calls(map, eval, [code])),
+        "os.system": Calls(os.system, touch),
+        "old names": b"\x80\x02c__builtin__\neval\n" + text(code) + b"\x85R.",
+        "getattr": b"\x80\x02" + system + text(touch) + b"\x85R.",
+        "inst": b"\x80\x02(" + text(touch) + b"iposix\nsystem\n.",
+        "stack": b"\x80\x04" + text("posix") + text("system") + b"\x93" + text(touch) + b"\x85R.",
+        "dotted": b"\x80\x04ctorch\nserialization.os.system\n" + text(touch) + b"\x85R.",
+        "build": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(N}" + text("__defaults__") + b"Nstb.",
+    }
+
+
+HARM = list(harm("x"))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("route", HARM)
+def test_a_pickle_cannot_run(route, protocol, tmp_path, capsys):
+    marker, path, out = tmp_path / "marker", tmp_path / "x.ckpt", tmp_path / "x.pt"
+    payload, defaults = harm(marker)[route], torch._utils._rebuild_tensor_v2.__defaults__
+    if isinstance(payload, bytes):
+        zipped(path, payload)
+    else:  # where Lightning keeps the tokenizer, of an otherwise good file
+        weights = with_buffer(recipe(35), "backbone.")
+        ckpt = {"state_dict": weights, "hyper_parameters": {"tokenizer": payload}}
+        torch.save(ckpt, path, pickle_protocol=protocol)
+    with contextlib.suppress(SystemExit):
+        run(path, out)
+    assert not marker.exists() and torch._utils._rebuild_tensor_v2.__defaults__ == defaults
+    assert out.exists() == (protocol == 2 and route in ("eval", "exec", "subprocess", "map"))  # no effect
+    assert out.exists() or capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("route", HARM[:-1])  # "build" would change torch itself
+def test_the_harm_is_real(route, tmp_path):
+    """Unpickled in the usual way, the routes above run."""
+    payload = harm(tmp_path / "marker")[route]
+    with contextlib.suppress(Exception):
+        pickle.loads(payload if isinstance(payload, bytes) else pickle.dumps(payload, 2))
+    assert (tmp_path / "marker").exists()
+
+
+def test_a_file_without_zip_is_refused(tmp_path, capsys):
+    torch.save({"model": {}}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    assert "not a zip file of torch.save" in refused(capsys, tmp_path / "x.pt", tmp_path / "y.pt")
+
+
+def test_strided_and_shared_tensors_come_out_right(tmp_path):
+    """Two views of one storage, one of them transposed."""
+    base = recipe(35)["blocks.0.attn_out.weight"]
+    both = torch.stack((base, base.T))
+
+    def edit(ckpt):
+        ckpt["state_dict"]["backbone.blocks.0.attn_out.weight"] = both[1].T
+        ckpt["state_dict"]["backbone.blocks.1.attn_out.weight"] = both[0]
+
+    lightning(tmp_path / "x.ckpt", 35, edit=edit)
+    run(tmp_path / "x.ckpt", tmp_path / "x.pt")
+    run(tmp_path / "x.ckpt", tmp_path / "hub", "--no_ema")
+    for weights in convert.read(tmp_path / "x.pt")[0]["model"], convert.read(tmp_path / "hub")[0]["model"]:
+        assert torch.equal(weights["blocks.0.attn_out.weight"], base)
+        assert torch.equal(weights["blocks.1.attn_out.weight"], base)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Out to the hub
+
+
+def checkpoint_of(path, cfg, tokenizer, best=1.5):
+    """A checkpoint of ours whose weights are all random, the EMA's others than the raw ones."""
+    raw, ema = ({k: torch.randn_like(v) * 0.2 for k, v in DiT(cfg).state_dict().items()} for _ in range(2))
+    state = dict(model=raw, ema=ema, step=12, best=best, seconds=3.0, tokenizer=tokenizer)
+    save(path, **state, optimizer=[1], config=asdict(cfg), data="abc")
+    return path
+
+
+SMALL = Config(vocab_size=27, seq_len=16, n_layer=1, n_head=2, n_embd=16, cond_dim=8, data="words")
+CHAR = {"kind": "char", "characters": " abcdefghijklmnopqrstuvwxyz"}
+EXPORTS = {
+    "mdlm": SMALL,
+    "timed": replace(SMALL, time_cond=True, schedule="cosine"),
+    "no_ada": replace(SMALL, cond_dim=0),
+    "nanodd": replace(SMALL, loss="d3pm", T=1000, aux_ce=0.05, tied=True, time_cond=True, time_input="step"),
+    "d3pm": replace(SMALL, loss="d3pm", T=10, zero_masking=False, carry_over=False),
+    "sedd": replace(SMALL, loss="sedd", time_cond=True),
+    "ar": replace(SMALL, loss="ar", causal=True, cond_dim=0),
+    "ar_bos": replace(SMALL, loss="ar", causal=True, cond_dim=0, bos=True),
+}
+
+
+@pytest.fixture(scope="module")
+def transformers(tmp_path_factory):
+    """transformers without a network, its cache of code in a folder that goes away."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    import transformers
+    from transformers.utils import hub
+
+    modules = str(tmp_path_factory.mktemp("modules"))
+    patch.setattr(hub, "HF_MODULES_CACHE", modules)
+    patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    yield transformers
+    patch.undo()
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_the_hub_folder_gives_our_logits_in_transformers(name, tmp_path, transformers, monkeypatch):
+    cfg = EXPORTS[name]
+    ckpt, folder = checkpoint_of(tmp_path / "ckpt.pt", cfg, CHAR), tmp_path / f"folder_{name}"
+    run(ckpt, folder)
+    x, t = torch.randint(0, 28, (3, 16)), torch.tensor([0.1, 0.5, 0.9])
+    ours, _ = load(ckpt)
+    monkeypatch.setattr(
+        sys, "path", [p for p in sys.path if "main" not in p]
+    )  # the folder is all that it has
+    for hidden in ("model", "diffusion", "configs"):
+        monkeypatch.setitem(sys.modules, hidden, None)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert config.vocab_size == 28 and config.mask_token_id == 27 and config.model_type == "nanomdlm"
+    theirs, info = transformers.AutoModelForMaskedLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not theirs.training
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x, t).logits, ours(x, t), atol=1e-6, rtol=0)
+        masked = x.index_fill(1, torch.arange(4), 27)  # by default t is that of the fraction of MASK
+        fraction = (masked == 27).double().mean(-1)
+        t = (1 - fraction) if cfg.schedule == "linear" else 2 / math.pi * (1 - fraction).acos()
+        t = fraction if cfg.schedule == "linear" else t
+        torch.testing.assert_close(theirs(masked).logits, ours(masked, t.float()), atol=1e-6, rtol=0)
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(again(x, t).logits, theirs(x, t).logits)
+
+
+def test_there_and_back(tmp_path, capsys):
+    ckpt = checkpoint_of(tmp_path / "ckpt.pt", EXPORTS["nanodd"], CHAR)
+    run(ckpt, tmp_path / "hub")
+    run(ckpt, tmp_path / "raw", "--no_ema")
+    run(tmp_path / "hub", tmp_path / "back.pt")
+    run(tmp_path / "raw", tmp_path / "raw.pt")
+    before, back, raw = (read_checkpoint(tmp_path / f"{name}.pt") for name in ("ckpt", "back", "raw"))
+    assert {k: back[k] for k in ("config", "tokenizer", "step", "best")} == {
+        k: before[k] for k in ("config", "tokenizer", "step", "best")
+    }
+    for name, tensor in before["ema"].items():
+        assert torch.equal(back["ema"][name], tensor) and torch.equal(back["model"][name], tensor)
+        assert torch.equal(raw["ema"][name], before["model"][name])
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "12 optimiser steps, at best 1.5000 nats per token" in card and "loss d3pm" in card
+    assert "exists; add --overwrite" in refused(capsys, ckpt, tmp_path / "hub")
+    run(ckpt, tmp_path / "hub", "--overwrite")
+
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    config["nanomdlm"]["config"]["n_embd"] = 32
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    line = refused(capsys, tmp_path / "hub", tmp_path / "x.pt")
+    assert "size mismatch for embed.weight" in line
+    del config["nanomdlm"]["config"]
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
+    assert "not as nanoMDLM, MDLM, SEDD or nanoDD write it (KeyError: 'config')" in refused(
+        capsys, tmp_path / "hub", tmp_path / "x.pt"
+    )
+
+
+def test_a_checkpoint_of_ours_loses_its_optimizer_only(tmp_path):
+    run(checkpoint_of(tmp_path / "ckpt.pt", SMALL, CHAR), tmp_path / "lean.pt")
+    before, after = read_checkpoint(tmp_path / "ckpt.pt"), read_checkpoint(tmp_path / "lean.pt")
+    assert after["optimizer"] == [] and after["data"] == ""
+    for name in ("model", "ema"):
+        assert all(torch.equal(before[name][k], after[name][k]) for k in before[name])
+
+
+@pytest.mark.parametrize("name", ["d3pm", "subs", "sedd_hub"])
+def test_upstreams_to_the_hub_and_back(name, tmp_path):
+    source = LAYOUTS[name][0](tmp_path / "source")
+    run(source, tmp_path / "direct.pt")
+    run(source, tmp_path / "hub")
+    run(tmp_path / "hub", tmp_path / "back.pt")
+    direct, back = read_checkpoint(tmp_path / "direct.pt"), read_checkpoint(tmp_path / "back.pt")
+    assert all(torch.equal(direct["ema"][k], back["ema"][k]) for k in direct["ema"])
+    assert all(direct[k] == back[k] for k in ("config", "tokenizer", "step", "best"))
+
+
+def test_upstreams_model_in_transformers(tmp_path, transformers):
+    folder = tmp_path / "owt_mdlm"
+    run(hub_mdlm(tmp_path / "source"), folder)
+    x, key = ids(50258), "mdlm 50258"
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+    logits = model(x).logits[1, [2, 8]][:, shown(50258)]
+    torch.testing.assert_close(logits, torch.tensor(ANSWERS[key][0]), atol=1e-4, rtol=0)
+    assert "GPT-2's" in (folder / "README.md").read_text()
+
+
+def test_a_bpe_folder_has_a_tokenizer_of_transformers(tmp_path, transformers):
+    from data.tokenizer import train_bpe
+
+    text = "the cat sat on the mat, the bat sat on the hat"
+    spec = train_bpe([text], 270)
+    ckpt = checkpoint_of(tmp_path / "ckpt.pt", replace(SMALL, vocab_size=270), spec)
+    run(ckpt, tmp_path / "bpe")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "bpe"), load_tokenizer(spec)
+    assert theirs(text)["input_ids"] == ours.encode(text) and theirs.mask_token_id == 270
+    run(tmp_path / "bpe", tmp_path / "back.pt")
+    assert load_tokenizer(read_checkpoint(tmp_path / "back.pt")["tokenizer"]).encode(text) == ours.encode(
+        text
+    )
+
+
+def test_push(tmp_path, capsys, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            calls.append((name, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, sorted(p.name for p in folder_path.iterdir())))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    ckpt = checkpoint_of(tmp_path / "ckpt.pt", SMALL, CHAR, best=math.inf)
+    run(ckpt, tmp_path / "hub", "--push", "me/words")
+    files = ["README.md", "config.json", "model.safetensors", "modeling_nanomdlm.py"]
+    assert calls == [("me/words", True), ("me/words", files)]
+    assert (
+        'from_pretrained("me/words", trust_remote_code=True)' in (tmp_path / "hub" / "README.md").read_text()
+    )
+    monkeypatch.delattr(Api, "upload_folder")
+    assert "--push me/words" in refused(capsys, ckpt, tmp_path / "hub2", "--push", "me/words")
