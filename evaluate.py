@@ -1,23 +1,34 @@
-"""The likelihood bound of a checkpoint over a whole split, with its standard error.
+"""The likelihood bound of a checkpoint on a split or on the zero-shot sets, and the generative perplexity of its
+samples under a judge, each with its standard error.
 
 python evaluate.py out/pydocs_mdlm/ckpt.pt                      # test split, continuous time
 python evaluate.py out/owt_mdlm/ckpt.pt --split val --json
 python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a 1000-step sampler
+python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven sets; or --zero_shot ptb lambada
+python evaluate.py out/owt_mdlm/ckpt.pt --gen_ppl gpt2-large --steps 256
+python evaluate.py out/text8_mdlm/ckpt.pt --gen_ppl out/text8_ar/ckpt.pt --num 256
 """
 
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from configs import check_range, fail, parser
-from data.corpus import maskable_of, read_meta, read_split, take
-from diffusion import LOSSES, ar, exact_count_bound
+from data.corpus import folder_of, maskable_of, read_meta, read_split, take
+from data.tokenizer import tokenizer_of
+from diffusion import LOSSES, SAMPLERS, ar, exact_count_bound
 from model import autocast, compute_dtype, load, pick_device
+from sample import default_sampler, generate, opening
+
+# ---------------------------------------------------------------------------------------------------------
+# The bound
 
 
 def strata(windows, rng):
@@ -132,17 +143,246 @@ def to_json(record):
     return json.dumps(plain(record))
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Generative perplexity. A judge is a function score(texts) -> (nats, tokens), two arrays of a number per text:
+# what the text costs under the judge, and how many tokens were counted. A text holds END wherever the model wrote
+# BOS or EOS, however its tokenizer spells them; the judge reads its own end-of-text there.
+
+END = "<|endoftext|>"
+
+
+def text_of(ids, tokenizer):
+    pieces = [[]]
+    for i in ids:
+        if i in (tokenizer.bos, tokenizer.eos):
+            pieces.append([])
+        else:
+            pieces[-1].append(i)
+    return END.join(map(tokenizer.decode, pieces))
+
+
+def unigram_entropy(ids):
+    """Entropy in nats of the frequencies of a sample's tokens, at most ln(len(ids)): the measure of diversity of
+    arXiv 2409.02908. It belongs beside generative perplexity, which repetition lowers."""
+    frequency = np.unique(ids, return_counts=True)[1] / len(ids)
+    return float((frequency * np.log(1 / frequency)).sum())
+
+
+def ratio(values, weights):
+    """sum(values) / sum(weights) and its standard error to first order, the pairs being independent."""
+    n, total = len(values), np.sum(weights)
+    if not total:
+        return math.nan, math.nan
+    mean = np.sum(values) / total
+    variance = ((values - mean * weights) ** 2).sum() * n / (n - 1) if n >= 8 else math.nan
+    return float(mean), float(np.sqrt(variance) / total)
+
+
+def generative_perplexity(texts, score):
+    """exp(total nats / total counted tokens) of texts under a judge, with the texts as the units of its error.
+
+    The definition of MDLM's code (arXiv 2406.07524): the judge tokenises the text anew; all of it counts, what
+    follows an end-of-text too, but of the end-of-text tokens only the first. There, however, a padded text
+    without end-of-text is charged for a token of padding, and an incomplete last batch is dropped. SEDD's code
+    averages the perplexities of single samples over the model's own tokens, which is not comparable."""
+    nats, tokens = score(texts)
+    mean, se = ratio(nats, tokens)
+    return {
+        "gen_ppl": (perplexity := math.exp(min(mean, 700))), "gen_ppl_se": perplexity * se,
+        "nats": mean, "se": se, "tokens": int(np.sum(tokens)),
+    }  # fmt: skip
+
+
+def judge(nll, encode, eos, length, start, cut):
+    """score() of a causal network, text by text: no padding to get wrong, and sampling took far longer anyway.
+
+    nll: ids -> nats (n,) of all of them, or of all but the first; encode: text without END -> ids; eos: the id for
+    END, or None. A window has `length` ids; those of `start` stand in front of each, and are not counted.
+    cut: only the first window of a text is read."""
+    room = length - len(start)
+
+    def cost(text):
+        ids = []
+        for i, piece in enumerate(text.split(END)):
+            ids += [eos] * (i > 0 and eos is not None) + encode(piece)
+        counted = np.array([i != eos or eos not in ids[:k] for k, i in enumerate(ids)], bool)
+        if start and ids[: len(start)] == start:  # the model began its text so itself
+            ids, counted = ids[len(start) :], counted[len(start) :]
+        nats, tokens = 0.0, 0
+        for i in range(0, min(len(ids), room) if cut else len(ids), room):
+            part, count = ids[i : i + room], counted[i : i + room]
+            costs = nll([*start, *part])[-len(part) :].double().cpu().numpy()
+            count = count[len(part) - len(costs) :]
+            nats, tokens = nats + costs[count].sum(), tokens + count.sum()
+        return nats, tokens
+
+    return torch.no_grad()(lambda texts: np.array([cost(text) for text in texts]).T)
+
+
+def our_judge(path, device):
+    """An AR checkpoint of ours, in windows of its seq_len. It predicts the first token, too, unless given BOS."""
+    model, cfg = load(path, device=device)
+    if not cfg.causal:
+        fail(f"--gen_ppl {path}: the judge must be an AR model, but this one has loss={cfg.loss}")
+    tokenizer = tokenizer_of(model.tokenizer)
+
+    def nll(ids):
+        x = torch.tensor([ids], device=device)
+        return ar(model, x, x >= 0, cfg)[0]
+
+    return judge(nll, tokenizer.encode, tokenizer.eos, cfg.seq_len, opening(tokenizer, cfg), cut=False)
+
+
+def transformers_judge(name, device):
+    """A causal language model of the hub or of a local folder, in float32. As in MDLM's code, a text is cut off at
+    the judge's context, and its first token is not counted, for want of a start symbol."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        fail(f"--gen_ppl {name}: needs transformers: pip install transformers")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name).float().to(device).eval()
+    except Exception as e:  # no such model, no network, no such format: each has types of its own
+        fail(f"--gen_ppl {name}: {(str(e).strip() or type(e).__name__).splitlines()[0]}")
+
+    def nll(ids):
+        x = torch.tensor([ids], device=device)
+        return F.cross_entropy(model(x).logits[0, :-1], x[0, 1:], reduction="none")
+
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+    start = [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]  # GPT-2: none
+    length = getattr(model.config, "max_position_embeddings", None) or 1024
+    return judge(nll, encode, tokenizer.eos_token_id, length, start, cut=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command: a function per mode, (model, cfg, args) -> (record for JSON, text to print)
+
+
+def steps_of(args, cfg):
+    """Set args.T, by default the model's; returns the sign before a figure and what the figure is."""
+    args.T = cfg.T if args.T is None else args.T
+    if args.T and cfg.causal:
+        fail(f"--T {args.T}: an AR model has no diffusion steps")
+    if not args.T and not cfg.zero_masking:
+        fail("--T 0: a model that may answer MASK (zero_masking=False) needs steps, e.g. --T 1000")
+    if cfg.causal:
+        return "=", "exact"
+    return "<=", f"bound in {args.T} steps" if args.T else "bound in continuous time"
+
+
+def report_on(data, split, model, cfg, args):
+    """`report` of a split of a prepared corpus."""
+    if read_meta(data)["tokenizer"] != model.tokenizer:
+        fail(f"{data}: made with another tokenizer than {args.ckpt}")
+    ids, meta = read_split(data, split, cfg)
+    result = bound(
+        model, ids, meta, cfg, f"{data}/{split}.bin", args.T, args.passes, 0, args.batch_size, args.seed, args.dtype,
+        quiet=args.json,
+    )  # fmt: skip
+    return report(result, meta, split) | {"data": data}
+
+
+def one_split(model, cfg, args):
+    sign, kind = steps_of(args, cfg)
+    result = report_on(args.data or cfg.data, args.split, model, cfg, args)
+    lines = [
+        f"{name.replace('_', ' '):15} {sign:2} {figure(result, name, 4)}"
+        for name in ("bits_per_char", "bits_per_token", "perplexity")
+    ]
+    about = f"{result['tokens']:,} tokens, {kind}, {result['forwards']:,} forwards"
+    lines.append(f"{args.split} split of {result['data']}, {about}")
+    return result | {"T": args.T, "passes": args.passes}, "\n".join(lines)
+
+
+MDLM_SETS = ("ptb", "wikitext103", "lm1b_gpt2", "lambada", "ag_news", "pubmed", "arxiv")
+
+
+def zero_shot(model, cfg, args):
+    """The bound on each set, in rows of the model's length; a set that is not there yet is prepared first."""
+    from data.prepare import ZERO_SHOT, default_folder, prepare
+
+    sign, kind = steps_of(args, cfg)
+    names = dict.fromkeys(args.zero_shot or MDLM_SETS)  # each once
+    for name in names:
+        if name not in ZERO_SHOT:
+            fail(f"--zero_shot {name}: there are {', '.join(ZERO_SHOT)}")
+    if model.tokenizer != {"kind": "gpt2"}:
+        fail(f"--zero_shot: the sets are in GPT-2's BPE, but {args.ckpt} is not")
+    folders = {name: default_folder(name, wrap=cfg.seq_len) for name in names}
+    for name, folder in folders.items():
+        if not folder_of(folder).exists():
+            prepare(name, wrap=cfg.seq_len)
+    sets = {name: report_on(folder, "test", model, cfg, args) for name, folder in folders.items()}
+    lines = [f"{'set':12} {'perplexity':>20} {'bits per token':>20} {'tokens':>12}"]
+    for name, result in sets.items():
+        perplexity, bits = (f"{sign} {figure(result, f)}" for f in ("perplexity", "bits_per_token"))
+        lines.append(f"{name:12} {perplexity:>20} {bits:>20} {result['tokens']:12,}")
+    rows = f"cut to rows [BOS] {cfg.seq_len - 2} tokens [EOS]"
+    lines.append(f"{kind}; the documents of a set one after the other, end-of-text after each, {rows}")
+    return {"sets": sets, "T": args.T, "passes": args.passes}, "\n".join(lines)
+
+
+def gen_ppl(model, cfg, args):
+    """Samples of the model under a judge, with their unigram entropy and all that the figure depends on."""
+    sampler = args.sampler or default_sampler(cfg)
+    if cfg.causal and sampler != "ar":
+        fail(f"--sampler {sampler}: an AR model writes from left to right, with --sampler ar")
+    if not 0 < args.top_p <= 1:
+        fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    name, device, tokenizer = args.gen_ppl, next(model.parameters()).device, tokenizer_of(model.tokenizer)
+    ours = Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").exists()
+    score = (our_judge if ours else transformers_judge)(name, device)
+    options = dict(steps=args.steps, sampler=sampler, temperature=args.temperature, top_p=args.top_p)
+    rows = generate(
+        model, tokenizer._replace(decode=list), cfg, args.num, batch_size=args.batch_size, seed=args.seed,
+        dtype=args.dtype, **options,
+    )  # fmt: skip
+    try:
+        result = generative_perplexity([text_of(ids, tokenizer) for ids in rows], score)
+    except ValueError as e:
+        fail(f"--gen_ppl {name}: cannot read what the model wrote: {e}")
+    entropy, entropy_se = ratio(np.array([unigram_entropy(ids) for ids in rows]), np.ones(len(rows)))
+    if sampler in ("ar", "first_hitting"):
+        options["steps"] = None  # which they do not use
+    counted = result["tokens"] / len(rows)
+    result |= options | {
+        "entropy": entropy, "entropy_se": entropy_se, "judge": name, "samples": len(rows), "length": cfg.seq_len,
+        "tokens_per_sample": counted, "draws": "float64",
+    }  # fmt: skip
+    steps, dtype = options["steps"] or "a token in each of its", compute_dtype(device, args.dtype)
+    return result, (
+        f"generative perplexity {figure(result, 'gen_ppl')} under {name}\n"
+        f"unigram entropy       {figure(result, 'entropy')} nats, at most {math.log(cfg.seq_len):.3f}\n"
+        f"{len(rows)} samples of {cfg.seq_len} tokens, of the judge's {counted:.1f} each; {sampler}, {steps} steps, "
+        f"temperature {args.temperature:g}, top_p {args.top_p:g}, network in {dtype}, draws in float64"
+    )
+
+
+# The options that belong to a mode, with their defaults; --zero_shot and --gen_ppl choose the mode.
+MODES = {
+    one_split: dict(split="test", data=None, T=None, passes=1),
+    zero_shot: dict(T=None, passes=1),
+    gen_ppl: dict(num=64, steps=1000, sampler=None, temperature=1.0, top_p=1.0),
+}
+
+
 def main(argv=None):
     p = parser(__doc__)
     p.add_argument("ckpt")
-    p.add_argument("--split", default="test", help="train, val or test")
-    p.add_argument(
-        "--data", help="another prepared corpus with the same tokenizer; default: the training data"
-    )
-    p.add_argument(
-        "--T", type=int, help="diffusion steps of the bound, 0: continuous time; default: the model's"
-    )
-    p.add_argument("--passes", type=int, default=1, help="forwards per window")
+    p.add_argument("--split", help="train, val or test [test]")
+    p.add_argument("--data", help="another prepared corpus with the same tokenizer [the training data]")
+    p.add_argument("--T", type=int, help="diffusion steps of the bound, 0: continuous time [the model's]")
+    p.add_argument("--passes", type=int, help="forwards per window [1]")
+    choice = p.add_mutually_exclusive_group()
+    choice.add_argument("--zero_shot", nargs="*", metavar="SET", help="the bound on these [MDLM's seven]")
+    choice.add_argument("--gen_ppl", metavar="JUDGE", help="a model of transformers or an AR checkpoint")
+    p.add_argument("--num", type=int, help="gen_ppl: samples [64]")
+    p.add_argument("--steps", type=int, help="gen_ppl: diffusion steps [1000]")
+    p.add_argument("--sampler", choices=SAMPLERS, help="gen_ppl: [ddpm_cache, or ar for an AR model]")
+    p.add_argument("--temperature", type=float, help="gen_ppl: [1], 0: greedy")
+    p.add_argument("--top_p", type=float, help="gen_ppl: nucleus [1]")
     p.add_argument("--batch_size", type=int, default=32)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--no_ema", action="store_true", help="the raw weights")
@@ -150,36 +390,23 @@ def main(argv=None):
     p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
     p.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else")
     args = p.parse_args(argv)
-    check_range(args, T=0, passes=1, batch_size=1, seed=0)
+    check_range(args, T=0, passes=1, num=1, steps=1, temperature=0, batch_size=1, seed=0)
+    mode = zero_shot if args.zero_shot is not None else gen_ppl if args.gen_ppl is not None else one_split
+    misplaced = "only with --gen_ppl" if mode is one_split else f"not with --{mode.__name__}"
+    for option in sorted({option for own in MODES.values() for option in own}):
+        if getattr(args, option) is None:
+            setattr(args, option, MODES[mode].get(option))
+        elif option not in MODES[mode]:
+            fail(f"--{option}: {misplaced}")
 
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, ema=not args.no_ema, device=device)
-    data = args.data or cfg.data
-    if read_meta(data)["tokenizer"] != model.tokenizer:
-        fail(f"{data}: made with another tokenizer than {args.ckpt}")
-    ids, meta = read_split(data, args.split, cfg)
-    T = cfg.T if args.T is None else args.T
-    if T and cfg.causal:
-        fail(f"--T {T}: an AR model has no diffusion steps")
-    if not T and not cfg.zero_masking:
-        fail("--T 0: a model that may answer MASK (zero_masking=False) needs steps, e.g. --T 1000")
-    result = bound(
-        model, ids, meta, cfg, f"{data}/{args.split}.bin", T, args.passes, 0, args.batch_size, args.seed, args.dtype,
-        quiet=args.json,
-    )  # fmt: skip
-    result = report(result, meta, args.split) | {
-        "ckpt": args.ckpt, "step": model.step, "data": data, "T": T, "passes": args.passes,
-        "seed": args.seed, "ema": not args.no_ema, "dtype": compute_dtype(device, args.dtype),
+    result, text = mode(model, cfg, args)
+    result |= {
+        "ckpt": args.ckpt, "step": model.step, "seed": args.seed, "ema": not args.no_ema,
+        "dtype": compute_dtype(device, args.dtype),
     }  # fmt: skip
-    if args.json:
-        print(to_json(result))
-    else:
-        for name in ("bits_per_char", "bits_per_token", "perplexity"):
-            print(f"{name.replace('_', ' '):15} <= {figure(result, name, 4)}")
-        time = f"{T} steps" if T else "continuous time"
-        print(
-            f"{args.split} split of {data}, {result['tokens']:,} tokens, {time}, {result['forwards']:,} forwards"
-        )
+    print(to_json(result) if args.json else text)
     return result
 
 

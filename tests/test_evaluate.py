@@ -8,11 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import make_corpus, tiny_run
+from test_cli import refused
+from test_data import needs_gpt2
+from test_generative import save
 from world import MASK, TEXTS, L, V, exact_model, expected_loss, hostile_model, random_joint, tiny
 
 import evaluate
-from configs import Config
+from configs import Config, as_ar, as_d3pm, as_sedd
 from data.corpus import read_meta, read_split
+from data.prepare import prepare
 from diffusion import mdlm, stratified, time_of
 from evaluate import bound, strata
 from model import load
@@ -225,3 +230,110 @@ def test_a_uniform_model_costs_exactly_log_v(corpus):
     result = bound(flat, ids, {}, cfg, "test")
     assert result["nats"] == pytest.approx(math.log(27), rel=1e-6) and result["se"] < 1e-6
     assert len(TEXTS) == V**L
+
+
+KINDS = {  # name: a config's change, the --T that it has a bound for, and those that it has not, with the reason
+    "mdlm": (lambda cfg: cfg, (0, 1, 50), {}),
+    "mdlm in steps": (lambda cfg: replace(cfg, T=20, schedule="cosine"), (0, 20), {}),
+    "sedd": (as_sedd, (0, 50), {}),
+    "d3pm": (lambda cfg: replace(cfg, loss="d3pm", T=20, aux_ce=0.1, time_cond=True), (0, 20, 50), {}),
+    "d3pm with MASK": (as_d3pm, (1, 1000), {0: "zero_masking=False"}),
+    "ar": (as_ar, (0,), {5: "no diffusion steps"}),
+    "ar with BOS": (lambda cfg: replace(as_ar(cfg), bos=True), (0,), {5: "no diffusion steps"}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_in_steps_and_in_continuous_time(kind, corpus, tmp_path, capsys):
+    """--T reaches the bound, without it the model's own T does, and what has no bound is refused."""
+    change, Ts, refusals = KINDS[kind]
+    path = save(tmp_path / "ckpt.pt", change(tiny_run(corpus)))
+    model, cfg = load(path)
+    ids, meta = read_split(str(corpus), "test", cfg)
+    for T in (None, *Ts):
+        out = json.loads(run(capsys, path, "--json", *([] if T is None else ["--T", T])).out)
+        assert out["T"] == (cfg.T if T is None else T)
+        want = bound(model, ids, meta, cfg, "test", out["T"], batch_size=32)
+        assert out["nats"] == pytest.approx(want["nats"], rel=1e-6) and out["nats"] > 0
+        assert out["tokens"] == len(ids) - (len(ids) + 31) // 32 * cfg.bos
+    for T, word in refusals.items():
+        refused(capsys, lambda T=T: evaluate.main([str(path), "--T", str(T)]), f"--T {T}", word)
+    kind = "exact" if cfg.causal else f"bound in {cfg.T} steps" if cfg.T else "bound in continuous time"
+    text = run(capsys, path).out
+    assert f", {kind}, " in text and ("perplexity      = " in text) == cfg.causal
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch):
+    """Texts of two zero-shot sets where the others would be downloaded; yields the names as they are prepared."""
+    monkeypatch.setattr("data.corpus.ROOT", tmp_path)
+    prepared = []
+    for name, line in (("ptb", " mr. <unk> is N years old \n"), ("wikitext2", " = Title = \n some text \n")):
+        (tmp_path / f"{name}.txt").write_text(line * 20)
+
+    def from_file(name, **options):
+        prepared.append((name, options))
+        return prepare(name, input=[str(tmp_path / f"{name}.txt")], **options)
+
+    monkeypatch.setattr("data.prepare.prepare", from_file)
+    return prepared
+
+
+@needs_gpt2
+def test_zero_shot(tmp_path, sets, capsys):
+    """Missing sets are prepared for the model's length, once; every figure is `bound`'s on the set."""
+    small = replace(tiny_run("nowhere"), vocab_size=50257, n_embd=8, n_head=1, n_layer=1, seq_len=16)
+    gpt2, names = {"kind": "gpt2"}, ["ptb", "wikitext2"]
+    path = save(tmp_path / "mdlm.pt", small, gpt2)
+    out = json.loads(run(capsys, path, "--zero_shot", *names, "--json").out)
+    assert sets == [("ptb", {"wrap": 16}), ("wikitext2", {"wrap": 16})]
+    assert list(out["sets"]) == names and out["T"] == 0 and out["ckpt"] == str(path)
+    model, cfg = load(path)
+    for name, result in out["sets"].items():
+        assert result["data"] == f"{name}_wrap16"
+        ids, meta = read_split(result["data"], "test", cfg)
+        assert result["tokens"] == len(ids) and meta["wrap"] == 16 and len(ids) % 16 == 0
+        want = bound(model, ids, meta, cfg, name, batch_size=32)
+        assert result["nats"] == pytest.approx(want["nats"], rel=1e-6)
+        assert result["perplexity"] == pytest.approx(math.exp(want["nats"]), rel=1e-5)
+        assert result["bits_per_token"] == pytest.approx(want["nats"] / math.log(2), rel=1e-6)
+    stepped = json.loads(
+        run(capsys, path, "--zero_shot", "ptb", "ptb", "--T", 7, "--passes", 2, "--json").out
+    )
+    assert list(stepped["sets"]) == ["ptb"] and (stepped["T"], stepped["passes"]) == (7, 2)
+    assert stepped["sets"]["ptb"]["nats"] != out["sets"]["ptb"]["nats"]
+    table = run(capsys, path, "--zero_shot", *names).out
+    for name, result in out["sets"].items():
+        figures = [re.escape(evaluate.figure(result, f)) for f in ("perplexity", "bits_per_token")]
+        assert re.search(rf"\n{name} +<= {figures[0]} +<= {figures[1]} +{result['tokens']:,}\n", table)
+    assert table.endswith("cut to rows [BOS] 14 tokens [EOS]\n") and "bound in continuous time" in table
+    assert len(sets) == 2  # not prepared again
+
+    exact = run(
+        capsys, save(tmp_path / "ar.pt", replace(as_ar(small), bos=True), gpt2), "--zero_shot", "ptb"
+    ).out
+    rows = out["sets"]["ptb"]["tokens"] // 16
+    assert re.search(rf"\nptb +[^<]= [\d.]+ ± .* {rows * 15:,}\nexact; ", exact)  # BOS is given
+    for name, change in (("sedd", as_sedd), ("d3pm", as_d3pm)):
+        path = save(tmp_path / f"{name}.pt", change(small), gpt2)
+        result = json.loads(run(capsys, path, "--zero_shot", "ptb", "--json").out)
+        assert result["T"] == change(small).T and math.isfinite(result["sets"]["ptb"]["nats"])
+
+
+def test_zero_shot_by_default_and_refused(checkpoint, sets, tmp_path, capsys, monkeypatch):
+    command = [str(checkpoint), "--zero_shot"]
+    refused(
+        capsys, lambda: evaluate.main([*command, "ptb", "c4"]), "c4", "ptb, wikitext2, wikitext103, lm1b_gpt2"
+    )
+    refused(capsys, lambda: evaluate.main([*command, "ptb"]), "GPT-2", str(checkpoint))
+    assert not sets
+    small = replace(tiny_run("nowhere"), vocab_size=50257, n_embd=8, n_head=1, n_layer=1)
+    command[0] = str(save(tmp_path / "mdlm.pt", small, {"kind": "gpt2"}))
+    make_corpus(tmp_path / "ptb_wrap32")
+    refused(capsys, lambda: evaluate.main([*command, "ptb"]), "ptb_wrap32", "another tokenizer")
+    asked = []
+    monkeypatch.setattr("data.prepare.prepare", lambda name, wrap: asked.append((name, wrap)))
+    monkeypatch.setattr(evaluate, "report_on", lambda *args: evaluate.fail("here"))
+    refused(capsys, lambda: evaluate.main(command), "here")
+    papers = ["wikitext103", "lm1b_gpt2", "lambada", "ag_news", "pubmed", "arxiv"]
+    assert asked == [(name, 32) for name in papers]  # ptb is there
