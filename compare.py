@@ -29,21 +29,20 @@ VARIANTS = {"ar": as_ar, "mdlm": lambda cfg: cfg, "sedd": as_sedd, "d3pm": as_d3
 
 
 def trained(cfg):
-    """The checkpoint of cfg, trained now unless its folder holds it."""
+    """Train cfg, unless its folder holds the result."""
     path = Path(cfg.out_dir) / "ckpt.pt"
     if path.exists():
         model, saved = load(path)
         if saved != cfg:
             fail(f"{path}: of another recipe; remove {path.parents[1]}, or give another --out_dir")
         if model.step == cfg.steps:
-            return path
+            return
     train.main(cfg, resume=True)
-    return path
 
 
-def final(path, passes):
+def final(cfg, passes):
     """The report on the whole validation split of the averaged weights."""
-    model, cfg = load(path, device=train.local_device(load(path)[1]))
+    model, _ = load(cfg.out_dir, device=train.local_device(cfg))
     ids, meta = read_split(cfg.data, "val", cfg)
     result = bound(
         model, ids, meta, cfg, f"{cfg.data}/val.bin", cfg.T, 1 if cfg.causal else passes,
@@ -58,20 +57,30 @@ def cell(values):
     return f"{statistics.fmean(values):.3f}{error}"
 
 
+def curve(cfg):
+    """{step: validation bits per character} of a run, as it logged them."""
+    records = map(json.loads, (Path(cfg.out_dir) / "log.jsonl").read_text().splitlines())
+    return {r["step"]: r["val"]["bits_per_char"] for r in records if "val" in r}
+
+
+COLUMNS = ("loss", "parameters", "bits/char", "minus `mdlm`'s", "lowest on the way", "perplexity per token")
+
+
 def table(cfgs, results):
-    """Markdown: bits per character of each loss, and the difference from mdlm, paired by seed."""
-    lines = [
-        "| loss | parameters | bits/char | minus `mdlm`'s | perplexity per token |",
-        "|---|---|---|---|---|",
-    ]
+    """Markdown: bits per character of each loss at the end; the difference from mdlm, paired by seed; the lowest
+    of each run's own validations, which tells whether it overfits."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for name, runs in results.items():
         bits = [r["bits_per_char"] for r in runs]
         paired = [a - r["bits_per_char"] for a, r in zip(bits, results["mdlm"])]
-        relation = "" if name == "ar" else "≤ "
-        lines.append(
-            f"| `{name}` | {count_parameters(cfgs[name][0]):,} | {relation}{cell(bits)} | "
-            f"{'' if name == 'mdlm' else cell(paired)} | {relation}{cell([r['perplexity'] for r in runs])} |"
-        )
+        lowest = [min(curve(cfg).values()) for cfg in cfgs[name]]
+        bound = "" if name == "ar" else "≤ "
+        row = (
+            f"`{name}`", f"{count_parameters(cfgs[name][0]):,}", bound + cell(bits),
+            "" if name == "mdlm" else cell(paired), bound + cell(lowest),
+            bound + cell([r["perplexity"] for r in runs]),
+        )  # fmt: skip
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -86,8 +95,7 @@ def curves(cfgs, path):
 
     plt.figure(figsize=(7, 4.5))
     for name, runs in cfgs.items():
-        logs = [map(json.loads, (Path(cfg.out_dir) / "log.jsonl").read_text().splitlines()) for cfg in runs]
-        logs = [{r["step"]: r["val"]["bits_per_char"] for r in log if "val" in r} for log in logs]
+        logs = [curve(cfg) for cfg in runs]
         steps = sorted(logs[0])
         values = [[log[step] for log in logs] for step in steps]
         error = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values]
@@ -120,16 +128,18 @@ def main(cfg, seeds, passes):
         ]
         for name, make in VARIANTS.items()
     }
-    paths = {name: [trained(c) for c in runs] for name, runs in cfgs.items()}
-    results = {name: [final(path, passes) for path in of] for name, of in paths.items()}
+    for one_of_each in zip(*cfgs.values()):  # seed by seed
+        for c in one_of_each:
+            trained(c)
+    results = {name: [final(c, passes) for c in runs] for name, runs in cfgs.items()}
     if dist.is_initialized() and dist.get_rank():
         return results
     out = Path(cfg.out_dir)
     (out / "table.md").write_text(table(cfgs, results))
     curves(cfgs, out / "curves.png")
     texts = {}
-    for name, (path, *_) in paths.items():
-        model, c = load(path, device=train.local_device(cfg))
+    for name, (c, *_) in cfgs.items():
+        model, _ = load(c.out_dir, device=train.local_device(c))
         texts[name] = generate(model, tokenizer_of(model.tokenizer), c, dtype=c.dtype)[0]
     (out / "samples.txt").write_text(side_by_side(texts))
     print(

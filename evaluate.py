@@ -76,9 +76,7 @@ def bound(
         batches[-1:] = [slice(batches[-1].start, W - 1), slice(W - 1, W)]
     jobs = [(p, b) for p in range(passes) for b in batches]
     in_steps = None
-    if (
-        T and not cfg.causal
-    ):  # nanoDD's auxiliary loss is no part of the bound; SEDD in steps is `ddpm` of its p
+    if T and not cfg.causal:  # without nanoDD's auxiliary loss; SEDD's p, normalised, in the steps of `ddpm`
         in_steps = replace(cfg, aux_ce=0.0, T=T, loss="d3pm" if cfg.loss == "d3pm" else "mdlm")
 
     nats, tokens = torch.zeros(2, passes, W, dtype=torch.float64, device=device)
