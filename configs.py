@@ -10,17 +10,19 @@ import json
 import re
 import sys
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 from diffusion import LOSSES, SCHEDULES, TIME_DRAWS, TIME_LAWS
 
 LR_DECAYS = ("constant", "cosine", "linear")
 TIME_INPUTS = ("sigma", "step")
+NORMS, MLPS, INITS = ("layer", "rms"), ("gelu", "swiglu"), ("zero", "smdm")
 DTYPES = ("auto", "float32", "bfloat16")
 AT_LEAST_ONE = (
     "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every save_every".split()
 )
-BELOW_ONE = ("t_min", "dropout", "ema", "beta1", "beta2")
+BELOW_ONE = ("t_min", "short_rows", "dropout", "ema", "beta1", "beta2")
 
 
 def fail(message):
@@ -59,6 +61,11 @@ class Config:
     cond_dim: int = 128  # width of the adaLN conditioning; 0: plain pre-norm blocks, no adaLN
     time_cond: bool = False  # False: adaLN sees a constant, as in MDLM's released model
     time_input: str = "sigma"  # what the time embedding reads: sigma(t) (MDLM, SEDD) or 1000 t (nanoDD)
+    norm: str = "layer"  # LayerNorm without bias (MDLM), or rms: RMSNorm (SMDM)
+    mlp: str = "gelu"  # GELU (MDLM), or swiglu (SMDM)
+    mlp_width: int = 0  # hidden width of the MLP; 0: 4 n_embd
+    bias: bool = True  # in the MLP and the head
+    init: str = "zero"  # every block starts as the identity (MDLM), or smdm: normal, as in SMDM
     tied: bool = False  # the head is the first V rows of the embedding, without bias (nanoDD)
     causal: bool = False  # loss=ar: position i sees, and is predicted from, the tokens before it alone
     zero_masking: bool = True  # False: d3pm's network may answer MASK (V + 1 outputs)
@@ -68,6 +75,7 @@ class Config:
     schedule: str = "linear"  # a key of diffusion.SCHEDULES
     T: int = 0  # number of diffusion steps; 0: continuous time
     bos: bool = False  # every row's first token is given: never masked, predicted or counted
+    short_rows: float = 0.0  # share of the rows that are cut into rows of a random length (SMDM)
     t_min: float = 0.0  # smallest t drawn in continuous-time training
     time_draw: str = "stratified"  # over the global batch; iid, importance (log-uniform t), counts (exact)
     time_law: str = "uniform"  # of the times drawn in training; bell: Beta(2, 2), dwells on half-masked text
@@ -111,7 +119,7 @@ class Config:
         """Raises ValueError with one line that names the field and what is allowed."""
         choices = dict(
             loss=LOSSES, schedule=SCHEDULES, time_law=TIME_LAWS, time_draw=TIME_DRAWS, lr_decay=LR_DECAYS,
-            time_input=TIME_INPUTS, dtype=DTYPES,
+            time_input=TIME_INPUTS, dtype=DTYPES, norm=NORMS, mlp=MLPS, init=INITS,
         )  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -272,6 +280,43 @@ def owt_d3pm():
     )  # fmt: skip
 
 
+SMDM_SIZES = {  # millions of parameters without embedding and head: (n_layer, n_head, n_embd)
+    6: (6, 4, 256), 19: (8, 6, 384), 34: (8, 8, 512), 48: (9, 9, 576), 66: (10, 10, 640), 75: (16, 8, 640),
+    85: (13, 10, 640), 113: (12, 12, 768), 142: (15, 12, 768), 170: (18, 12, 768), 180: (14, 14, 896),
+    206: (16, 14, 896), 231: (18, 14, 896), 268: (16, 16, 1024), 302: (18, 16, 1024), 336: (20, 16, 1024),
+    472: (18, 10, 1280), 551: (21, 10, 1280), 571: (18, 11, 1408), 629: (24, 10, 1280), 666: (21, 11, 1408),
+    717: (19, 12, 1536), 761: (24, 11, 1408), 831: (22, 12, 1536), 944: (25, 12, 1536), 1028: (20, 14, 1792),
+    1233: (24, 14, 1792), 1476: (22, 16, 2048), 1678: (25, 16, 2048), 2121: (28, 17, 2176),
+}  # fmt: skip
+
+
+def smdm(size, ar=False, flops=10.0, batch_size=256, short_rows=0.0):
+    """SMDM (Nie et al. 2024, arXiv 2410.18514; ML-GSAI/SMDM) at one of its 30 sizes and, with ar, its twin.
+
+    flops: the budget in 10^18; steps follow from 6 x parameters x tokens, where SMDM counts short rows by their
+    length, since it throws the rest away; we keep it. lr is that of SMDM's code, 2e-4 to 2e-5; its paper says
+    4e-4 to 4e-5, and which of the two trained the released weights is not known. Two things are not as in its
+    code: times are stratified, and weight decay leaves out the norms' gains."""
+    if not flops > 0:
+        raise ValueError(f"flops={flops}: must be above 0, in units of 10^18")
+    n_layer, n_head, n_embd = SMDM_SIZES[size]
+    width = 1600 if size == 75 else 4 * n_embd
+    parameters = n_layer * (4 * n_embd**2 + 3 * n_embd * width + 2 * n_embd) + n_embd
+    length = 2048 * (1 - short_rows) + 0.5 * (1 + 2048) * short_rows
+    steps = int(flops * 1e18 / (6 * parameters * batch_size * length))
+    cfg = Config(
+        data="slimpajama", vocab_size=32000, seq_len=2048,
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, mlp_width=width, cond_dim=0,
+        norm="rms", mlp="swiglu", bias=False, init="smdm",
+        loss="mdlm", T=0, t_min=1e-3, short_rows=short_rows,
+        steps=max(steps, 1), batch_size=batch_size, micro_batch=8 if size < 1000 else 4,
+        lr=2e-4, min_lr=2e-5, lr_decay="cosine", warmup=max(100, steps // 100),
+        beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0, ema=0.0,
+        seed=3407, eval_every=5000, eval_windows=2048, save_every=2500,
+    )  # fmt: skip
+    return replace(as_ar(cfg), bos=True) if ar else cfg
+
+
 CONFIGS = {
     f.__name__: f
     for f in (
@@ -279,6 +324,9 @@ CONFIGS = {
         owt_mdlm, owt_d3pm, owt_sedd, owt_ar,
     )
 }  # fmt: skip
+CONFIGS |= {
+    f"smdm_{size}{'_ar' * ar}": partial(smdm, size, ar) for size in SMDM_SIZES for ar in (False, True)
+}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -305,16 +353,23 @@ def from_cli(argv=None, doc=None, flags=(), out="out/{}"):
             f"--{f.name}", help=note, metavar=f.type.__name__, default=argparse.SUPPRESS, **options
         )
     args, unknown = p.parse_known_args(argv)
-    if unknown:
-        fail(f"unknown argument {unknown[0]}; the fields are {', '.join(f.name for f in fields(Config))}")
     if args.config not in CONFIGS:
         fail(f"unknown config {args.config!r}; the configs are {', '.join(CONFIGS)}")
+    own = inspect.signature(CONFIGS[args.config]).parameters  # of the config, e.g. flops
+    q = parser(doc)
+    for name in own.keys() - vars(args).keys():
+        if not hasattr(Config, name):
+            q.add_argument(f"--{name}", type=type(own[name].default), default=argparse.SUPPRESS)
+    own_given, unknown = q.parse_known_args(unknown)
+    if unknown:
+        fail(f"unknown argument {unknown[0]}; the fields are {', '.join(f.name for f in fields(Config))}")
     given = {f.name: vars(args).pop(f.name) for f in fields(Config) if f.name in args}
     given.setdefault("out_dir", out.format(args.config))
-    cfg, saved = CONFIGS[args.config](), Path(given["out_dir"]) / "config.json"
-    if getattr(args, "resume", False) and saved.exists():
-        cfg = from_dict(saved.read_text(), saved)
+    saved = Path(given["out_dir"]) / "config.json"
     try:
+        cfg = CONFIGS[args.config](**vars(own_given), **{k: v for k, v in given.items() if k in own})
+        if getattr(args, "resume", False) and saved.exists():
+            cfg = from_dict(saved.read_text(), saved)
         return replace(cfg, **given), args
     except ValueError as e:
         fail(f"{args.config}: {e}")

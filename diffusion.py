@@ -15,7 +15,7 @@ Contracts
     model(x, t, at)    -> (N, V) float32 logits, one row per True of `at` in row-major order; V outputs, so
                           "the answer is never MASK" is a shape and not a minus infinity (a D3PM without
                           zero_masking has one more, MASK, at the end)
-    denoise(x, t, at)  -> (N, V) log-probabilities; temperature, top-p and a greedy end wrap it
+    denoise(x, t, at)  -> (N, V) log-probabilities; guidance, temperature, top-p and a greedy end wrap it
     loss(model, x0, maskable, cfg, t=None, xt=None)  -> (B, L) nats, never reduced, zero where nothing is lost
     sampler(denoise, x, steps, cfg, gen=None)        -> yields (B, L) canvases, each a new tensor
 cfg is a configs.Config; gen a list of B torch.Generators, one per row, or None for torch's own.
@@ -372,6 +372,19 @@ def with_top_p(denoise, top_p):
         return F.log_softmax(torch.empty_like(log_p).scatter_(-1, order, log_p), -1)
 
     return truncated
+
+
+def with_guidance(denoise, given, w, mask_id):
+    """Classifier-free guidance that needs no training of its own (SMDM, arXiv 2410.18514, section 4): p(. | given)
+    ^ (1 + w) / p(. | nothing) ^ w, normalised, where nothing is the same canvas with the tokens `given` (B, L)
+    masked as well. Both are of one call, of twice the batch."""
+
+    def guided(x, t, at):
+        both = denoise(torch.cat((x, x.masked_fill(given, mask_id))), torch.cat((t, t)), torch.cat((at, at)))
+        with_it, without = both.chunk(2)
+        return F.log_softmax((1 + w) * with_it - w * without, -1)
+
+    return guided
 
 
 def with_greedy_end(denoise, end):

@@ -30,22 +30,25 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
+def norm(cfg):
+    """LayerNorm without bias (MDLM), or RMSNorm (SMDM)."""
+    return nn.RMSNorm(cfg.n_embd, eps=1e-5) if cfg.norm == "rms" else nn.LayerNorm(cfg.n_embd, bias=False)
+
+
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        d = cfg.n_embd
-        self.n_head, self.seq_len, self.causal, self.dropout = (
-            cfg.n_head,
-            cfg.seq_len,
-            cfg.causal,
-            cfg.dropout,
-        )
-        self.norm1 = nn.LayerNorm(d, bias=False)
+        d, f, self.gated = cfg.n_embd, cfg.mlp_width or 4 * cfg.n_embd, cfg.mlp == "swiglu"
+        self.n_head, self.seq_len, self.causal = cfg.n_head, cfg.seq_len, cfg.causal
+        self.dropout = cfg.dropout
+        self.norm1 = norm(cfg)
         self.qkv = nn.Linear(d, 3 * d, bias=False)  # rows: all of q, all of k, all of v
         self.attn_out = nn.Linear(d, d, bias=False)
-        self.norm2 = nn.LayerNorm(d, bias=False)
-        self.mlp_in = nn.Linear(d, 4 * d)
-        self.mlp_out = nn.Linear(4 * d, d)
+        self.norm2 = norm(cfg)
+        self.mlp_in = nn.Linear(
+            d, 2 * f if self.gated else f, bias=cfg.bias
+        )  # gated: the gate, what it lets pass
+        self.mlp_out = nn.Linear(f, d, bias=cfg.bias)
         self.ada = nn.Linear(cfg.cond_dim, 6 * d) if cfg.cond_dim else None
 
     def attention(self, x, cos, sin, past=None):
@@ -66,14 +69,17 @@ class Block(nn.Module):
         else:  # written out: on CPUs much faster than torch's kernel for short rows, see README
             scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
             if self.causal:
-                scores = scores.masked_fill(
-                    torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -math.inf
-                )
+                future = torch.ones(L, L, dtype=torch.bool).triu(1)
+                scores = scores.masked_fill(future, -math.inf)
             y = scores.softmax(-1) @ v
         return self.attn_out(y.transpose(1, 2).reshape(B, L, d))
 
     def mlp(self, x):
-        return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
+        x = self.mlp_in(x)
+        if not self.gated:
+            return self.mlp_out(F.gelu(x, approximate="tanh"))
+        gate, x = x.chunk(2, -1)
+        return self.mlp_out(F.silu(gate) * x)
 
     def forward(self, x, c, cos, sin, past=None):
         """x (B, L, d) float32 residual stream, c (1 or B, 1, cond_dim) or None."""
@@ -107,7 +113,7 @@ class DiT(nn.Module):
     from the tokens before i: its input is shifted by one, with MASK as the start symbol, unless cfg.bos gives
     the first token.
 
-    Initialisation: torch's own for linear layers, except
+    Initialisation (init="smdm": that of SMDM's code, see `smdm_init`): torch's own for linear layers, except
         embedding        uniform +-1/sqrt(d) (MDLM, SEDD); tied: normal 1/sqrt(d), cut at 3 sigma (nanoDD)
         ada, final_ada   zero: every block starts as the identity
         head             zero: every masked token starts at a cost of exactly ln V
@@ -119,14 +125,16 @@ class DiT(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size + 1, d)  # the last row is MASK
         self.time = TimeEmbedding(cfg.cond_dim) if cfg.cond_dim else None
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
-        self.final_norm = nn.LayerNorm(d, bias=False)
+        self.final_norm = norm(cfg)
         self.final_ada = nn.Linear(cfg.cond_dim, 2 * d) if cfg.cond_dim else None
         self.outputs = cfg.vocab_size + (not cfg.zero_masking)
-        self.head = None if cfg.tied else nn.Linear(d, self.outputs)
+        self.head = None if cfg.tied else nn.Linear(d, self.outputs, bias=cfg.bias)
         cos, sin = rotary_tables(cfg.seq_len, d // cfg.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+        if cfg.init == "smdm":
+            return self.smdm_init()
         std = d**-0.5
         if cfg.tied:
             nn.init.trunc_normal_(self.embed.weight, 0, std, -3 * std, 3 * std)
@@ -139,6 +147,15 @@ class DiT(nn.Module):
                 nn.init.zeros_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+
+    def smdm_init(self):
+        """Every matrix normal with variance 2 / (5 d), those that write to the residual stream with standard
+        deviation 1 / (sqrt(d) n_layer), whatever their own widths."""
+        d = self.cfg.n_embd
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                writes = name.endswith(("attn_out.weight", "mlp_out.weight"))
+                nn.init.normal_(p, 0, d**-0.5 / self.cfg.n_layer if writes else (0.4 / d) ** 0.5)
 
     def time_input(self, t):
         """What the time embedding reads: 1000 t (nanoDD's step of 1000), or MDLM's sigma = -log alpha with
@@ -203,8 +220,9 @@ def count_parameters(cfg):
 def flops_per_token(cfg, masked=0.5):
     """Multiply-adds x 2 of one training step (forward + twice that backward) per token of the batch: the
     matrices that every token passes, attention over seq_len keys, and the head on a fraction `masked`."""
-    d = cfg.n_embd
-    matrices = cfg.n_layer * 12 * d * d  # qkv 3, out 1, MLP 8; adaLN's run once per row and are left out
+    d, f = cfg.n_embd, cfg.mlp_width or 4 * cfg.n_embd
+    mlp = (3 if cfg.mlp == "swiglu" else 2) * d * f
+    matrices = cfg.n_layer * (4 * d * d + mlp)  # qkv 3, out 1; adaLN's run once per row and are left out
     attention = cfg.n_layer * 2 * d * cfg.seq_len * (0.5 if cfg.causal else 1)
     return 6 * (matrices + attention + masked * d * cfg.vocab_size)
 

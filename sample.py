@@ -22,6 +22,7 @@ from diffusion import (
     row_generators,
     semi_ar,
     with_greedy_end,
+    with_guidance,
     with_temperature,
     with_top_p,
 )
@@ -63,20 +64,22 @@ def infill_canvas(tokenizer, text, cfg, subword):
 
 
 def frames(
-    model, cfg, canvas, rows, steps, sampler, temperature=1.0, top_p=1.0, noise_removal="sampled", seed=0,
-    dtype="float32", **semi,
+    model, cfg, canvas, rows, steps, sampler, guidance=0.0, temperature=1.0, top_p=1.0, noise_removal="sampled",
+    seed=0, dtype="float32", **semi,
 ):  # fmt: skip
     """Yield (N, L) canvases from the masked one to the text. Row number rows[i] has its own random numbers,
     so it comes out the same in any batch. semi: window, stride and eos of `semi_ar`, or nothing."""
     denoise = (cached_denoiser if cfg.causal else denoiser)(model, cfg)
+    device = next(model.parameters()).device
+    x = canvas.to(device).repeat(len(rows), 1)
+    if guidance:
+        denoise = with_guidance(denoise, x != cfg.mask_id, guidance, cfg.mask_id)
     if temperature != 1:
         denoise = with_temperature(denoise, temperature)
     if top_p != 1:
         denoise = with_top_p(denoise, top_p)
     if noise_removal == "greedy":
         denoise = with_greedy_end(denoise, 1 / steps)
-    device = next(model.parameters()).device
-    x = canvas.to(device).repeat(len(rows), 1)
     yield x
     cast, gen = autocast(device, dtype), row_generators(seed, rows)
     if semi:
@@ -154,6 +157,9 @@ def main(argv=None):
     )
     p.add_argument("--window", type=int, help="semi_ar: tokens of a window; default: the model's")
     p.add_argument("--stride", type=int, help="semi_ar: new tokens of a window; default: half of it")
+    p.add_argument(
+        "--guidance", type=float, default=0.0, help="w of classifier-free guidance by what is given"
+    )
     p.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     p.add_argument("--top_p", type=float, default=1.0, help="nucleus")
     p.add_argument("--noise_removal", default="sampled", choices=("sampled", "greedy"), help="the last step")
@@ -164,7 +170,9 @@ def main(argv=None):
     p.add_argument("--device", default="auto")
     p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
     args = p.parse_args(argv)
-    check_range(args, num=1, steps=1, length=1, temperature=0, seed=0, batch_size=1, window=2, stride=1)
+    check_range(
+        args, num=1, steps=1, length=1, temperature=0, guidance=0, seed=0, batch_size=1, window=2, stride=1
+    )
     if not 0 < args.top_p <= 1:
         fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
     if args.infill is not None and (args.prompt or args.length):
@@ -173,6 +181,8 @@ def main(argv=None):
     model, cfg = load(args.ckpt, ema=not args.no_ema, device=pick_device(args.device))
     tokenizer = tokenizer_of(model.tokenizer)
     window = args.window or cfg.seq_len
+    if args.guidance and (args.semi_ar or cfg.causal):
+        fail("--guidance: not with --semi_ar, and not for an AR model")
     if not args.semi_ar and (args.window or args.stride):
         fail("--window and --stride: only with --semi_ar")
     if window > cfg.seq_len or (args.stride or 1) >= window:
@@ -189,8 +199,8 @@ def main(argv=None):
              "--semi_ar writes longer ones window by window")  # fmt: skip
 
     options = dict(
-        steps=args.steps, sampler=args.sampler or default_sampler(cfg), temperature=args.temperature,
-        top_p=args.top_p, noise_removal=args.noise_removal, seed=args.seed, dtype=args.dtype,
+        steps=args.steps, sampler=args.sampler or default_sampler(cfg), guidance=args.guidance,
+        temperature=args.temperature, top_p=args.top_p, noise_removal=args.noise_removal, seed=args.seed, dtype=args.dtype,
     )  # fmt: skip
     if args.semi_ar:
         options |= dict(window=window, stride=args.stride or window // 2, eos=tokenizer.eos)

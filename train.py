@@ -69,6 +69,25 @@ def batch(ids, meta, cfg, step, rows):
     return x0, maskable, *draw(x0, maskable, cfg, time, u[:, 1:])
 
 
+def shorten(tensors, cfg, step, rows):
+    """A batch of rows as a list of batches with the same tokens: a share short_rows of the rows is cut, each into
+    rows of its own l tokens, l uniform on 1 .. seq_len, and what is left (SMDM's stochastic length, arXiv
+    2410.18514, which throws all but the first l tokens away). t, masks and weight stay those of the long row."""
+    noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 3)[-2:] for row in rows]
+    cut = torch.tensor([coin < cfg.short_rows for coin, _ in noise])
+    batches = [tuple(a[~cut] for a in tensors)] if not cut.all() else []
+    for i in cut.nonzero()[:, 0].tolist():
+        x0, maskable, t, xt, weight = (a[i : i + 1] for a in tensors)
+        l = 1 + cfg.bos + int(noise[i][1] * (cfg.seq_len - cfg.bos))
+        whole = cfg.seq_len // l * l
+        for part, length in ((slice(whole), l), (slice(whole, None), cfg.seq_len - whole)):
+            if length:
+                x, m, y = (a[:, part].reshape(-1, length) for a in (x0, maskable, xt))
+                m = m & (torch.arange(length) >= cfg.bos)  # a given first token, in every row
+                batches.append((x, m, t.expand(len(x)), torch.where(m, y, x), weight.expand(len(x))))
+    return batches
+
+
 def row_noise(seed, index, n):
     """n uniforms of training row `index`. Philox is counter-based: any row at once, none depends on another.
     The counter starts elsewhere than that of the epochs' orders, which have the same keys."""
@@ -237,15 +256,16 @@ def train_step(net, optimizers, micro_batches, step, cfg, device):
     The mean is over the tokens of the global batch, so that no split of it changes anything."""
     total = torch.zeros((), device=device)
     tokens = sum(maskable.sum() for _, maskable, *_ in micro_batches).to(device)
+    world = 1
     if dist.is_initialized():
         dist.all_reduce(tokens)
-    tokens_per_row = tokens / cfg.batch_size
+        world = dist.get_world_size()
     for i, tensors in enumerate(micro_batches):
         x0, maskable, t, xt, weight = (a.to(device) for a in tensors)
         net.require_backward_grad_sync = i == len(micro_batches) - 1  # for DDP: average once
         with autocast(device, cfg.dtype):
             nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt)  # (B, L)
-        loss = (nats.sum(-1) * weight / tokens_per_row).float().mean() / len(micro_batches)
+        loss = (nats.sum(-1) * weight).sum() * world / tokens  # DDP averages over processes
         loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
@@ -305,7 +325,10 @@ def run(cfg, resume, overwrite, at_end):
 
     def load_step(step):
         rows = [np.arange(i * world + rank, cfg.batch_size, grad_accum * world) for i in range(grad_accum)]
-        return [batch(train_ids, meta, cfg, step, r) for r in rows]  # strided: each has all strata of t
+        batches = [batch(train_ids, meta, cfg, step, r) for r in rows]  # strided: each has all strata of t
+        if cfg.short_rows:
+            batches = [b for r, whole in zip(rows, batches) for b in shorten(whole, cfg, step, r)]
+        return batches
 
     pool = ThreadPoolExecutor(1)  # the next batch is made while this one trains
     at_end.callback(pool.shutdown, cancel_futures=True)

@@ -70,6 +70,13 @@ def refused(capsys, call, *words):
         (["--time_draw=importance", "--time_law=uniform"], ["importance", "t_min"]),
         (["--time_draw=importance", "--t_min=0.001"], ["importance", "time_law=uniform"]),
         (["--t_min=1"], ["t_min=1", "below 1"]),
+        (["--short_rows=1"], ["short_rows=1", "below 1"]),
+        (["--norm=batch"], ["norm='batch'", "layer", "rms"]),
+        (["--mlp=relu"], ["mlp='relu'", "gelu", "swiglu"]),
+        (["--flops=10"], ["--flops=10", "steps"]),
+        (["smdm_170", "--flops=0"], ["flops=0", "above 0"]),
+        (["smdm_170", "--flops=much"], ["--flops", "float", "much"]),
+        (["smdm_171"], ["smdm_171", "smdm_170"]),
         (["--time_cond=True", "--cond_dim=0"], ["time_cond", "cond_dim"]),
         (["owt_mdlm", "text8_mdlm"], ["text8_mdlm"]),
     ],
@@ -92,6 +99,24 @@ def test_resume_takes_the_fields_of_the_run(tmp_path, capsys):
     assert from_cli([out], flags=flags)[0].steps != 60
     (tmp_path / "config.json").write_text("{")
     refused(capsys, lambda: from_cli([out, "--resume"], flags=flags), "config.json", "not a config")
+
+
+@pytest.mark.parametrize(
+    "argv, steps, warmup",
+    [
+        (["smdm_170", "--flops=6"], 11_226, 112),
+        (["smdm_170"], 18_710, 187),
+        (["smdm_170", "--flops=100"], 187_107, 1871),
+        (["smdm_170", "--flops=60", "--short_rows=0.01"], 112_828, 1128),
+        (["smdm_1028", "--flops=100"], 30_932, 309),
+        (["smdm_1028", "--flops=3300", "--batch_size=1024", "--short_rows=0.01"], 256_478, 2564),
+        (["smdm_170_ar", "--steps=50", "--flops=6"], 50, 112),
+    ],
+)
+def test_smdms_steps_follow_from_its_budget(argv, steps, warmup):
+    """The rows of SMDM's scripts; a field that is given has the last word."""
+    cfg, _ = from_cli(argv)
+    assert (cfg.steps, cfg.warmup) == (steps, warmup) and cfg.out_dir == f"out/{argv[0]}"
 
 
 def test_every_field_has_a_flag_and_every_config_is_valid():
@@ -303,6 +328,8 @@ def test_bad_checkpoints(files, capsys, main, name, words):
         (["--seed", "99999999999999999999"], ["--seed", "2**31"]),
         (["--steps", "9999999999"], ["--steps", "2**31"]),
         (["--infill", "a ____", "--prompt", "b"], ["--infill", "--prompt"]),
+        (["--guidance", "-1"], ["--guidance -1", "at least 0"]),
+        (["--guidance", "1", "--semi_ar"], ["--guidance", "--semi_ar"]),
         (["--window", "8"], ["--window", "--semi_ar"]),
         (["--stride", "8"], ["--stride", "--semi_ar"]),
         (["--semi_ar", "--window", "64"], ["--window 64", "at most 32"]),

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import configs
 from configs import CONFIGS, Config
 from diffusion import alpha
 from model import DiT, count_parameters, flops_per_token, rotary_tables, rotate
@@ -27,6 +28,15 @@ def canvas(cfg, B=3):
     return torch.randint(0, cfg.vocab_size + 1, (B, cfg.seq_len)), torch.rand(B)
 
 
+SMDM_PARAMETERS = {
+    6: 6.294784, 19: 18.880896, 34: 33.563136, 48: 47.786688, 66: 65.54944, 75: 75.38752, 85: 85.21408,
+    113: 113.265408, 142: 141.581568, 170: 169.897728, 180: 179.856768, 206: 205.550464, 231: 231.24416,
+    268: 268.469248, 302: 302.027776, 336: 335.586304, 472: 471.90656, 551: 550.55744, 571: 571.001728,
+    629: 629.20832, 666: 666.168448, 717: 717.285888, 761: 761.335168, 831: 830.541312, 944: 943.796736,
+    1028: 1027.677952, 1233: 1233.213184, 1476: 1476.487168, 1678: 1677.826048, 2121: 2121.39328,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "config, parameters",
     [
@@ -43,11 +53,50 @@ def test_parameter_counts_are_upstreams(config, parameters):
     assert count_parameters(CONFIGS[config]()) == parameters
 
 
-def test_flops_are_those_of_the_matrices():
+def test_smdms_thirty_sizes_have_its_parameter_counts():
+    """SMDM's table of parameters without embedding and head, in millions, and 64,001 rows of those. The AR twin has
+    one row less there; ours keeps it, for MASK, which it never reads."""
+    for size, n_m in SMDM_PARAMETERS.items():
+        whole = round(n_m * 1e6) + 64_001 * configs.SMDM_SIZES[size][2]
+        assert count_parameters(CONFIGS[f"smdm_{size}"]()) == whole
+        assert count_parameters(CONFIGS[f"smdm_{size}_ar"]()) == whole
+    assert SMDM_PARAMETERS.keys() == configs.SMDM_SIZES.keys() and len(SMDM_PARAMETERS) == 30
+
+
+def test_smdms_network_by_hand():
+    """RMSNorm, SwiGLU, no biases, from the formulas; and the widths of SMDM's initialisation."""
+    cfg = replace(
+        SMALL, cond_dim=0, norm="rms", mlp="swiglu", mlp_width=20, bias=False, init="smdm", n_embd=64
+    )
+    torch.manual_seed(0)
+    model, (x, t) = DiT(cfg).eval(), canvas(cfg)
+    std = {name: p.std().item() for name, p in model.named_parameters() if p.ndim == 2}
+    for name, got in std.items():
+        want = 64**-0.5 / 2 if "attn_out" in name or "mlp_out" in name else (0.4 / 64) ** 0.5
+        assert got == pytest.approx(want, rel=0.1), name
+    assert not any(name.endswith("bias") for name, _ in model.named_parameters())
+    for norm in (model.blocks[0].norm2, model.final_norm):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    rms = lambda h, g: h * (h.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * g
+    block, h = model.blocks[0], torch.randn(2, 5, 64)
+    w1, w2 = block.mlp_in.weight.chunk(2)
+    want = (F.silu(h @ w1.T) * (h @ w2.T)) @ block.mlp_out.weight.T
+    torch.testing.assert_close(block.mlp(h), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(block.norm2(h), rms(h, block.norm2.weight), rtol=1e-4, atol=1e-5)
+    embedded = model.embed(x)
+    for b in model.blocks:
+        embedded = embedded + b.attention(b.norm1(embedded), model.cos, model.sin)
+        embedded = embedded + b.mlp(b.norm2(embedded))
+    want = rms(embedded, model.final_norm.weight) @ model.head.weight.T
+    torch.testing.assert_close(model(x, t), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mlp", [dict(), dict(mlp="swiglu", mlp_width=96)])
+def test_flops_are_those_of_the_matrices(mlp):
     """Against torch's own counter on a forward pass; 6 N per token is 3 forwards of 2 N."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    cfg = replace(SMALL, cond_dim=0, n_embd=64, seq_len=32)
+    cfg = replace(SMALL, cond_dim=0, n_embd=64, seq_len=32, **mlp)
     model = awake(cfg)
     x, t = canvas(cfg, 4)
     with FlopCounterMode(display=False) as counter:

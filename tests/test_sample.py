@@ -138,6 +138,15 @@ def test_semi_ar_writes_any_length_and_keeps_prompt_and_holes(checkpoint, capsys
     assert run(capsys, checkpoint, "--semi_ar", "--length", 50, "--num", 5, "--batch_size", 2) == texts
 
 
+def test_guidance_by_the_prompt(checkpoint, capsys):
+    """It changes the text, unless nothing is given to guide it, and does not depend on the batch."""
+    run_with = lambda *args: run(capsys, checkpoint, "--steps", 50, "--num", 4, *args)
+    guided = run_with("--prompt", "the cat ", "--guidance", 2)
+    assert guided != run_with("--prompt", "the cat ") and guided.count("the cat ") == 4
+    assert guided == run_with("--prompt", "the cat ", "--guidance", 2, "--batch_size", 3)
+    assert run_with("--guidance", 2) == run_with()
+
+
 def test_a_text_ends_at_the_first_eos_that_was_written():
     canvas = torch.tensor([9, 1, 50, 50, 50])  # 9 ends texts, and begins this one
     assert sample.written([9, 1, 2, 9, 9], canvas, 9) == [9, 1, 2]

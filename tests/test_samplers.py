@@ -39,6 +39,7 @@ from diffusion import (
     semi_ar,
     time_at,
     with_greedy_end,
+    with_guidance,
     with_temperature,
     with_top_p,
 )
@@ -283,6 +284,26 @@ def test_semi_ar_stops_rows_that_have_ended():
     model = denoiser(hostile_model(), tiny())
     run = lambda rows, gen: last(semi_ar(model, torch.full((rows, 9), MASK), 4, tiny(), gen, eos=2))
     assert (run(1, gen)[0] == run(8, row_generators(3, range(8)))[5]).all()  # a row's text is its own
+
+
+@pytest.mark.parametrize("w", [0.0, 0.7])
+def test_guidance_has_the_law_of_its_formula(w):
+    """The law of p(. | prompt)^(1 + w) / p(. | prompt masked)^w, enumerated; w = 0 is no guidance. Rows with
+    prompts of different lengths ride together, and each is guided by its own."""
+    model, steps = hostile_model(), 3
+    canvases = torch.tensor([CANVASES[name] for name in ("prompt", "hole", "holes", "empty")])
+    x = canvases.repeat(N, 1)
+    denoise = with_guidance(denoiser(model, tiny()), x != MASK, w, MASK)
+    texts = last(SAMPLERS["ddpm_cache"](denoise, x, steps, tiny()))
+    for i, canvas in enumerate(canvases):
+
+        def guided(y, t, at, given=canvas != MASK):
+            with_it, without = (model(z, t, at) for z in (y, y.masked_fill(given, MASK)))
+            return ((1 + w) * with_it - w * without).log_softmax(-1)
+
+        assert chi_square_p(texts[i :: len(canvases)], ancestral_law(guided, canvas, "linear", steps)) > 1e-4
+    plain = chi_square_p(texts[0 :: len(canvases)], ancestral_law(model, canvases[0], "linear", steps))
+    assert plain > 1e-4 if w == 0 else plain < 1e-6
 
 
 def test_a_greedy_end_takes_the_likeliest_token_there_alone():

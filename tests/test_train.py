@@ -149,6 +149,40 @@ def test_padding_is_never_masked_trained_or_counted(cfg, tmp_path):
     assert val["tokens"] == (rows != 0).sum() and 0.5 < val["bits_per_char"] / val["bits_per_token"] < 1.01
 
 
+@pytest.mark.parametrize("bos", [False, True])
+def test_short_rows_are_cut_at_random_and_nothing_is_thrown_away(cfg, bos):
+    """SMDM's stochastic length: the same tokens, masks and times, in rows of every length."""
+    cfg = replace(as_ar(cfg) if bos else cfg, bos=bos, short_rows=0.5)
+    ids, meta = read_split(cfg.data, "train", cfg)
+    lengths, cut = set(), 0
+    for step in range(30):
+        rows = np.arange(8)
+        whole = train.batch(ids, meta, cfg, step, rows)
+        parts = train.shorten(whole, cfg, step, rows)
+        flat = lambda batches, i: torch.cat([b[i].reshape(-1) for b in batches])
+        long = [b for b in parts if b[0].shape[1] == 32]
+        lengths |= {b[0].shape[1] for b in parts}
+        cut += 8 - sum(len(b[0]) for b in long)
+        for i in (0, 3) if not bos else (0,):  # x0, and the masks: all are there
+            assert torch.equal(flat(parts, i).sort().values, flat([whole], i).sort().values)
+        for x, m, t, y, weight in parts:
+            assert len(x) == len(m) == len(t) == len(y) == len(weight) and (y == x)[~m].all()
+            assert m[:, 1:].all() and (m[:, 0] != bos).all()
+            if x.shape[1] < 32:
+                assert t.unique().numel() == 1 and t[0] in whole[2]
+        again = train.shorten(train.batch(ids, meta, cfg, step, rows[[2, 5]]), cfg, step, rows[[2, 5]])
+        shapes = sorted(
+            tuple(b[0].shape)
+            for r in (2, 5)
+            for b in train.shorten(train.batch(ids, meta, cfg, step, rows[[r]]), cfg, step, rows[[r]])
+            if b[0].shape[1] < 32
+        )
+        assert sorted(tuple(b[0].shape) for b in again if b[0].shape[1] < 32) == shapes  # a row's own draw
+    assert abs(cut - 120) < 4 * 60**0.5 and len(lengths) > 25
+    val = train.main(replace(cfg, steps=3, samples=0, eval_every=100))
+    assert 0 < val["bits_per_char"] < 6
+
+
 @pytest.mark.parametrize("time_draw", ["iid", "importance", "counts"])
 def test_every_draw_of_times_trains(cfg, time_draw):
     """Its loss is near the bound it is to estimate, which no draw without its weights would be."""
