@@ -4,6 +4,7 @@ python convert.py kuleshov-group/mdlm-owt out/mdlm/ckpt.pt        # from the hub
 python convert.py sedd.ckpt out/sedd/ckpt.pt                      # MDLM's Lightning files, baselines too
 python convert.py louaaron/sedd-small out/sedd_small/ckpt.pt      # SEDD's; also the folder of one of its runs
 python convert.py rupspace/nanoDD-D3PM-text8 out/nanodd/ckpt.pt   # nanoDD's ckpt.pt
+python convert.py nieshen/SMDM:mdm_safetensors/mdm-170M-100e18.safetensors out/smdm.pt   # one file of a repo
 python convert.py out/owt_mdlm/ckpt.pt hub/mine --push ME/mine    # to a folder for the hub, and up
 python convert.py ME/mine out/back/ckpt.pt                        # and back; or hub/mine, the folder
 
@@ -27,8 +28,8 @@ import torch
 
 import diffusion
 import model as network
-from configs import Config, fail, from_dict, owt_mdlm, parser, text8_d3pm
-from data.prepare import bert_vocabulary
+from configs import SMDM_SIZES, Config, fail, from_dict, owt_mdlm, parser, smdm, text8_d3pm
+from data.prepare import bert_vocabulary, llama_vocabulary, read_vocabulary
 from data.shards import one_line
 from data.tokenizer import read_wordpiece, tokenizer_of
 from diffusion import LOSSES, time_at
@@ -39,7 +40,8 @@ from train import save
 # 1. Files
 
 FILES = "model.safetensors", "pytorch_model.bin", "ckpt.pt", "checkpoints-meta/checkpoint.pth"
-VOCABULARIES = {"bpe": ("tokenizer.json", "json"), "wordpiece": ("vocab.txt", "vocab")}  # file, key of spec
+JSON = "tokenizer.json", "json"
+VOCABULARIES = {"bpe": JSON, "llama": JSON, "wordpiece": ("vocab.txt", "vocab")}  # kind: file, key of spec
 FOREIGN = AttributeError, KeyError, TypeError, ValueError, RuntimeError  # reading what is not as expected
 
 
@@ -48,22 +50,26 @@ def named(e):
 
 
 def locate(source):
-    """SOURCE as a file on this machine; a model of the hub is downloaded."""
+    """SOURCE as a file on this machine; a model of the hub, ID, or one file of it, ID:FILE, is downloaded."""
     path = Path(source)
     if not path.exists():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or path.suffix in (".pt", ".pth", ".ckpt"):
+        name, _, file = source.partition(":")
+        local = not file and path.suffix in (".pt", ".pth", ".ckpt", ".safetensors")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or local:
             fail(f"{source}: no such file or folder")
         try:
-            from huggingface_hub import snapshot_download
+            from huggingface_hub import hf_hub_download, snapshot_download
 
-            wanted = [*FILES, "config.json", *(file for file, _ in VOCABULARIES.values())]
+            if file:
+                return Path(hf_hub_download(name, file))
+            wanted = [*FILES, "config.json", *{file for file, _ in VOCABULARIES.values()}]
             path = Path(snapshot_download(source, allow_patterns=wanted))
         except Exception as e:  # no network, no such model, not installed: each of another type
             fail(f"{source}: not on this machine, and not to be had from the hub ({named(e)})")
     if path.is_file():
         return path
     found = [path / name for name in FILES if (path / name).is_file()]
-    return found[0] if found else fail(f"{path}: has none of {', '.join(FILES)}")
+    return found[0] if found else fail(f"{path}: has none of {', '.join(FILES)}; name the file")
 
 
 def read_config(path):
@@ -134,16 +140,17 @@ def read(source, loss=None, vocab=None):
                 DiT(cfg).load_state_dict(state[name], assign=True)
         return state, cfg
     except FOREIGN as e:
-        fail(f"{path}: not as nanoMDLM, MDLM, SEDD or nanoDD write it ({named(e)})")
+        fail(f"{path}: not as nanoMDLM, MDLM, SEDD, nanoDD or SMDM write it ({named(e)})")
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 2. From upstream. Four layouts, told apart by what they hold:
+# 2. From upstream. Five layouts, told apart by what they hold:
 #   MDLM's Lightning file   tensors "backbone...." in state_dict; ema, a list in the order of parameters();
 #                           configuration and tokenizer, pickled objects, in hyper_parameters
 #   MDLM's hub model        tensors "backbone....", a flat config.json
 #   SEDD                    tensors as they are, a nested config.json; a run's are in model, with ema and step
 #   nanoDD                  tensors "net...." in model, "ema_model.net...." in ema; model_args
+#   SMDM                    tensors "transformer.h....", alone; a run's are in model, with step_count
 
 FIELDS = {  # theirs: ours
     "model.length": "seq_len", "model.n_heads": "n_head", "model.dropout": "dropout", "T": "T",
@@ -199,10 +206,14 @@ def from_upstream(path, data, config, loss=None, vocab=None):
     args = {name: data[name] for name in ("model_args", "training_args") if name in data}
     told = flatten(config) | flatten(args) | flatten(hyper.get("config", {}))
     words = (getattr(hyper.get("tokenizer"), "state", None) or {}).get("vocab")  # BERT's: {piece: id}
-    if words and not vocab:
-        vocab = {"kind": "wordpiece", "vocab": "".join(f"{w}\n" for w in sorted(words, key=words.get))}
     step = int(data.get("global_step", data.get("iter_num", data.get("step", 0))))
     weights = bare(data.get("state_dict", data.get("model", data)))
+    if "transformer.wte.weight" in weights:
+        return from_smdm(path, weights, int(data.get("step_count", 0)), loss, vocab)
+    if vocab:
+        vocab = read_vocabulary(read_wordpiece, vocab)
+    elif words:
+        vocab = {"kind": "wordpiece", "vocab": "".join(f"{w}\n" for w in sorted(words, key=words.get))}
     a_run_of_sedd = "model" in data and not args
     cfg, spec, mask = describe(path, weights, told, a_run_of_sedd, loss, vocab)
 
@@ -214,6 +225,10 @@ def from_upstream(path, data, config, loss=None, vocab=None):
                 fail(f"{path}: ema: {len(ema['shadow_params'])} tensors, but the network has {len(names)}")
             ema = dict(zip(names, ema["shadow_params"]))
         averaged = translate(bare(ema), cfg, mask, f"{path}: ema")
+    return state_of(ours, averaged, step, cfg, spec)
+
+
+def state_of(ours, averaged, step, cfg, spec):
     state = dict(model=ours, ema=averaged, step=step, best=math.inf, seconds=0.0)
     return state | dict(config=asdict(cfg), tokenizer=spec)
 
@@ -223,7 +238,7 @@ def describe(path, weights, told, a_run_of_sedd, loss=None, vocab=None):
     nanodd = "vocab_embed.weight" in weights
     embed = weights.get("vocab_embed.weight" if nanodd else "vocab_embed.embedding")
     if getattr(embed, "ndim", 0) != 2:
-        fail(f"{path}: not MDLM's, SEDD's or nanoDD's: has no embedding, but {listing(weights)}")
+        fail(f"{path}: not MDLM's, SEDD's, nanoDD's or SMDM's: has no embedding, but {listing(weights)}")
     rows, width = embed.shape
     sedd = a_run_of_sedd or "graph.type" in told  # the project; MDLM has a loss of that name
     if told.get("graph.type", "absorb") != "absorb" or sedd and rows == told.get("tokens", 50257):
@@ -280,6 +295,20 @@ def listing(words, most=8):
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
+def check(weights, shapes, where):
+    """Upstream's tensors must be those of `shapes`, {name: shape}; a refusal has the names."""
+    if unknown := [name for name in weights if name not in {*shapes, *NOT_WEIGHTS}]:
+        fail(f"{where}: unknown: {listing(unknown)}")
+    if missing := [name for name in shapes if name not in weights]:
+        fail(f"{where}: missing: {listing(missing)}")
+    if wrong := [
+        f"{name} {list(weights[name].shape)} instead of {shape}"
+        for name, shape in shapes.items()
+        if list(weights[name].shape) != shape or not weights[name].is_floating_point()
+    ]:
+        fail(f"{where}: of another shape or type: {listing(wrong)}")
+
+
 def translate(weights, cfg, mask, where):
     """Upstream's tensors as ours, float32, or a refusal by name.
 
@@ -294,19 +323,8 @@ def translate(weights, cfg, mask, where):
     for name in shapes:
         block, module, kind = re.fullmatch(r"(blocks\.\d+\.|)(.+)\.(weight|bias)", name).groups()
         theirs[name] = table.get(name) or f"{block}{table.get(module, module)}.{kind}"
-    if unknown := [name for name in weights if name not in {*theirs.values(), *NOT_WEIGHTS}]:
-        fail(f"{where}: unknown: {listing(unknown)}")
-    if missing := [name for name in theirs.values() if name not in weights]:
-        fail(f"{where}: missing: {listing(missing)}")
-    ours = {name: weights[theirs[name]] for name in shapes}
-    if wrong := [
-        f"{theirs[name]} {list(tensor.shape)} instead of {shapes[name]}"
-        for name, tensor in ours.items()
-        if list(tensor.shape) != shapes[name] or not tensor.is_floating_point()
-    ]:
-        fail(f"{where}: of another shape or type: {listing(wrong)}")
-
-    ours = {name: tensor.float() for name, tensor in ours.items()}
+    check(weights, {theirs[name]: shape for name, shape in shapes.items()}, where)
+    ours = {name: weights[theirs[name]].float() for name in shapes}
     outputs = [name for name in ("head.weight", "head.bias") if name in ours]
     if inside:
         for name in ("embed.weight", *outputs):
@@ -317,6 +335,49 @@ def translate(weights, cfg, mask, where):
     for name in outputs:
         ours[name] = ours[name][: cfg.vocab_size + (not cfg.zero_masking)]
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in ours.items()}
+
+
+def from_smdm(path, weights, step, loss=None, vocab=None):
+    """The state of `read` from SMDM's tensors: masked diffusion if the embedding has a row for MASK, else AR.
+
+    The number of heads is that of the size in SMDM's table: no tensor tells it. An AR network gets a row of
+    zeros for MASK, which it never reads: with bos=True its first token is given. Upstream always rounds its
+    rotary cos and sin to bfloat16, we only under autocast to it. In float32 nothing else differs, and that by
+    1e-3 or so in the logits of untrained weights (tests/test_convert.py), more where attention is sharp."""
+    (rows, d), V = weights["transformer.wte.weight"].shape, 32000
+    if rows not in (V, V + 1):
+        fail(f"{path}: an embedding of {rows} rows, but SMDM's have {V + 1}, or {V} if AR")
+    n_layer = len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})
+    size = [size for size, (layers, _, width) in SMDM_SIZES.items() if (layers, width) == (n_layer, d)]
+    if not size:
+        fail(f"{path}: {n_layer} layers of width {d}: none of SMDM's sizes, and no tensor tells the heads")
+    cfg = smdm(size[0], ar=rows == V)
+    if loss not in (None, cfg.loss):
+        fail(f"{path}: --loss {loss}: an embedding of {rows} rows is for loss={cfg.loss}")
+
+    H, f = cfg.n_head, cfg.mlp_width
+    shapes = {"transformer.wte": [rows, d], "transformer.ln_f": [d], "lm_head": [V, d]}
+    for i in range(n_layer):
+        b = f"transformer.h.{i}."
+        shapes |= {b + "norm_1": [d], b + "norm_2": [d], b + "attn.attn": [3 * d, d], b + "attn.proj": [d, d]}
+        shapes |= {b + "mlp.swiglu.w1": [f, d], b + "mlp.swiglu.w2": [f, d], b + "mlp.swiglu.w3": [d, f]}
+    check(weights, {f"{name}.weight": shape for name, shape in shapes.items()}, path)
+    spec = llama_vocabulary(vocab)
+    if (pieces := tokenizer_of(spec).vocab_size) != V:
+        fail(f"{path}: {V} tokens, but a vocabulary of {pieces}")
+
+    w = lambda name: weights[f"{name}.weight"].float()
+    ours = {"embed": torch.cat((w("transformer.wte"), torch.zeros(V + 1 - rows, d)))}
+    ours |= {"final_norm": w("transformer.ln_f"), "head": w("lm_head")}
+    for i in range(n_layer):
+        a, b = f"blocks.{i}.", f"transformer.h.{i}."
+        qkv = w(b + "attn.attn").reshape(H, 3, d // H, d).transpose(0, 1)  # there: q, k, v head by head
+        gate_up = torch.cat((w(b + "mlp.swiglu.w1"), w(b + "mlp.swiglu.w2")))
+        ours |= {a + "qkv": qkv.reshape(3 * d, d), a + "attn_out": w(b + "attn.proj")}
+        ours |= {a + "mlp_in": gate_up, a + "mlp_out": w(b + "mlp.swiglu.w3")}
+        ours |= {a + "norm1": w(b + "norm_1"), a + "norm2": w(b + "norm_2")}
+    ours = {f"{name}.weight": tensor.clone() for name, tensor in ours.items()}
+    return state_of(ours, ours, step, cfg, spec)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -430,7 +491,7 @@ NOTES = {
     "ar": "A causal model: position i is predicted from the tokens before it, whatever t is. ",
     "sedd": "The log scores of SEDD are these logits + log(alpha / (1 - alpha)) - log V. ",
 }
-WHERE = {"gpt2": "GPT-2's", "bpe": "in tokenizer.json", "wordpiece": "BERT's, in vocab.txt"}
+WHERE = {kind: f"in {file}" for kind, (file, _) in VOCABULARIES.items()} | {"gpt2": "GPT-2's"}
 
 
 def write_folder(out, state, cfg, name, ema=True):
@@ -456,7 +517,8 @@ def write_folder(out, state, cfg, name, ema=True):
     if spec["kind"] in VOCABULARIES:
         file, key = VOCABULARIES[spec["kind"]]
         texts[file] = spec.pop(key)
-    if spec["kind"] == "bpe":  # transformers gives a token that the file lacks the next id, which is our MASK
+    if spec["kind"] in ("bpe", "llama"):
+        # transformers gives a token that the file lacks the next id, which is our MASK
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": "<|mask|>"}
         texts["tokenizer_config.json"] = json.dumps(settings, indent=1)
     config = {
@@ -493,10 +555,10 @@ def push(out, name):
 
 def main(argv=None):
     p = parser(__doc__)
-    p.add_argument("source", help="file, folder or id on the hub")
+    p.add_argument("source", help="file, folder, id on the hub, or ID:FILE")
     p.add_argument("out", help="a checkpoint, if it ends in .pt, else a folder in the hub's layout")
     p.add_argument("--loss", choices=LOSSES, help="of a source that does not tell; default: mdlm, or ar")
-    p.add_argument("--vocab", metavar="FILE", help="BERT's vocab.txt; default: the source's, or the hub's")
+    p.add_argument("--vocab", metavar="FILE", help="BERT's vocab.txt, Llama's tokenizer.json; else the hub's")
     p.add_argument("--no_ema", action="store_true", help="folder: the raw weights (a checkpoint has both)")
     p.add_argument("--push", metavar="ID", help="folder: upload it as this model")
     p.add_argument("--overwrite", action="store_true", help="replace OUT")
@@ -507,14 +569,13 @@ def main(argv=None):
     if not args.overwrite and (out.is_file() or out.is_dir() and any(out.iterdir())):
         fail(f"{out}: exists; add --overwrite to replace it")
     try:
-        vocab = args.vocab and read_wordpiece(args.vocab)
-        state, cfg = read(args.source, args.loss, vocab)
+        state, cfg = read(args.source, args.loss, args.vocab)
         if out.suffix == ".pt":
             out.parent.mkdir(parents=True, exist_ok=True)
             save(out, **state, optimizer=[], data="")
         else:
             write_folder(out, state, cfg, args.push or out.name, not args.no_ema)
-    except (OSError, ValueError) as e:  # of --vocab and of OUT
+    except (OSError, ValueError) as e:  # of OUT
         fail(one_line(e))
     if args.push:
         push(out, args.push)

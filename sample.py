@@ -54,13 +54,13 @@ def infill_canvas(tokenizer, text, cfg, subword):
     ids, end = opening(tokenizer, cfg), 0
     for hole in HOLE.finditer(text):
         piece = text[end : hole.start()]
-        ids += tokenizer.encode(piece.removesuffix(" ") if subword else piece)
+        ids += tokenizer.encode(piece.removesuffix(" ") if subword else piece, inside=end > 0)
         size = len(hole[0]) if hole[0][0] == "_" else int(hole[0][1:-1])
         ids += [cfg.mask_id] * size
         end = hole.end()
     if cfg.mask_id not in ids:
         raise ValueError("no hole in the text: write ____ (a token per underscore, four or more) or [12]")
-    return torch.tensor(ids + tokenizer.encode(text[end:]))
+    return torch.tensor(ids + tokenizer.encode(text[end:], inside=True))
 
 
 def frames(
@@ -98,10 +98,11 @@ def default_sampler(cfg):
     return "ar" if cfg.causal else "ddpm_cache"
 
 
-def written(ids, canvas, eos):
-    """ids up to the first eos that was not given by the canvas (L,); all of them when eos is None."""
+def written(ids, canvas, cfg, eos=None):
+    """What of ids is text: without a first token that is always given, and up to the first eos that was not in the
+    canvas (L,), or all of them when eos is None."""
     ends = [i for i, (a, b) in enumerate(zip(ids, canvas.tolist())) if a == eos and b != eos]
-    return ids[: ends[0]] if ends else ids
+    return ids[cfg.bos : ends[0] if ends else None]
 
 
 def generate(model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler=None, **options):
@@ -111,7 +112,7 @@ def generate(model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=100
     for first in range(0, num, batch_size):
         rows = range(first, min(first + batch_size, num))
         x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
-        texts += [tokenizer.decode(written(ids, canvas, options.get("eos"))) for ids in x.tolist()]
+        texts += [tokenizer.decode(written(ids, canvas, cfg, options.get("eos"))) for ids in x.tolist()]
     return texts
 
 
@@ -211,7 +212,7 @@ def main(argv=None):
                   header.format(row + 1, args.num, options["sampler"], args.steps))
             for row in range(args.num)
         )  # fmt: skip
-        texts = (tokenizer.decode(written(ids, canvas, options.get("eos"))) for ids in rows)
+        texts = (tokenizer.decode(written(ids, canvas, cfg, options.get("eos"))) for ids in rows)
     else:
         texts = generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, **options)
     for i, text in enumerate(texts):

@@ -5,6 +5,8 @@ python data/prepare.py text8                          # or --input text8.zip
 python data/prepare.py openwebtext --wrap 1024        # parquet from the hub, or --input FILE...
 python data/prepare.py lm1b                           # a sentence per row, or --packed; WordPiece
 python data/prepare.py ptb                            # and the other sets of the zero-shot benchmark, GPT-2's BPE
+python data/prepare.py slimpajama                     # likewise; Llama-2's pieces, as in SMDM
+python data/prepare.py fineweb --dump CC-MAIN-2024-18 # start of a Common Crawl dump, a newer text to test on
 python data/prepare.py text --input a.txt b.txt       # any UTF-8 text; --tokenizer bpe, char or gpt2
 
 A data set is one function; its keyword arguments are the options that apply to it.
@@ -35,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, onl
 from configs import CONFIGS, fail, parser  # noqa: E402
 from data.corpus import dtype_of, finish, folder_of, partial_of  # noqa: E402
 from data.shards import Recipe, find_shards, name_of, one_line, tokenize, write_splits  # noqa: E402
-from data.tokenizer import KINDS, read_wordpiece, tokenizer_of, train_bpe  # noqa: E402
+from data.tokenizer import KINDS, read_llama, read_wordpiece, tokenizer_of, train_bpe  # noqa: E402
 
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 TEXT8_CHARACTERS = 100_000_000
@@ -46,6 +48,9 @@ LM1B_SENTENCES = 30_301_028, 306_688  # train, test
 BERT = "google-bert/bert-base-uncased"
 BERT_PIECES = 30_522
 BERT_VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # of vocab.txt
+SLIMPAJAMA = "DKYoon/SlimPajama-6B"
+FINEWEB = "HuggingFaceFW/fineweb"
+LLAMA = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"  # has Llama-2's tokenizer, open to all
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of data sets that are only a script
 EOT, PAD = 50256, 0  # GPT-2's <|endoftext|>, BERT's [PAD]
 
@@ -212,7 +217,7 @@ def openwebtext(folder, input=(), wrap=0, val_docs=100_000, workers=None):
     return finish(folder, source, recipe.tokenizer, EOT + 1, characters, wrap)
 
 
-def check(wrap, val_docs=1, workers=None, padded=False):
+def check(wrap=0, val_docs=1, workers=None, padded=False):
     if wrap < 3 and (wrap or padded):
         fail(f"--wrap={wrap}: must be at least 3: BOS, a token, EOS")
     if val_docs < 1 or workers is not None and workers < 1:
@@ -269,17 +274,8 @@ def is_test(shard):
 
 def bert_vocabulary(path=None):
     """The spec of bert-base-uncased's tokenizer, from a file or the hub."""
-    if path is None:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            path = hf_hub_download(BERT, "vocab.txt")
-        except Exception as e:  # the hub's and httpx' errors have no common base
-            fail(f"{BERT}: cannot fetch its vocab.txt from the hub ({one_line(e)}); or give --vocab FILE")
-    try:
-        spec = read_wordpiece(path)
-    except (OSError, ValueError) as e:
-        fail(one_line(e))
+    path = path or from_hub(BERT, "vocab.txt")
+    spec = read_vocabulary(read_wordpiece, path)
     pieces = spec["vocab"].split("\n")
     if len(pieces) == BERT_PIECES + 1:  # some copies name ids that are not in use: no text ever reaches them
         pieces[1:100] = [f"[unused{i}]" for i in range(99)]
@@ -288,6 +284,22 @@ def bert_vocabulary(path=None):
     if sha256 != BERT_VOCAB_SHA256:
         fail(f"{path}: not the vocabulary of {BERT}: sha256 is {sha256}, must be {BERT_VOCAB_SHA256}")
     return spec
+
+
+def from_hub(repo, file):
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repo, file)
+    except Exception as e:  # the hub's and httpx' errors have no common base
+        fail(f"{repo}: cannot fetch its {file} from the hub ({one_line(e)}); or give --vocab FILE")
+
+
+def read_vocabulary(read, path):
+    try:
+        return read(path)
+    except (OSError, ValueError) as e:
+        fail(one_line(e))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -367,10 +379,82 @@ def zero_shot(name):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# slimpajama and fineweb: SMDM's text to train on, and to test on
+
+
+def llama_vocabulary(path=None):
+    """The spec of Llama-2's tokenizer, from a file or the hub."""
+    return read_vocabulary(read_llama, path or from_hub(LLAMA, "tokenizer.json"))
+
+
+def slimpajama(folder, input=(), val_docs=None, vocab=None, workers=None):
+    """SlimPajama but for its part from GitHub, in Llama-2's pieces, </s> after every document, as in SMDM.
+
+    The hub's is a random hundredth, 6B tokens. input: any parquet, .jsonl, .jsonl.gz or .jsonl.zst files with a
+    column text, e.g. those of cerebras/SlimPajama-627B; their split is what their name begins with or a folder
+    is called, else train. Without validation files, val is the last val_docs documents, by default 10,000.
+    vocab: tokenizer.json of Llama-2, otherwise downloaded."""
+    source, shards = find_shards(input, SLIMPAJAMA, r"data/(train|validation|test)-.*\.parquet")
+    splits = ["train", "val", "test"]
+    shards.sort(key=lambda shard: splits.index(split_of(shard)))  # else as they were
+    given = {split_of(shard) for shard in shards}
+    if "train" not in given:
+        fail(f"{source}: has no file of train")
+    if "val" in given and val_docs is not None:
+        fail(f"--val_docs={val_docs}: val is made of the validation files")
+    val_docs = 10_000 if val_docs is None else val_docs
+    check(val_docs=val_docs, workers=workers)
+    spec = llama_vocabulary(vocab)
+    llama = tokenizer_of(spec)
+    recipe = Recipe(spec, after=(llama.eos,), skip=("meta", "redpajama_set_name", "RedPajamaGithub"))
+    documents = tokenize(folder, shards, recipe, workers, val_docs=val_docs)
+    counts = dict.fromkeys(splits, 0)
+    for shard, count in zip(shards, documents.counts):
+        counts[split_of(shard)] += count
+    if "val" not in given:
+        counts |= dict(train=last_but(val_docs, counts["train"], "slimpajama"), val=val_docs)
+    ends = np.cumsum([counts[split] for split in splits]).tolist()
+    borders = {s: (end - counts[s], end) for s, end in zip(splits, ends) if s != "test" or counts[s]}
+    characters = write_splits(folder, source, documents, borders, spec)
+    return finish(folder, source, spec, llama.vocab_size, characters)
+
+
+def split_of(shard):
+    """Of test-00000-of-00001.parquet: test; of validation/chunk1/example_holdout_0.jsonl.zst: val."""
+    *folders, file = Path(name_of(shard)).parts[-3:]
+    names = dict(train="train", validation="val", valid="val", val="val", test="test")
+    found = [names[part] for part in [re.split("[-_.]", file)[0], *folders[::-1]] if part in names]
+    return found[0] if found else "train"
+
+
+def fineweb(folder, input=(), dump="CC-MAIN-2024-10", tokens=100 * 1024 * 2048, vocab=None, workers=None):
+    """The first `tokens` ids of a dump of Common Crawl in FineWeb, one split, test, in Llama-2's pieces: text
+    from after a model's training data, as SMDM tests on CC-MAIN-2024-10 and CC-MAIN-2024-18.
+
+    As there, every document begins with <s> and none ends with </s>, unlike in the training data. No more is
+    downloaded and tokenised than these ids need. input: parquet or .jsonl files of the dump, in order.
+    To train on FineWeb, give its files to slimpajama: --input FILE... --out NAME."""
+    check(workers=workers)
+    if tokens < 1:
+        fail(f"--tokens={tokens}: must be at least 1")
+    source, shards = find_shards(input, FINEWEB, r".*\.parquet", under=f"data/{dump}")
+    spec = llama_vocabulary(vocab)
+    llama = tokenizer_of(spec)
+    documents = tokenize(folder, shards, Recipe(spec, before=(llama.bos,), tokens=tokens), workers)
+    ends = documents.tokens.cumsum(dtype=np.int64)
+    if not len(ends) or ends[-1] < tokens:
+        fail(f"{source}: {ends[-1] if len(ends) else 0:,} tokens, fewer than --tokens={tokens}")
+    borders = {"test": (0, int(np.searchsorted(ends, tokens)) + 1)}
+    source += f", {dump}, sha256 " + " ".join(documents.sha256)
+    characters = write_splits(folder, source, documents, borders, spec, tokens=tokens)
+    return finish(folder, source, spec, llama.vocab_size, characters)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # text: files of your own
 
 
-TEXT_KINDS = [kind for kind in KINDS if kind != "wordpiece"]  # those that return any text
+TEXT_KINDS = [kind for kind in KINDS if kind not in ("wordpiece", "llama")]  # any text, and no --vocab
 
 
 def text(folder, input=(), tokenizer="bpe", vocab_size=None):
@@ -408,8 +492,13 @@ def text(folder, input=(), tokenizer="bpe", vocab_size=None):
 
 DATASETS = {
     "pydocs": pydocs, "text8": text8, "openwebtext": openwebtext, "lm1b": lm1b,
-    **{name: zero_shot(name) for name in ZERO_SHOT}, "text": text,
+    **{name: zero_shot(name) for name in ZERO_SHOT},
+    "slimpajama": slimpajama, "fineweb": fineweb, "text": text,
 }  # fmt: skip
+
+
+DUMP = r"CC-MAIN-\d{4}-\d\d"
+EXAMPLES = {"gpt2": "owt_mdlm", "llama": "smdm_170"}  # kind of tokenizer: the config to name to the user
 
 
 def options_of(name):
@@ -418,22 +507,28 @@ def options_of(name):
     return {p.name: p.default for p in parameters}
 
 
-def default_folder(name, packed=False, no_eot=False, wrap=None, **options):
-    """Where it goes: name[_packed][_no_eot][_wrap<n>], of what differs from the data set's defaults."""
+def default_folder(name, packed=False, no_eot=False, wrap=None, dump=None, **options):
+    """Where it goes: name[_<dump>][_packed][_no_eot][_wrap<n>], of the others what is not the default."""
+    dump = dump or options_of(name).get("dump")
+    if dump and not re.fullmatch(DUMP, dump):
+        fail(f"--dump={dump}: must be named like CC-MAIN-2024-10")
     other = wrap is not None and wrap != options_of(name).get("wrap")
+    name += f"_{dump}" if dump else ""
     return name + "_packed" * bool(packed) + "_no_eot" * bool(no_eot) + (f"_wrap{wrap}" if other else "")
 
 
 def options_for(folder):
     """The other way: the command line that makes a folder of this name, or None."""
-    found = re.fullmatch(rf"({'|'.join(DATASETS)})(_packed)?(_no_eot)?(?:_wrap(\d+))?", folder)
-    name, packed, no_eot, wrap = found.groups() if found else ("text",) + (None,) * 3
-    given = dict(packed=packed, no_eot=no_eot, wrap=wrap)
+    names = "|".join(DATASETS)
+    found = re.fullmatch(rf"({names})(?:_({DUMP}))?(_packed)?(_no_eot)?(?:_wrap(\d+))?", folder)
+    name, *values = found.groups() if found else ("text",)
+    given = dict(zip(("dump", "packed", "no_eot", "wrap"), values))
     if name == "text" or any(value and key not in options_of(name) for key, value in given.items()):
         return None
-    return (
-        name + " --packed" * bool(packed) + " --no_eot" * bool(no_eot) + (f" --wrap {wrap}" if wrap else "")
-    )
+    if default_folder(name, **given) != folder:
+        return None
+    with_value = "".join(f" --{key} {given[key]}" for key in ("dump", "wrap") if given[key])
+    return name + " --packed" * bool(given["packed"]) + " --no_eot" * bool(given["no_eot"]) + with_value
 
 
 def prepare(name, out=None, overwrite=False, **options):
@@ -445,7 +540,8 @@ def prepare(name, out=None, overwrite=False, **options):
     for option in options:
         if option not in allowed:
             fail(f"--{option} does not apply to {name}; its options are --{' --'.join(allowed)}")
-    folder = folder_of(out or default_folder(name, **options))
+    default = default_folder(name, **options)
+    folder = folder_of(out or default)
     if folder.exists() and not overwrite:
         fail(f"{folder}: exists; --overwrite replaces it")
     if folder.exists() and not (folder / "meta.json").exists():
@@ -470,16 +566,17 @@ def announce(meta, name, out=None, **options):
     """Print what was made and the command that trains on it or, where there is nothing to train on, evaluates."""
     for split, of in meta["splits"].items():
         print(f"{split:5} {of['tokens']:14,} tokens {of['characters']:16,} characters")
-    data = out or meta["name"]
+    data, example = out or meta["name"], EXAMPLES.get(meta["tokenizer"]["kind"])
     if "train" not in meta["splits"]:
-        print(f"now evaluate a model on it: python evaluate.py out/owt_mdlm/ckpt.pt --data={data}")
+        print(f"now evaluate a model on it: python evaluate.py out/{example}/ckpt.pt --data={data}")
         return
     folder = default_folder(name, **options)
 
     def nearness(config):  # made for this folder, for one like it, for the same text in another form
         made_for = CONFIGS[config]().data
         same_text = made_for.partition("_")[0] == name
-        return made_for == folder, same_text and ("_wrap" in made_for) == ("_wrap" in folder), same_text
+        alike = same_text and ("_wrap" in made_for) == ("_wrap" in folder)
+        return made_for == folder, alike, same_text, same_text and config == example
 
     config = max(CONFIGS, key=nearness)
     cfg, command = CONFIGS[config](), f"python train.py {config}"
@@ -498,14 +595,18 @@ def main(argv=None):
     p.add_argument("--out", help="folder: a bare name is under data/, anything with a slash is a path")
     p.add_argument("--tokenizer", help=f"text: {', '.join(TEXT_KINDS)}; default bpe")
     p.add_argument("--vocab_size", type=int, help="text, bpe: number of pieces; default 2048")
-    p.add_argument("--vocab", metavar="FILE", help="lm1b: vocab.txt or tokenizer.json of bert-base-uncased")
+    p.add_argument(
+        "--vocab", metavar="FILE", help="lm1b, slimpajama, fineweb: BERT's or Llama-2's tokenizer.json"
+    )
+    p.add_argument("--dump", help="fineweb: default CC-MAIN-2024-10")
+    p.add_argument("--tokens", type=int, help="fineweb: size of test; default 209715200")
     p.add_argument("--packed", action="store_true", default=None, help="lm1b: rows of many sentences")
     p.add_argument("--wrap", type=int, help="rows of this length; openwebtext: default 0, uncut")
     p.add_argument(
         "--no_eot", action="store_true", default=None, help="zero-shot sets: no EOT after documents"
     )
-    p.add_argument("--val_docs", type=int, help="openwebtext, lm1b: size of val; default 100000, 30000")
-    p.add_argument("--workers", type=int, help="openwebtext, lm1b: processes; default one per core")
+    p.add_argument("--val_docs", type=int, help="openwebtext, lm1b, slimpajama: size of val")
+    p.add_argument("--workers", type=int, help="all but the small sets: processes; default one per core")
     p.add_argument("--overwrite", action="store_true", help="replace the folder once the new one is complete")
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
     announce(prepare(**given), **given)

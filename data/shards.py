@@ -6,7 +6,9 @@ killed. Then each split, a range of all documents, is written in one pass, a few
 """
 
 import hashlib
+import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -35,6 +37,8 @@ class Recipe(NamedTuple):
     before: tuple = ()
     after: tuple = ()
     limit: int = 0  # 0: none
+    skip: tuple = ()  # (column, field, value) of documents to leave out, in files that have the column
+    tokens: int = 0  # so many ids, from the start, are enough: what comes after is not read; 0: all
 
 
 class Documents(NamedTuple):
@@ -58,8 +62,10 @@ def one_line(e):
 # Where shards are
 
 
-def find_shards(input, repo, pattern, revision=None):
-    """(source, shards in order): the user's files or, if there are none, the hub's whose names match."""
+def find_shards(input, repo, pattern, revision=None, under=None):
+    """(source, shards in order): the user's files or, if there are none, the hub's whose names match.
+
+    under: the folder that they are in, where a list of all files of the repo would be too long."""
     if input:
         for path in input:
             if not Path(path).is_file():
@@ -68,10 +74,13 @@ def find_shards(input, repo, pattern, revision=None):
     from huggingface_hub import HfApi
 
     try:
-        info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+        info = HfApi().dataset_info(repo, revision=revision, files_metadata=not under)
+        files = info.siblings
+        if under:
+            files = [*HfApi().list_repo_tree(repo, under, revision=info.sha, repo_type="dataset")]
     except Exception as e:  # the hub's and httpx' errors have no common base
         fail(f"{repo}: cannot list its files on the hub ({one_line(e)}); or give --input FILE...")
-    sha256 = {f.rfilename: f.lfs.sha256 if f.lfs else "" for f in info.siblings}
+    sha256 = {f.rfilename: f.lfs.sha256 if f.lfs else "" for f in files}
     names = sorted(name for name in sha256 if re.fullmatch(pattern, name))
     if not names:
         fail(f"{repo}: the hub has no {pattern} at revision {info.sha}; or give --input FILE...")
@@ -125,20 +134,21 @@ LINES = {
 }
 
 
-def read_documents(path, column, lines, size=1000):
+def read_documents(path, column, lines, skip=(), size=1000):
     """Batches of texts from a parquet or .jsonl file with this column, or else from `lines` of text."""
+    plain = re.sub(r"\.(zst|gz)$", "", str(path))
     with open(path, "rb") as f:
         is_parquet = f.read(4) == b"PAR1" or Path(path).suffix == ".parquet"
     if is_parquet:
-        yield from read_parquet(path, column, size)
+        yield from read_parquet(path, column, skip, size)
         return
     text_of = LINES.get(lines)
-    if Path(path).suffix == ".jsonl":
-        text_of = lambda line: json.loads(line)[column]
+    if plain.endswith(".jsonl"):
+        text_of = lambda line: text_in(json.loads(line), column, skip)
     if text_of is None:
         raise ValueError(f"neither a parquet nor a .jsonl file with a column {column!r}")
     texts = []
-    with open(path, "rb") as f:
+    with open(path, "rb") if plain == str(path) else decompressed(path) as f:
         for number, line in enumerate(f, 1):
             try:
                 texts.append(text_of(line.decode()))
@@ -149,7 +159,9 @@ def read_documents(path, column, lines, size=1000):
             except (KeyError, TypeError) as e:
                 wanted = column if isinstance(e, TypeError) else e.args[0]
                 raise ValueError(f"line {number}: must have a field {wanted!r}") from None
-            if not isinstance(texts[-1], str):
+            if texts[-1] is SKIPPED:
+                texts.pop()
+            elif not isinstance(texts[-1], str):
                 raise ValueError(f"line {number}: its field {column!r} is not text")
             if len(texts) == size:
                 yield texts
@@ -157,15 +169,32 @@ def read_documents(path, column, lines, size=1000):
     yield texts
 
 
-def read_parquet(path, column, size):
+SKIPPED = object()
+
+
+def text_in(record, column, skip):
+    """The text of a row of a file, or SKIPPED."""
+    text, about = record[column], record.get(skip[0]) if skip else None
+    return SKIPPED if isinstance(about, dict) and about.get(skip[1]) == skip[2] else text
+
+
+def decompressed(path):
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path)), 2**20)
+
+
+def read_parquet(path, column, skip, size):
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as parquet:
         names = parquet.schema_arrow.names
         if column not in names:
             raise ValueError(f"has no column {column!r}, only {', '.join(names)}")
-        for batch in parquet.iter_batches(size, columns=[column]):
-            texts = batch.column(0).to_pylist()
+        columns = [name for name in (column, *skip[:1]) if name in names]
+        for batch in parquet.iter_batches(size, columns=columns):
+            texts = [text_in(record, column, skip) for record in batch.to_pylist()]
+            texts = [text for text in texts if text is not SKIPPED]
             if not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"its column {column!r} has rows that are not text")
             yield texts
@@ -186,11 +215,17 @@ def tokenize(folder, shards, recipe, workers=None, **plan):
     work = partial_of(folder) / "shards"
     work.mkdir(exist_ok=True)
     begin_or_resume(work, dict(shards=shards, recipe=recipe._asdict(), **plan))
-    targets = [work / f"{i:05}" for i in range(len(shards))]
-    run_workers(shards, targets, recipe, workers)
-
+    targets, sizes, have = [], [], 0
+    while len(targets) < len(shards) and have < (recipe.tokens or math.inf):
+        n, more = len(targets), len(shards)
+        if recipe.tokens:  # the first, then as many as will do if they are as long
+            more = math.ceil((recipe.tokens - have) * n / have) if have else 1
+        new = [work / f"{i:05}" for i in range(n, min(n + more, len(shards)))]
+        run_workers(shards[n : n + more], new, recipe, workers)
+        targets += new
+        sizes += [np.fromfile(target.with_suffix(".sizes"), np.uint32).reshape(-1, 2) for target in new]
+        have = sum(int(s[:, 0].sum(dtype=np.int64)) for s in sizes)
     about = [json.loads(target.with_suffix(".json").read_text()) for target in targets]
-    sizes = [np.fromfile(target.with_suffix(".sizes"), np.uint32).reshape(-1, 2) for target in targets]
     return Documents(
         files=[target.with_suffix(".bin") for target in targets],
         dtype=dtype_of(tokenizer.vocab_size),
@@ -252,7 +287,7 @@ def tokenize_shard(shard, target, recipe, threads):
         tokenizer, detokenize = load_tokenizer(recipe.tokenizer), DETOKENIZERS[recipe.detokenizer]
         dtype, temporary = dtype_of(tokenizer.vocab_size), f"{target}.{os.getpid()}.tmp"
         with open(temporary, "wb") as ids_file, open(f"{temporary}.sizes.tmp", "wb") as sizes_file:
-            for texts in read_documents(path, recipe.column, recipe.lines):
+            for texts in read_documents(path, recipe.column, recipe.lines, recipe.skip):
                 texts = [detokenize(text) for text in texts]
                 sizes, out = [], []
                 for text, ids in zip(texts, tokenizer.encode_batch(texts, threads)):
@@ -266,6 +301,8 @@ def tokenize_shard(shard, target, recipe, threads):
                 np.array(sizes, np.uint32).tofile(sizes_file)
                 with progress.get_lock():
                     progress.value += len(texts)
+                if recipe.tokens and ids_file.tell() >= recipe.tokens * dtype.itemsize:
+                    break
             about["bytes"] = [ids_file.tell(), sizes_file.tell()]
         os.replace(temporary, target.with_suffix(".bin"))
         os.replace(f"{temporary}.sizes.tmp", target.with_suffix(".sizes"))
@@ -288,10 +325,11 @@ def finished(target, identity):
 # Ids -> splits
 
 
-def write_splits(folder, source, documents, borders, spec, wrap=0, pad=None):
+def write_splits(folder, source, documents, borders, spec, wrap=0, pad=None, tokens=None):
     """{split: characters} of the splits written, {split: (first document, last + 1)} = borders.
 
-    wrap: cut the stream of documents into rows [BOS] wrap-2 ids [EOS]; with pad: a row per document, filled up."""
+    wrap: cut the stream of documents into rows [BOS] wrap-2 ids [EOS]; with pad: a row per document, filled up.
+    tokens: only so many ids of a split's documents, which end in the last of them."""
     tokenizer, characters = tokenizer_of(spec), {}
     for split, (first, last) in borders.items():
         path, part = partial_of(folder) / f"{split}.bin", slice(first, last)
@@ -301,8 +339,11 @@ def write_splits(folder, source, documents, borders, spec, wrap=0, pad=None):
         else:
             start = documents.tokens[:first].sum(dtype=np.int64)
             stop = start + documents.tokens[part].sum(dtype=np.int64)
-            dropped = write_stream(path, stream(documents, start, stop), wrap, tokenizer)
-            characters[split] -= len(tokenizer.decode(dropped[dropped != tokenizer.eos]))
+            end = stop if tokens is None else min(start + tokens, stop)
+            dropped = write_stream(path, stream(documents, start, end), wrap, tokenizer)
+            dropped = np.concatenate([dropped, *stream(documents, end, stop)])
+            text = dropped[~np.isin(dropped, (tokenizer.bos, tokenizer.eos))]
+            characters[split] -= len(tokenizer.decode(text))
         if not path.stat().st_size:
             row = f"one row of --wrap={wrap}" if wrap else "one token"
             fail(f"{source}: too little text in {split} for {row}")

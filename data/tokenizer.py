@@ -4,12 +4,14 @@
 {"kind": "bpe", "json": "..."}                byte-level BPE of our own, as the tokenizers library writes it
 {"kind": "gpt2"}                              GPT-2's byte-level BPE, 50,257 ids, through tiktoken
 {"kind": "wordpiece", "vocab": "..."}         BERT's uncased WordPiece, with this vocab.txt: one piece a line
+{"kind": "llama", "json": "..."}              Llama-2's BPE, 32,000 ids, with this tokenizer.json
 
 Ids are 0..vocab_size-1; the id vocab_size is MASK, which is never encoded and is shown as █.
 Text that looks like a special token, [MASK] or <|endoftext|>, is encoded like any other.
 """
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,7 @@ MASK_SHOWN = "█"
 
 class Tokenizer(NamedTuple):
     vocab_size: int
-    encode: Callable  # text -> list of ids; ValueError, one line, on text that it cannot express
+    encode: Callable  # text, inside=False -> list of ids; ValueError, one line, on text it cannot express
     encode_batch: Callable  # texts, threads -> list of lists of ids
     decode: Callable  # ids -> text; bytes that are not UTF-8 become U+FFFD
     pieces: Callable  # ids -> list of strings, one per id, for a view of the canvas token by token
@@ -35,19 +37,22 @@ def load_tokenizer(spec):
         raise ValueError(f"unknown kind of tokenizer {spec.get('kind')!r}; there are {', '.join(KINDS)}")
     kind = KINDS[spec["kind"]](spec)
     table = [*kind["table"], MASK_SHOWN.encode()]  # the bytes of every id
+    prefix = kind.get("prefix", "")
 
     def decode(ids):  # joins bytes before decoding: one character may be spread over several tokens
-        text = b"".join(table[i] for i in ids).decode(errors="replace")
-        return text.removeprefix(" ") if spec["kind"] == "wordpiece" else text
+        return b"".join(table[i] for i in ids).decode(errors="replace").removeprefix(prefix)
 
-    def encode_batch(texts, threads=1):
+    def encode_batch(texts, threads=1, prefix=prefix):
         for text in texts:
             text.encode()  # half a surrogate pair, as a terminal may send: a ValueError for every kind
-        return kind["encode"](texts, threads)
+        return kind["encode"]([text and prefix + text for text in texts], threads)
+
+    def encode(text, inside=False):  # inside: the text goes on from another one, e.g. after a hole
+        return encode_batch([text], prefix="" if inside else prefix)[0]
 
     return Tokenizer(
         vocab_size=len(table) - 1,
-        encode=lambda text: encode_batch([text])[0],
+        encode=encode,
         encode_batch=encode_batch,
         decode=decode,
         pieces=lambda ids: [table[i].decode(errors="replace") for i in ids],
@@ -65,7 +70,8 @@ def tokenizer_of(spec):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The kinds: spec -> encode (texts, threads -> lists of ids), table (the bytes of every id), bos and eos if any
+# The kinds: spec -> encode (texts, threads -> lists of ids), table (the bytes of every id) and, if any, bos,
+# eos and the prefix that is put before a text to be encoded, and that decoding removes
 
 
 def char(spec):
@@ -135,12 +141,49 @@ def wordpiece(spec):
     return dict(
         encode=lambda texts, threads: [model.encode(text).ids for text in texts],
         table=[(piece[2:] if piece.startswith("##") else " " + piece).encode() for piece in vocab],
+        prefix=" ",
         bos=ids["[CLS]"],
         eos=ids["[SEP]"],
     )
 
 
-KINDS = {"char": char, "bpe": bpe, "gpt2": gpt2, "wordpiece": wordpiece}
+def llama(spec):
+    """Spaces are spelled ▁, and what has no piece in bytes, <0x00> to <0xFF>. ▁ itself becomes a space.
+
+    The prefix makes a word at the start of a text the same piece as elsewhere. Text behind a hole or a prompt
+    has to be encoded with inside=True, or it would begin with a space too many. Of the file only pieces and
+    merges are used, no special tokens, template or truncation: encoding adds no ids and no text is special."""
+    from tokenizers import Tokenizer as BPE
+    from tokenizers import models, normalizers
+
+    try:
+        file = json.loads(spec["json"])["model"]
+        ids, merges = file["vocab"], [m.split(" ") if isinstance(m, str) else m for m in file["merges"]]
+        merges = [tuple(m) for m in merges if "".join(m) not in LLAMA_PIECES]
+        table = sorted(ids, key=ids.get)
+        if [ids[piece] for piece in table] != list(range(len(ids))) or LLAMA_PIECES - ids.keys():
+            raise ValueError("its pieces must have ids from 0 on, <s>, </s>, <unk> and 256 bytes among them")
+        model = BPE(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    except Exception as e:  # those of tokenizers have no class of their own
+        raise ValueError(f"not a tokenizer.json of Llama's form ({type(e).__name__}: {e})") from None
+    model.normalizer = normalizers.Replace(" ", "▁")
+
+    def spelled(piece):
+        byte = re.fullmatch("<0x(..)>", piece)
+        return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode()
+
+    return dict(
+        encode=lambda texts, threads: [model.encode(text).ids for text in texts],
+        table=[spelled(piece) for piece in table],
+        prefix=" ",
+        bos=ids["<s>"],
+        eos=ids["</s>"],
+    )
+
+
+LLAMA_PIECES = {"<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))}  # never merged from text
+
+KINDS = {"char": char, "bpe": bpe, "gpt2": gpt2, "wordpiece": wordpiece, "llama": llama}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -157,6 +200,16 @@ def read_wordpiece(path):
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: neither a vocab.txt nor a tokenizer.json") from None
     return {"kind": "wordpiece", "vocab": text}
+
+
+def read_llama(path):
+    """The spec in a tokenizer.json; ValueError if it is none of Llama's form."""
+    try:
+        spec = {"kind": "llama", "json": Path(path).read_text(encoding="utf-8")}
+        load_tokenizer(spec)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    return spec
 
 
 def train_bpe(texts, vocab_size):

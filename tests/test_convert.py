@@ -38,6 +38,18 @@ D, COND, LAYERS, HEADS = 16, 8, 2, 2
 
 def shapes(rows, kind="dit"):
     """{name: shape} of a network in the order of its parameters()."""
+    if kind == "smdm":
+        of = {"lm_head.weight": (32000, D), "transformer.wte.weight": (rows, D)}
+        for i in range(LAYERS):
+            b, mlp = f"transformer.h.{i}.", f"transformer.h.{i}.mlp.swiglu."
+            of |= {b + "norm_1.weight": (D,), b + "attn.attn.weight": (3 * D, D)}
+            of |= {b + "attn.proj.weight": (D, D), b + "norm_2.weight": (D,)}
+            of |= {
+                mlp + "w1.weight": (4 * D, D),
+                mlp + "w2.weight": (4 * D, D),
+                mlp + "w3.weight": (D, 4 * D),
+            }
+        return of | {"transformer.ln_f.weight": (D,)}
     linear = lambda name, n, m: {f"{name}.weight": (n, m), f"{name}.bias": (n,)}
     embed, clock, last = "vocab_embed.embedding", "sigma_map", "output_layer."
     if kind == "nanodd":
@@ -60,11 +72,9 @@ def recipe(rows, kind="dit", seed=0):
     weights = {}
     for i, (name, shape) in enumerate(shapes(rows, kind).items()):
         u = np.random.Generator(np.random.Philox(key=[seed, i])).random(shape)
-        u = (
-            0.5 + u
-            if "norm" in name
-            else (2 * u - 1) * (1.0 if "embed" in name and "mlp" not in name else 0.4)
-        )
+        embedding = "wte" in name or "embed" in name and "mlp" not in name
+        scale = 1.0 if embedding else 0.25 if kind == "smdm" else 0.4
+        u = 0.5 + u if "norm" in name or "ln_f" in name else (2 * u - 1) * scale
         weights[name] = torch.from_numpy(u.astype(np.float32))
     return weights
 
@@ -416,6 +426,154 @@ def test_the_result_samples_and_evaluates(corpus, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# SMDM: lit_gpt/diffmodel.py TransEncoder and lit_gpt/model.py GPT, ML-GSAI/SMDM 583aa477, recorded as the
+# others, with its RMSNorm in Python, xformers' SwiGLU and flash_attn's rotary kernel replaced by what they
+# compute: logits of row 1 of smdm_ids, positions 3, 21 and 45, outputs 0, 5, 11, 16000, 31998 and 31999, with
+# the rotary tables rounded to bfloat16, as upstream does, and with its tables in float32.
+
+SMDM_ANSWERS = {
+    ("mdlm", "bfloat16"): [
+        [-0.201966, 0.600388, -0.173546, 0.845630, -1.198632, -0.654340],
+        [-0.232259, 0.612856, -0.160600, 0.816871, -1.168431, -0.669196],
+        [-0.236612, 0.617209, -0.149940, 0.793945, -1.165518, -0.665375]],
+    ("mdlm", "float32"): [
+        [-0.202059, 0.600274, -0.173494, 0.845617, -1.198584, -0.654334],
+        [-0.232362, 0.612893, -0.160607, 0.816845, -1.168377, -0.669275],
+        [-0.236627, 0.617101, -0.149892, 0.793901, -1.165504, -0.665325]],
+    ("ar", "bfloat16"): [
+        [0.425552, -0.622112, -0.178556, -1.135177, 0.277260, 0.170146],
+        [-0.483954, 0.174349, -0.582180, 0.628017, -0.244366, -0.653731],
+        [-0.212639, 0.575279, 0.104043, -0.845197, -0.176720, -0.608257]],
+    ("ar", "float32"): [
+        [0.425524, -0.622066, -0.178582, -1.135191, 0.277242, 0.170130],
+        [-0.483836, 0.174417, -0.582001, 0.628066, -0.244427, -0.653747],
+        [-0.212548, 0.575262, 0.104131, -0.845258, -0.176691, -0.608150]],
+}  # fmt: skip
+
+
+def smdm_ids(loss):
+    """(2, 48) ids; for masked diffusion each third is MASK."""
+    x = torch.from_numpy(np.random.Generator(np.random.Philox(key=[9, 9])).integers(5, 31999, (2, 48)))
+    return x.index_fill(1, torch.arange(0, 48, 3), 32000) if loss == "mdlm" else x
+
+
+def smdm_answers(y, loss):
+    """Of logits (2, 48, V); upstream's causal output j is about token j + 1."""
+    return y[1, torch.tensor([3, 21, 45]) + (loss == "ar")][:, [0, 5, 11, 16000, 31998, 31999]]
+
+
+def smdm_file(path, loss="mdlm", **changes):
+    """A .safetensors file, or a run's .pth; a change to None leaves the tensor out."""
+    from safetensors.torch import save_file
+
+    weights = recipe({"mdlm": 32001, "ar": 32000}[loss], "smdm") | changes
+    weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
+    if path.suffix == ".safetensors":
+        save_file(weights, path)
+    else:
+        adam = {"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(3)}}, "param_groups": []}
+        ckpt = dict(model=weights, optimizer=adam, hparams={"model_name": "Diff_LLaMA_6M"})
+        torch.save(ckpt | dict(iter_num=640, step_count=20), path)
+    return path
+
+
+def llama_json(pieces):
+    """A tokenizer.json in the layout of Llama's: three special tokens, 256 bytes, then text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *"▁the", "th", "the", "▁the"]
+    ids = {word: i for i, word in enumerate(words + [f"w{i}" for i in range(pieces - len(words))])}
+    merges = [("t", "h"), ("th", "e"), ("▁", "the")]
+    model = models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaces = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence(list(spaces))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer.to_str()
+
+
+@pytest.fixture
+def llama(tmp_path, monkeypatch):
+    """The arguments --vocab FILE; the table of sizes has the test network's, which upstream's has not."""
+    monkeypatch.setitem(convert.SMDM_SIZES, 0, (LAYERS, HEADS, D))
+    (tmp_path / "tokenizer.json").write_text(llama_json(32000), "utf-8")
+    return "--vocab", tmp_path / "tokenizer.json"
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("loss", ["mdlm", "ar"])
+def test_smdms_files_give_its_logits(loss, suffix, tmp_path, llama):
+    run(smdm_file(tmp_path / f"smdm{suffix}", loss), tmp_path / "ckpt.pt", *llama)
+    model, cfg = load(tmp_path / "ckpt.pt")
+    answers = lambda: smdm_answers(model(smdm_ids(loss), T_UP), loss)
+    upstream = lambda tables: torch.tensor(SMDM_ANSWERS[loss, tables])
+    torch.testing.assert_close(answers(), upstream("float32"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(answers(), upstream("bfloat16"), atol=1e-3, rtol=0)
+    for table in model.cos, model.sin:  # the tables are all that differs
+        table.copy_(table.bfloat16())
+    torch.testing.assert_close(answers(), upstream("bfloat16"), atol=1e-5, rtol=0)
+
+    assert model.step == (20 if suffix == ".pth" else 0) and model.tokenizer["kind"] == "llama"
+    assert model.tokenizer["json"] == llama[1].read_text("utf-8")
+    assert (cfg.loss, cfg.causal, cfg.bos) == (("ar", True, True) if loss == "ar" else ("mdlm", False, False))
+    assert (cfg.vocab_size, cfg.seq_len, cfg.n_head, cfg.mlp_width) == (32000, 2048, HEADS, 4 * D)
+    assert model.embed.weight[-1].any() == (loss == "mdlm")  # AR has no MASK
+
+
+SMDM_BAD = {
+    "missing: transformer.h.1.mlp.swiglu.w2.weight": {"transformer.h.1.mlp.swiglu.w2.weight": None},
+    "missing: lm_head.weight": {"lm_head.weight": None},
+    "unknown: transformer.h.0.attn.attn.bias": {"transformer.h.0.attn.attn.bias": torch.ones(48)},
+    "transformer.h.0.attn.attn.weight [32, 16] instead of [48, 16]": {
+        "transformer.h.0.attn.attn.weight": torch.ones(32, 16)},  # grouped queries
+    "lm_head.weight [32000, 16] instead of [32000, 16]": {
+        "lm_head.weight": torch.ones(32000, 16, dtype=torch.int8)},
+    "an embedding of 50257 rows, but SMDM's have 32001, or 32000 if AR": {
+        "transformer.wte.weight": torch.ones(50257, 16)},  # GPT-2
+    "3 layers of width 16: none of SMDM's sizes": {"transformer.h.2.norm_1.weight": torch.ones(16)},
+    "has no embedding, but lm_head.weight": {"transformer.wte.weight": None},
+    "not as nanoMDLM, MDLM, SEDD, nanoDD or SMDM write it": {"transformer.wte.weight": torch.ones(16)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", SMDM_BAD)
+def test_smdms_tensors_that_do_not_fit_are_named(message, tmp_path, llama, capsys):
+    source = smdm_file(tmp_path / "x.safetensors", **SMDM_BAD[message])
+    assert message in refused(capsys, source, tmp_path / "x.pt", *llama)
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_smdms_choices_that_do_not_fit_are_named(tmp_path, llama, capsys):
+    source, out = smdm_file(tmp_path / "x.safetensors"), tmp_path / "x.pt"
+    assert "an embedding of 32001 rows is for loss=mdlm" in refused(
+        capsys, source, out, "--loss", "ar", *llama
+    )
+    assert "none.json" in refused(capsys, source, out, "--vocab", tmp_path / "none.json")
+    llama[1].write_text(llama_json(300), "utf-8")
+    assert "32000 tokens, but a vocabulary of 300" in refused(capsys, source, out, *llama)
+
+
+def test_smdms_size_tells_its_heads():
+    """All 30 sizes are told apart by what tensors tell."""
+    assert len({(n_layer, d) for n_layer, _, d in convert.SMDM_SIZES.values()}) == 30
+
+
+def test_one_file_of_a_repository(tmp_path, llama, capsys, monkeypatch):
+    """And no more of it: SMDM's has hundreds of gigabytes."""
+    asked, file = [], "mdm_safetensors/mdm-19M-6e18.safetensors"
+    smdm_file(tmp_path / "x.safetensors")
+    download = lambda *args: asked.append(args) or str(tmp_path / "x.safetensors")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    run(f"nieshen/SMDM:{file}", tmp_path / "x.pt", *llama)
+    assert asked == [("nieshen/SMDM", file)] and load(tmp_path / "x.pt")[1].n_embd == D
+    for local in "models/x.safetensors", "models/sub/x.safetensors", "no/such/folder:x.pt":
+        assert "no such file or folder" in refused(capsys, local, tmp_path / "y.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------
 # What is refused
 
 
@@ -457,7 +615,7 @@ BAD_TENSORS = {
     "output_layer.linear.bias [35] instead of [35]": change(
         "backbone.output_layer.linear.bias", torch.ones(35, dtype=torch.long)
     ),
-    "not MDLM's, SEDD's or nanoDD's: has no embedding, but sigma_map.mlp.0.weight": change(
+    "not MDLM's, SEDD's, nanoDD's or SMDM's: has no embedding, but sigma_map.mlp.0.weight": change(
         "backbone.vocab_embed.embedding"
     ),
     "an embedding of 77 rows": change("backbone.vocab_embed.embedding", torch.ones(77, 16)),
@@ -658,6 +816,7 @@ def checkpoint_of(path, cfg, tokenizer, best=1.5):
 
 
 SMALL = Config(vocab_size=27, seq_len=16, n_layer=1, n_head=2, n_embd=16, cond_dim=8, data="words")
+SMDM = replace(SMALL, cond_dim=0, norm="rms", mlp="swiglu", bias=False, init="smdm", mlp_width=24)
 CHAR = {"kind": "char", "characters": " abcdefghijklmnopqrstuvwxyz"}
 EXPORTS = {
     "mdlm": SMALL,
@@ -668,6 +827,8 @@ EXPORTS = {
     "sedd": replace(SMALL, loss="sedd", time_cond=True),
     "ar": replace(SMALL, loss="ar", causal=True, cond_dim=0),
     "ar_bos": replace(SMALL, loss="ar", causal=True, cond_dim=0, bos=True),
+    "smdm": SMDM,
+    "smdm_ar": replace(SMDM, loss="ar", causal=True, bos=True),
 }
 
 
@@ -741,7 +902,7 @@ def test_there_and_back(tmp_path, capsys):
     assert "size mismatch for embed.weight" in line
     del config["nanomdlm"]["config"]
     (tmp_path / "hub" / "config.json").write_text(json.dumps(config))
-    assert "not as nanoMDLM, MDLM, SEDD or nanoDD write it (KeyError: 'config')" in refused(
+    assert "not as nanoMDLM, MDLM, SEDD, nanoDD or SMDM write it (KeyError: 'config')" in refused(
         capsys, tmp_path / "hub", tmp_path / "x.pt"
     )
 
@@ -773,6 +934,26 @@ def test_upstreams_model_in_transformers(tmp_path, transformers):
     logits = model(x).logits[1, [2, 8]][:, shown(50258)]
     torch.testing.assert_close(logits, torch.tensor(ANSWERS[key][0]), atol=1e-4, rtol=0)
     assert "GPT-2's" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("loss", ["mdlm", "ar"])
+def test_smdms_model_in_transformers(loss, tmp_path, llama, transformers):
+    folder = tmp_path / f"smdm_{loss}"
+    run(smdm_file(tmp_path / "x.safetensors", loss), folder, *llama)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
+    logits = smdm_answers(model(smdm_ids(loss)).logits, loss)
+    torch.testing.assert_close(logits, torch.tensor(SMDM_ANSWERS[loss, "float32"]), atol=1e-5, rtol=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.mask_token_id == 32000 and "in tokenizer.json" in (folder / "README.md").read_text()
+    spec = {"kind": "llama", "json": llama[1].read_text("utf-8")}
+    for text in "the the", "é  h":
+        theirs = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert load_tokenizer(spec).encode(text) == theirs
+    run(folder, tmp_path / "back.pt")
+    run(tmp_path / "x.safetensors", tmp_path / "direct.pt", *llama)
+    direct, back = read_checkpoint(tmp_path / "direct.pt"), read_checkpoint(tmp_path / "back.pt")
+    assert direct["tokenizer"] == back["tokenizer"] == spec and direct["config"] == back["config"]
+    assert all(torch.equal(direct["ema"][k], back["ema"][k]) for k in direct["ema"])
 
 
 def test_a_bpe_folder_has_a_tokenizer_of_transformers(tmp_path, transformers):

@@ -130,7 +130,7 @@ def test_tokenizer_errors_are_one_line_that_names_the_culprit():
     with pytest.raises(ValueError, match=r"^not in the vocabulary: '\\n' 'é'$"):
         load_tokenizer({"kind": "char", "characters": "ab"}).encode("aéb\n")
     for spec in ({"kind": "words"}, {}):
-        with pytest.raises(ValueError, match="^unknown kind .*char, bpe, gpt2, wordpiece$"):
+        with pytest.raises(ValueError, match="^unknown kind .*char, bpe, gpt2, wordpiece, llama$"):
             load_tokenizer(spec)
 
 

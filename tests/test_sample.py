@@ -149,9 +149,10 @@ def test_guidance_by_the_prompt(checkpoint, capsys):
 
 def test_a_text_ends_at_the_first_eos_that_was_written():
     canvas = torch.tensor([9, 1, 50, 50, 50])  # 9 ends texts, and begins this one
-    assert sample.written([9, 1, 2, 9, 9], canvas, 9) == [9, 1, 2]
-    assert sample.written([9, 1, 2, 3, 4], canvas, 9) == [9, 1, 2, 3, 4]
-    assert sample.written([9, 1, 2, 9, 9], canvas, None) == [9, 1, 2, 9, 9]
+    assert sample.written([9, 1, 2, 9, 9], canvas, Config(), 9) == [9, 1, 2]
+    assert sample.written([9, 1, 2, 3, 4], canvas, Config(), 9) == [9, 1, 2, 3, 4]
+    assert sample.written([9, 1, 2, 9, 9], canvas, Config()) == [9, 1, 2, 9, 9]
+    assert sample.written([9, 1, 2, 9, 9], canvas, Config(bos=True), 9) == [1, 2]  # which is no text
 
 
 def test_the_greedy_end_acts_in_the_last_step(checkpoint, capsys):
