@@ -100,10 +100,13 @@ def time_of(u, cfg):
     about half of the text is visible, from which a young network learns most (arXiv 2605.13026 has the idea).
     The losses keep their weights, so a training loss then averages the bound's terms over the bell instead
     of evenly: it is not the bound. Evaluation never uses it."""
-    u = u.double()
-    if cfg.time_law == "bell":
-        u = 0.5 - torch.sin(torch.asin(1 - 2 * u) / 3)  # solves 3 t^2 - 2 t^3 = u
+    u = by_law(u, cfg)
     return (torch.floor(cfg.T * u) + 1) / cfg.T if cfg.T else cfg.t_min + (1 - cfg.t_min) * u
+
+
+def by_law(u, cfg):
+    u = u.double()
+    return 0.5 - torch.sin(torch.asin(1 - 2 * u) / 3) if cfg.time_law == "bell" else u  # 3 t^2 - 2 t^3 = u
 
 
 def mask_tokens(x0, alpha_t, maskable, mask_id, u=None):
@@ -127,15 +130,15 @@ TIME_DRAWS = ("stratified", "iid", "importance", "counts")
 
 def draw(x0, maskable, cfg, u, v):
     """Training's noise, from uniforms u (B,) and v (B, L): t (B,), xt (B, L), and the weights (B,) that make the
-    losses' expectation that of t uniform in [t_min, 1) again.
+    losses' expectation that of t by the time law on [t_min, 1) again.
 
     stratified, iid    how the caller drew u: one in each stratum of the global batch, or independently
     importance         log t uniform (MDLM's importance sampling): the weight of a masked token is the same
                        for all t with the linear schedule
-    counts             exactly l masks, l uniform on 1 .. n: `exact_count_bound`, for training"""
+    counts             exactly l masks, l / n by the time law, from 1 / n whatever t_min: `exact_count_bound`"""
     if cfg.time_draw == "counts":
         n = maskable.sum(-1)
-        count = torch.floor(n * time_of(u, cfg)).long() + 1
+        count = (torch.floor(n * by_law(u, cfg)) + 1).clamp(max=n.clamp(min=1)).long()
         xt, fraction = mask_exactly(x0, count, maskable, cfg.mask_id, v)
         t = time_at(cfg.schedule, fraction)
         return t, xt, n / count / bound_weight(t, cfg)  # n / count instead of the loss's own weight
@@ -216,9 +219,8 @@ def d3pm(model, x0, maskable, cfg, t=None, xt=None):
                            KL = r (a_t - log p(x0)) + (1 - r) (a_t - a_s)
     The last two are the ablations of MDLM (arXiv 2406.07524), its "D3PM". x0 (B, L) -> (B, L) nats."""
     t, xt = corrupt(x0, maskable, cfg, t, xt)
-    masked = maskable & (xt == cfg.mask_id)
     if cfg.aux_ce:
-        weight = bound_weight(t, cfg).float()[:, None] * masked
+        weight = bound_weight(t, cfg).float()[:, None] * (maskable & (xt == cfg.mask_id))
         weight = torch.where((t * cfg.T < 1.5)[:, None], float(cfg.T), weight + cfg.T * cfg.aux_ce)
         return weight * nll(model, x0, xt, t, maskable)
     kl = mdlm if cfg.zero_masking else posterior_kl
@@ -294,19 +296,33 @@ def row_generators(seed, rows):
     return [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in rows]
 
 
-def uniform(x, gen):
-    """float64 uniforms in [0, 1) of the shape of x (B, L); row i is drawn from gen[i] when gen is given."""
+def uniform(at, gen):
+    """float64 uniforms in [0, 1) for the positions `at` (B, L). With gen, row i is drawn from gen[i], and only if
+    something is asked in it: what a finished row would draw must not depend on how long others take."""
     if gen is None:
-        return torch.rand(x.shape, dtype=torch.float64, device=x.device)
-    return torch.stack([torch.rand(x.shape[1], dtype=torch.float64, generator=g) for g in gen]).to(x.device)
+        return torch.rand(at.shape, dtype=torch.float64, device=at.device)
+    u = torch.zeros(at.shape, dtype=torch.float64)
+    for row, g, asked in zip(u, gen, at.any(-1).tolist()):
+        if asked:
+            torch.rand(len(row), dtype=torch.float64, generator=g, out=row)
+    return u.to(at.device)
 
 
 def categorical(log_p, u):
     """One token per row of log_p (N, V), by inverting the cumulative distribution at u (N,).
     float64: float32 noise cuts off the rare tokens and quietly lowers the temperature (arXiv 2409.02908)."""
-    cdf = log_p.double().exp().cumsum(-1)
-    token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-    return token.clamp(max=log_p.shape[-1] - 1)
+
+    def draw(log_p, u):
+        cdf = log_p.double().exp().cumsum(-1)
+        token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+        return token.clamp(max=log_p.shape[-1] - 1)
+
+    return in_parts(draw, log_p, u)
+
+
+def in_parts(function, *tensors, rows=1024):
+    """function(*tensors) by parts of so many rows: in float64, a large vocabulary's are larger than the network."""
+    return torch.cat([function(*part) for part in zip(*(a.split(rows) for a in tensors))])
 
 
 def denoiser(model, cfg):
@@ -338,40 +354,63 @@ def cached_denoiser(model, cfg):
     def denoise(x, t, at):
         nonlocal past, seen
         columns = at.any(0).nonzero()
-        if len(columns) != 1:
+        if len(columns) != 1 or (i := int(columns)) < cfg.bos:
             return plain(x, t, at)
-        i = int(columns)
         if seen is None or len(seen) != len(x) or seen.shape[1] >= i or (seen != x[:, : seen.shape[1]]).any():
-            past = [[0] for _ in model.blocks]
-        seen = x[:, :i]
+            past = [[] for _ in model.blocks]
+        seen = x[:, :i].clone()
         return log_probabilities(model.next_logits(seen, past)[at[:, i]], cfg)
 
     return denoise
 
 
+def shaped(denoise, shape):
+    """denoise with its answers passed through shape(log_p (N, V), normalised, t (N,)). What they sum to is kept, and
+    so are both of its sides, for `by_confidence`: .plain is the network's own answer, .shape makes the rest of it."""
+    plain, inner = getattr(denoise, "plain", denoise), getattr(denoise, "shape", lambda log_p, t, at: log_p)
+
+    def outer(log_p, t, at):
+        log_p = inner(log_p, t, at)
+        mass = log_p.logsumexp(-1, keepdim=True)
+        return shape(log_p - mass, t[:, None].expand(at.shape)[at]) + mass
+
+    both = lambda x, t, at: outer(plain(x, t, at), t, at)
+    both.plain, both.shape = plain, outer
+    return both
+
+
+def greedy(log_p):
+    return F.log_softmax(log_p.masked_fill(log_p < log_p.amax(-1, keepdim=True), -math.inf), -1)
+
+
 def with_temperature(denoise, temperature):
     """p ** (1 / temperature), normalised; 0 is greedy."""
 
-    def tempered(x, t, at):
-        log_p = denoise(x, t, at).double()
+    def tempered(log_p, t):
+        if not temperature:
+            return greedy(log_p)
+        log_p = log_p.double()
         log_p = log_p - log_p.amax(-1, keepdim=True)  # the best at exactly 0, whatever it is divided by
-        return F.log_softmax(
-            log_p / temperature if temperature else log_p.masked_fill(log_p < 0, -math.inf), -1
-        )
+        return F.log_softmax(log_p / temperature, -1)
 
-    return tempered
+    return shaped(denoise, tempered)
 
 
 def with_top_p(denoise, top_p):
     """The smallest set of likeliest tokens that holds a mass of top_p, renormalised (nucleus sampling)."""
 
-    def truncated(x, t, at):
-        log_p, order = F.log_softmax(denoise(x, t, at), -1).sort(-1, descending=True)
+    def truncated(log_p, t):
+        log_p, order = log_p.sort(-1, descending=True)
         before = log_p.exp().cumsum(-1) - log_p.exp()  # mass of the likelier tokens
         log_p = log_p.masked_fill(before >= top_p, -math.inf)
         return F.log_softmax(torch.empty_like(log_p).scatter_(-1, order, log_p), -1)
 
-    return truncated
+    return shaped(denoise, truncated)
+
+
+def with_greedy_end(denoise, end):
+    """The likeliest token instead of a drawn one where t <= end; with end one step, in the last of them."""
+    return shaped(denoise, lambda log_p, t: torch.where((t <= end)[:, None], greedy(log_p), log_p))
 
 
 def with_guidance(denoise, given, w, mask_id):
@@ -385,20 +424,6 @@ def with_guidance(denoise, given, w, mask_id):
         return F.log_softmax((1 + w) * with_it - w * without, -1)
 
     return guided
-
-
-def with_greedy_end(denoise, end):
-    """The likeliest token instead of a drawn one where t <= end: MDLM's "noise removal", with end one step."""
-    greedy = with_temperature(denoise, 0)
-
-    def ended(x, t, at):
-        last = (t <= end)[:, None].expand(at.shape)[at]  # (N,)
-        if last.all():
-            return greedy(x, t, at)
-        log_p = denoise(x, t, at)
-        return torch.where(last[:, None], greedy(x, t, at), log_p) if last.any() else log_p
-
-    return ended
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -416,11 +441,11 @@ def by_steps(denoise, x, steps, cfg, gen, chance):
         masked = x == cfg.mask_id
         if not masked.any():
             return
-        log_p = denoise(x, grid[n].expand(len(x)), masked).double()
-        draw = x.masked_scatter(masked, categorical(log_p, uniform(x, gen)[masked]))
-        mass = log_p.exp().sum(-1)
+        log_p = denoise(x, grid[n].expand(len(x)), masked)
+        token = x.masked_scatter(masked, categorical(log_p, uniform(masked, gen)[masked]))
+        mass = in_parts(lambda part: part.double().exp().sum(-1), log_p)
         p = chance(grid[n], grid[n - 1], mass).expand_as(mass) if n else torch.ones_like(mass)
-        x = torch.where(masked & (uniform(x, gen) < spread(p, masked)), draw, x)
+        x = torch.where(masked & (uniform(masked, gen) < spread(p, masked)), token, x)
         yield x
 
 
@@ -430,11 +455,11 @@ def ddpm(denoise, x, steps, cfg, gen=None):
     `posterior_kl`. (MDLM's code drops the MASK probability of such a network.)"""
 
     def chance(t, s, mass):
+        if cfg.zero_masking:
+            return reveal_chance(t, s, cfg)
         alpha_t, alpha_s = alpha(cfg.schedule, t), alpha(cfg.schedule, s)
         return (alpha_s - alpha_t) * mass / (1 - alpha_t * mass)
 
-    if cfg.zero_masking:
-        chance = lambda t, s, mass: reveal_chance(t, s, cfg)
     yield from by_steps(denoise, x, steps, cfg, gen, chance)
 
 
@@ -453,7 +478,9 @@ def euler(denoise, x, steps, cfg, gen=None):
 def reveal_at(denoise, x, time, cfg, gen):
     """Reveal every masked position of x at its given time (B, L): each row jumps from event to event, so the
     network is called only when something happens, the head only on the positions that it happens to."""
-    which = uniform(x, gen)  # a position is drawn once, so one uniform each is all the randomness there is
+    which = uniform(
+        x == cfg.mask_id, gen
+    )  # a position is drawn once, so one uniform each is all the randomness there is
     while (masked := x == cfg.mask_id).any():
         t = torch.where(masked, time, 0).amax(-1)  # (B,) each row's own next event
         now = masked & (time == t[:, None])  # equal, since t is a copy of one of them
@@ -462,20 +489,21 @@ def reveal_at(denoise, x, time, cfg, gen):
 
 
 def ddpm_cache(denoise, x, steps, cfg, gen=None):
-    """The law of `ddpm` in at most min(steps, L) calls, for any batch, prompt or time-conditioned network.
+    """The law of `ddpm` in at most min(steps, L) calls, for any batch, prompt or time-conditioned network that
+    does not answer MASK.
 
     When a position is revealed does not depend on the network: in step n with probability
     alpha((n-1)/steps) - alpha(n/steps), independently of all others. So draw the steps first and visit only
     those in which something happens. (MDLM's cache skips the same steps, but a change in any row of the
     batch ends it, and it is off for time-conditioned networks.)"""
-    time = time_at(cfg.schedule, uniform(x, gen))
+    time = time_at(cfg.schedule, uniform(x == cfg.mask_id, gen))
     yield from reveal_at(denoise, x, torch.ceil(time * steps) / steps, cfg, gen)
 
 
 def first_hitting(denoise, x, steps, cfg, gen=None):
     """The limit of infinitely many steps (arXiv 2409.02908): one token per call, at its own continuous time;
     `steps` is not used. L calls for L masks."""
-    yield from reveal_at(denoise, x, time_at(cfg.schedule, uniform(x, gen)), cfg, gen)
+    yield from reveal_at(denoise, x, time_at(cfg.schedule, uniform(x == cfg.mask_id, gen)), cfg, gen)
 
 
 def left_to_right(denoise, x, steps, cfg, gen=None):
@@ -489,29 +517,39 @@ def left_to_right(denoise, x, steps, cfg, gen=None):
 def by_confidence(score):
     """The sampler that draws a token for every mask, ranks them by score(log_p (N, V), token (N,)) -> (N,), and
     keeps each row's best: so many that after step n a fraction 1 - alpha((n-1) / steps) of the row's masks is left,
-    rounded up. The ranking is a row's own (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992). Not a sample from the
-    model: sure tokens come first."""
+    rounded up. The ranking is a row's own, and by the network's own log_p, whatever temperature the token was drawn
+    at (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992). Not a sample from the model: sure tokens come first."""
 
     def sampler(denoise, x, steps, cfg, gen=None):
+        plain, shape = (
+            getattr(denoise, "plain", denoise),
+            getattr(denoise, "shape", lambda log_p, t, at: log_p),
+        )
         total = (x == cfg.mask_id).sum(-1)
         left = 1 - alpha(cfg.schedule, torch.arange(steps, dtype=torch.float64) / steps)
         for n in range(steps, 0, -1):
             masked = x == cfg.mask_id
-            reveal = masked.sum(-1) - torch.ceil(total * left[n - 1] - 1e-9).long()  # (B,), 0 in some steps
+            reveal = (
+                masked.sum(-1) - torch.ceil(total * left[n - 1].item() - 1e-9).long()
+            )  # (B,), 0 in some steps
             asked = masked & (reveal > 0)[:, None]
             if not asked.any():
                 continue
-            log_p = F.log_softmax(
-                denoise(x, torch.full(x.shape[:1], n / steps, device=x.device), asked).double(), -1
-            )
-            token = categorical(log_p, uniform(x, gen)[asked])
-            value = spread(score(log_p, token), asked).masked_fill(~asked, -math.inf)
+            t = torch.full(x.shape[:1], n / steps, device=x.device)
+            log_p = plain(x, t, asked)
+            token = categorical(shape(log_p, t, asked), uniform(asked, gen)[asked])
+            value = in_parts(lambda p, v: score(F.log_softmax(p.double(), -1), v), log_p, token)
+            value = spread(value, asked).masked_fill(~asked, -math.inf)
             rank = value.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             x = torch.where(asked & (rank < reveal[:, None]), x.masked_scatter(asked, token), x)
             yield x
 
-    sampler.__doc__ = by_confidence.__doc__
     return sampler
+
+
+def margin(log_p, token):
+    best = log_p.exp().topk(min(2, log_p.shape[-1])).values
+    return 2 * best[:, 0] - best.sum(-1)  # the likeliest token's lead
 
 
 SAMPLERS = {
@@ -521,9 +559,7 @@ SAMPLERS = {
     "analytic": analytic,
     "euler": euler,
     "confidence": by_confidence(lambda log_p, token: log_p.gather(-1, token[:, None])[:, 0]),
-    "margin": by_confidence(
-        lambda log_p, token: log_p.exp().topk(2).values @ torch.tensor([1.0, -1.0]).to(log_p)
-    ),
+    "margin": by_confidence(margin),
     "entropy": by_confidence(lambda log_p, token: torch.special.xlogy(p := log_p.exp(), p).sum(-1)),
     "ar": left_to_right,
 }
@@ -536,6 +572,8 @@ def semi_ar(denoise, x, steps, cfg, gen=None, sampler=ddpm_cache, window=None, s
     `steps` are those of each window. Yields (B, L) canvases."""
     window = window or cfg.seq_len
     stride, L, given = stride or max(window // 2, 1), x.shape[1], x != cfg.mask_id
+    if stride > window:
+        raise ValueError(f"stride={stride}: must be at most the window, {window}")
     rows = torch.arange(len(x), device=x.device)  # not finished yet
     last = max(L - window, 0)
     for start in (*range(0, last, stride), last):
@@ -546,10 +584,10 @@ def semi_ar(denoise, x, steps, cfg, gen=None, sampler=ddpm_cache, window=None, s
             x[rows, part] = frame
             yield x
         if eos is not None:
-            ended = ((x == eos) & ~given).cumsum(-1) > 0  # from the first eos that was written on
-            if ended.any():
-                x = x.masked_fill(ended & (x == cfg.mask_id), eos)
+            behind = ((x == eos) & ~given).cumsum(-1) > 0  # from the first eos that was written on
+            rows = rows[~behind[rows].any(-1)]
+            if (behind & ~given & (x != eos)).any():
+                x = x.masked_fill(behind & ~given, eos)
                 yield x
-            rows = rows[~ended[rows].any(-1)]
         if not len(rows):
             return

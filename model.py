@@ -39,8 +39,7 @@ class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         d, f, self.gated = cfg.n_embd, cfg.mlp_width or 4 * cfg.n_embd, cfg.mlp == "swiglu"
-        self.n_head, self.seq_len, self.causal = cfg.n_head, cfg.seq_len, cfg.causal
-        self.dropout = cfg.dropout
+        self.n_head, self.causal, self.dropout = cfg.n_head, cfg.causal, cfg.dropout
         self.norm1 = norm(cfg)
         self.qkv = nn.Linear(d, 3 * d, bias=False)  # rows: all of q, all of k, all of v
         self.attn_out = nn.Linear(d, d, bias=False)
@@ -56,15 +55,14 @@ class Block(nn.Module):
         qkv = self.qkv(x).view(B, L, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
         q, k = rotate(qkv[:2], cos.to(qkv.dtype), sin.to(qkv.dtype))  # (B, H, L, head_dim) each
         v, mask = qkv[2], None
-        if past:  # [length so far, room for keys and values], or [0] before the first call
-            start, end = past[0], past[0] + L
-            if len(past) == 1:
-                past += [k.new_empty(B, self.n_head, self.seq_len, d // self.n_head) for _ in range(2)]
-            past[0], past[1][:, :, start:end], past[2][:, :, start:end] = end, k, v
-            k, v = past[1][:, :, :end], past[2][:, :, :end]
-            mask = torch.ones(L, end, dtype=torch.bool, device=x.device).tril(start)
-        if x.is_cuda or past or L > 512:
-            causal = self.causal and mask is None
+        if past is not None:
+            if past:
+                k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+            past[:] = k, v
+            if L > 1:
+                mask = torch.ones(L, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - L)
+        if x.is_cuda or past is not None or L > 512:
+            causal = self.causal and past is None
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         else:  # written out: on CPUs much faster than torch's kernel for short rows, see README
             scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
@@ -105,6 +103,11 @@ class TimeEmbedding(nn.Module):
         angle = s.float()[:, None] * freq
         c = self.fc2(F.silu(self.fc1(torch.cat((angle.cos(), angle.sin()), -1))))
         return F.silu(c)[:, None]  # the SiLU in front of every block's `ada`, applied once
+
+
+def tokens_read(past):
+    """How many tokens the lists of keys and values already hold."""
+    return past[0][0].shape[2] if past and past[0] else 0
 
 
 class DiT(nn.Module):
@@ -168,9 +171,9 @@ class DiT(nn.Module):
 
     def hidden(self, x, t, past=None):
         """The trunk: ids (B, L), t (B,) -> (B, L, d). Static shapes: this is what gets compiled.
-        past: for a causal network, one list per block, [0] at first, that keeps the keys and values of all
+        past: for a causal network, a list per block, empty at first, that keeps the keys and values of all
         calls; x are then the tokens that come next."""
-        start = past[0][0] if past else 0
+        start = tokens_read(past)
         c = None if self.time is None else self.time(self.time_input(t))
         h, cos, sin = (
             self.embed(x),
@@ -178,7 +181,7 @@ class DiT(nn.Module):
             self.sin[start : start + x.shape[1]],
         )
         for i, block in enumerate(self.blocks):
-            h = block(h, c, cos, sin, past and past[i])
+            h = block(h, c, cos, sin, None if past is None else past[i])
         h = self.final_norm(h)
         if c is None:
             return h
@@ -205,7 +208,7 @@ class DiT(nn.Module):
     @torch.no_grad()
     def next_logits(self, x, past):
         """Causal: x (B, i) tokens -> (B, V) logits of token i, reading only what `past` has not read yet."""
-        return self.logits(self.hidden(self.shifted(x)[:, past[0][0] :], None, past)[:, -1])
+        return self.logits(self.hidden(self.shifted(x)[:, tokens_read(past) :], None, past)[:, -1])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -217,14 +220,17 @@ def count_parameters(cfg):
         return sum(p.numel() for p in DiT(cfg).parameters())
 
 
-def flops_per_token(cfg, masked=0.5):
+def flops_per_token(cfg, masked=None):
     """Multiply-adds x 2 of one training step (forward + twice that backward) per token of the batch: the
-    matrices that every token passes, attention over seq_len keys, and the head on a fraction `masked`."""
+    matrices that every token passes, attention over seq_len keys, and the head on a fraction `masked`, half
+    of the tokens by default, all for an AR model. The reconstruction term of d3pm is a pass of its own."""
+    masked = masked or (1 if cfg.causal else 0.5)
     d, f = cfg.n_embd, cfg.mlp_width or 4 * cfg.n_embd
     mlp = (3 if cfg.mlp == "swiglu" else 2) * d * f
     matrices = cfg.n_layer * (4 * d * d + mlp)  # qkv 3, out 1; adaLN's run once per row and are left out
     attention = cfg.n_layer * 2 * d * cfg.seq_len * (0.5 if cfg.causal else 1)
-    return 6 * (matrices + attention + masked * d * cfg.vocab_size)
+    passes, heads = (1, masked) if cfg.carry_over else (2, masked + 1)
+    return 6 * (passes * (matrices + attention) + heads * d * cfg.vocab_size)
 
 
 def pick_device(name):

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import deque
+from functools import partial
 
 import pytest
 import torch
@@ -277,13 +278,23 @@ def test_semi_ar_stops_rows_that_have_ended():
         return F.one_hot(token, V).double().log()
 
     x = torch.tensor([[0] + [MASK] * 8, [2] + [MASK] * 8])
-    out = last(semi_ar(denoise, x, 1, tiny(), None, SAMPLERS["ddpm"], 3, 2, eos=2))
-    assert out.tolist() == [[0] + [2] * 8, [2] + [1] * 8]
-    assert asked == [2, 1, 1, 1]
-    gen = row_generators(3, [5])
-    model = denoiser(hostile_model(), tiny())
-    run = lambda rows, gen: last(semi_ar(model, torch.full((rows, 9), MASK), 4, tiny(), gen, eos=2))
-    assert (run(1, gen)[0] == run(8, row_generators(3, range(8)))[5]).all()  # a row's text is its own
+    frames = list(semi_ar(denoise, x, 1, tiny(), None, SAMPLERS["ddpm"], 3, 2, eos=2))
+    assert frames[-1].tolist() == [[0] + [2] * 8, [2] + [1] * 8]
+    assert asked == [2, 1, 1, 1] and len(frames) == 5  # and one in which the finished row is filled
+    with pytest.raises(ValueError, match="stride=4: must be at most the window, 3"):
+        list(semi_ar(denoise, x, 1, tiny(), None, SAMPLERS["ddpm"], 3, 4))
+
+
+def test_what_a_window_wrote_behind_eos_becomes_eos():
+    def denoise(x, t, at):  # from left to right 1, 2 = eos, 1, 1 ...
+        position = torch.arange(x.shape[1]).expand(x.shape)[at]
+        return F.one_hot(torch.where(position == 1, 2, 1), V).double().log()
+
+    x = torch.full((1, 7), MASK)
+    x[0, 5] = 0  # what is given stays
+    assert last(semi_ar(denoise, x, 1, tiny(), None, SAMPLERS["ddpm"], 4, 2, eos=2)).tolist() == [
+        [1, 2, 2, 2, 2, 0, 2]
+    ]
 
 
 @pytest.mark.parametrize("w", [0.0, 0.7])
@@ -419,13 +430,24 @@ def test_time_is_each_rows_own():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_row_does_not_depend_on_its_batch(sampler):
-    model = denoiser(hostile_model(), tiny())
-    run = lambda rows: last(
-        SAMPLERS[sampler](model, torch.full((len(rows), L), MASK), 6, tiny(), row_generators(7, rows))
-    )
-    together = run(range(64))
-    assert len(together.unique(dim=0)) >= 5
-    assert all((run([i])[0] == together[i]).all() for i in range(64))
+    """Rows of all kinds of canvases together, each with its own generator; and window by window, where rows end
+    at different times."""
+    model, kinds = denoiser(hostile_model(), tiny()), torch.tensor(list(CANVASES.values()))
+
+    def run(rows):
+        x = kinds[torch.tensor(rows) % len(kinds)]
+        return last(SAMPLERS[sampler](model, x, 6, tiny(), row_generators(7, rows)))
+
+    def run_long(rows, eos):
+        x, gen = torch.full((len(rows), 9), MASK), row_generators(7, rows)
+        return last(semi_ar(model, x, 6, tiny(), gen, SAMPLERS[sampler], window=3, stride=2, eos=eos))
+
+    texts = 0
+    for call in (run, partial(run_long, eos=0), partial(run_long, eos=1), partial(run_long, eos=2)):
+        together = call(list(range(40)))
+        texts += len(together.unique(dim=0))
+        assert all((call([i])[0] == together[i]).all() for i in range(40))
+    assert texts > 15
 
 
 def test_denoiser_skips_rows_in_which_nothing_is_asked():
@@ -455,17 +477,64 @@ def test_categorical_is_exact_in_the_tails():
 
 def test_temperature_and_top_p():
     p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    here = (None, torch.tensor([0.5]), torch.tensor([[True]]))
     denoise = lambda x, t, at: p.log()
-    hot = with_temperature(denoise, 2.0)(None, None, None).exp()
+    hot = with_temperature(denoise, 2.0)(*here).exp()
     torch.testing.assert_close(hot.float(), p.sqrt() / p.sqrt().sum())
     for cold in (0, 1e-300, 1e-42, 1e-6):
-        assert with_temperature(denoise, cold)(None, None, None).exp().tolist() == [[1, 0, 0, 0]]
+        got = with_temperature(denoise, cold)(*here).exp()
+        assert got[0, 0] == pytest.approx(1, abs=1e-6) and not got[0, 1:].any()
     for top_p, kept in ((0.4, 1), (0.51, 2), (0.8, 2), (0.81, 3), (1.0, 4)):
         want = p * (torch.arange(4) < kept)
-        torch.testing.assert_close(with_top_p(denoise, top_p)(None, None, None).exp(), want / want.sum())
+        torch.testing.assert_close(with_top_p(denoise, top_p)(*here).exp(), want / want.sum())
     shuffled = torch.tensor([2, 0, 3, 1])
-    cut = with_top_p(lambda x, t, at: p[:, shuffled].log(), 0.6)(None, None, None).exp()
+    cut = with_top_p(lambda x, t, at: p[:, shuffled].log(), 0.6)(*here).exp()
     torch.testing.assert_close(cut, torch.tensor([[0.0, 0.625, 0.0, 0.375]]))
+    both = with_top_p(with_temperature(denoise, 0.5), 0.6)(*here).exp()  # first the temperature, then the cut
+    torch.testing.assert_close(both.float(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))  # 0.25 of 0.3575
+
+
+def test_shaping_keeps_what_scores_sum_to():
+    """So `analytic` with a temperature next to 1 is `analytic`, and `ddpm` of a network that answers MASK, too."""
+    model, cfg, canvas = hostile_scores(), tiny(loss="sedd"), torch.tensor(CANVASES["empty"])
+    shape = lambda denoise: with_top_p(with_temperature(denoise, 1.0000001), 0.9999999)
+    texts = last(analytic(shape(denoiser(model, cfg)), canvas.repeat(N, 1), 4, cfg))
+    assert chi_square_p(texts, analytic_law(model, canvas, "linear", 4)) > 1e-4
+    model, cfg = hostile_model(outputs=V + 1), tiny(loss="d3pm", T=4, zero_masking=False)
+    texts = last(SAMPLERS["ddpm"](shape(denoiser(model, cfg)), canvas.repeat(N, 1), 4, cfg))
+    assert chi_square_p(texts, masking_law(model, canvas, "linear", 4)) > 1e-4
+
+
+ROWS = torch.tensor([[0.50, 0.46, 0.04], [0.45, 0.28, 0.27], [0.40, 0.59, 0.01], [0.62, 0.19, 0.19]])
+ORDER = {"confidence": [3, 2, 0, 1], "margin": [3, 2, 1, 0], "entropy": [2, 0, 3, 1]}
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1, 1), (0, 1), (1, 0.3)])
+@pytest.mark.parametrize("sampler", ORDER)
+def test_the_surest_token_comes_first_by_each_score(sampler, temperature, top_p):
+    """By the network's own probabilities, also where temperature 0 or a small top_p makes every token certain."""
+    denoise = lambda x, t, at: ROWS.log().repeat(len(x), 1, 1)[at]
+    denoise = with_top_p(with_temperature(denoise, temperature), top_p)
+    frames = list(SAMPLERS[sampler](denoise, torch.full((200, 4), MASK), 4, tiny()))
+    order = torch.stack([(frame != MASK).sum(-1) for frame in frames])
+    assert (order == torch.arange(1, 5)[:, None]).all()  # one in each step
+    first = torch.stack([frame != MASK for frame in frames]).int().argmax(0).argsort(-1)  # (200, 4) positions
+    if sampler != "confidence" or (temperature, top_p) != (1, 1):  # which looks at the token that was drawn
+        assert (first == torch.tensor(ORDER[sampler])).all()
+    else:
+        assert len(first.unique(dim=0)) > 4
+    if (temperature, top_p) != (1, 1):
+        assert (frames[-1] == ROWS.argmax(-1)).all()
+
+
+def test_as_many_come_per_step_as_the_schedule_says():
+    """Ten masks in ten steps, one each, in spite of rounding; rows with different numbers of masks ride together."""
+    denoise, _ = counting(V)
+    frames = list(SAMPLERS["confidence"](denoise, torch.full((3, 10), MASK), 10, tiny()))
+    assert [(f == MASK).sum(-1).tolist() for f in frames] == [[n] * 3 for n in range(9, -1, -1)]
+    x = torch.where(torch.arange(10) < torch.tensor([[10], [4], [0]]), MASK, 0)
+    frames = list(SAMPLERS["confidence"](denoise, x, 2, tiny()))
+    assert [(f == MASK).sum(-1).tolist() for f in frames] == [[5, 2, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
