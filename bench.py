@@ -19,12 +19,12 @@ import torch
 from tqdm import tqdm
 
 from configs import check_range, fail, parser
-from data.corpus import read_split, take
+from data.corpus import maskable_of, read_split, take
 from diffusion import (
+    LOSSES,
     SAMPLERS,
     cached_denoiser,
     denoiser,
-    mdlm,
     row_generators,
     semi_ar,
     stratified,
@@ -32,6 +32,7 @@ from diffusion import (
 )
 from evaluate import bound, report
 from model import autocast, load, pick_device
+from sample import sampler_for
 
 
 def timed(sampling, model, cfg, canvas, dtype):
@@ -59,20 +60,27 @@ def interleaved(jobs, repeats):
     return {name: (statistics.median(r[0] for r in of), *of[-1][1:]) for name, of in runs.items()}
 
 
+def empty(cfg, device, *shape):
+    """A canvas of masks, behind a first token where the model is always given one: any will do."""
+    canvas = torch.full(shape, cfg.mask_id, device=device)
+    canvas[:, : cfg.bos] = 0
+    return canvas
+
+
 def bench_sample(args):
     """Seconds, calls and head rows of samplers for one batch, from the same weights; how many times faster each
     is than the first."""
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, device=device)
-    canvas = torch.full((args.batch_size, cfg.seq_len), cfg.mask_id, device=device)
-    canvas[:, : cfg.bos] = 0  # any token will do
+    names = args.samplers or (["ar"] if cfg.causal else list(SAMPLERS))
+    canvas = empty(cfg, device, args.batch_size, cfg.seq_len)
     run = lambda name, steps: timed(
         lambda denoise, x, gen: SAMPLERS[name](denoise, x, steps, cfg, gen), model, cfg, canvas, args.dtype
     )
-    for name in args.samplers:
-        run(name, 4)  # warm-up
-    figures = interleaved({n: partial(run, n, args.steps) for n in args.samplers}, args.repeats)
-    first = figures[args.samplers[0]][0]
+    for name in names:
+        run(sampler_for(cfg, name), 4)  # warm-up
+    figures = interleaved({n: partial(run, n, args.steps) for n in names}, args.repeats)
+    first = figures[names[0]][0]
     return [
         dict(sampler=name, seconds=s, times_faster=first / s, calls=calls, head_rows=rows)
         for name, (s, calls, rows) in figures.items()
@@ -82,22 +90,28 @@ def bench_sample(args):
 def bench_semi_ar(args):
     """One text of 16 x seq_len tokens, window by window, beside as many tokens in 16 texts of seq_len that know
     nothing of each other: in one batch, and one at a time."""
+    if args.samplers and len(args.samplers) > 1:
+        fail(f"--samplers {' '.join(args.samplers)}: semi_ar takes one")
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, device=device)
-    L, sampler = cfg.seq_len, SAMPLERS[args.samplers[0]]
-    empty = lambda *shape: torch.full(shape, cfg.mask_id, device=device)
+    L, sampler = cfg.seq_len, SAMPLERS[sampler_for(cfg, *(args.samplers or []))]
     plain = lambda denoise, x, gen: sampler(denoise, x, args.steps, cfg, gen)
     run = lambda sampling, canvas: timed(sampling, model, cfg, canvas, args.dtype)
     long = lambda stride: run(
         lambda denoise, x, gen: semi_ar(denoise, x, args.steps, cfg, gen, sampler, stride=stride),
-        empty(1, 16 * L),
+        empty(cfg, device, 1, 16 * L),
     )
-    alone = lambda: [sum(column) for column in zip(*(run(plain, empty(1, L)) for _ in range(16)))]
-    jobs = {"16 texts, one batch": partial(run, plain, empty(16, L)), "16 texts, one by one": alone}
+    alone = lambda: [
+        sum(column) for column in zip(*(run(plain, empty(cfg, device, 1, L)) for _ in range(16)))
+    ]
+    jobs = {
+        "16 texts, one batch": partial(run, plain, empty(cfg, device, 16, L)),
+        "16 texts, one by one": alone,
+    }
     jobs |= {
         f"one text, stride {stride}": partial(long, stride) for stride in (L // 4, L // 2, L * 3 // 4, L - 1)
     }
-    run(plain, empty(1, L))  # warm-up
+    run(plain, empty(cfg, device, 1, L))  # warm-up
     return [
         {"tokens": 16 * L, "how": how, "seconds": s, "calls": calls, "tokens_per_s": 16 * L / s}
         for how, (s, calls, _) in interleaved(jobs, args.repeats).items()
@@ -109,22 +123,37 @@ def bench_evaluate(args):
     iid t, MDLM's t (stratified within a batch, at least 1e-3), and our exact counts."""
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, device=device)
+    if cfg.causal or not cfg.zero_masking:
+        fail(
+            f"{args.ckpt}: the estimators are of a continuous-time bound, which loss={cfg.loss} does not have"
+        )
     ids, meta = read_split(cfg.data, "val", cfg)
     ids = ids[: len(ids) // cfg.seq_len * cfg.seq_len]  # whole windows, the same for all
     if not len(ids):
         fail(f"{cfg.data}/val.bin: shorter than one window of {cfg.seq_len}")
     x0 = torch.from_numpy(take(ids, range(0, len(ids), cfg.seq_len), cfg.seq_len, cfg, "val.bin")).to(device)
-    theirs = replace(cfg, loss="mdlm", aux_ce=0.0, T=0, t_min=1e-3, time_law="uniform")
+    maskable = maskable_of(x0, meta, cfg)
+    loss = "sedd" if cfg.loss == "sedd" else "mdlm"
+    theirs = replace(
+        cfg,
+        loss=loss,
+        aux_ce=0.0,
+        carry_over=True,
+        T=0,
+        t_min=1e-3,
+        time_law="uniform",
+        time_draw="stratified",
+    )
 
     @torch.no_grad()
     def by_time(draw):
         nats = 0.0
         with autocast(device, args.dtype):
             for rows in torch.randperm(len(x0)).split(args.batch_size):
-                x = x0[rows.to(device)]
+                x, m = x0[rows.to(device)], maskable[rows.to(device)]
                 t = time_of(draw(len(x)), theirs).to(device)
-                nats += mdlm(model, x, torch.ones_like(x, dtype=torch.bool), theirs, t).double().sum().item()
-        return nats / x0.numel()
+                nats += LOSSES[loss](model, x, m, theirs, t).double().sum().item()
+        return nats / maskable.sum().item()
 
     def by_count(seed):
         return bound(
@@ -177,7 +206,6 @@ def main(argv=None):
     p.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
     args = p.parse_args(argv)
     check_range(args, steps=1, batch_size=1, repeats=2 if args.what == "evaluate" else 1)
-    args.samplers = args.samplers or (["ddpm_cache"] if args.what == "semi_ar" else list(SAMPLERS))
     rows = BENCHES[args.what](args)
     print("\n".join(map(json.dumps, rows)) if args.json else table(rows))
 

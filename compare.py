@@ -11,7 +11,7 @@ not run again, and one that was stopped goes on where it stopped.
 import json
 import statistics
 import textwrap
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from evaluate import bound, report
 from model import count_parameters, load
 from sample import generate
 
+MAY_CHANGE = train.MAY_CHANGE - {"data", "steps"}
 VARIANTS = {"ar": as_ar, "mdlm": lambda cfg: cfg, "sedd": as_sedd, "d3pm": as_d3pm}
 
 
@@ -33,8 +34,11 @@ def trained(cfg):
     path = Path(cfg.out_dir) / "ckpt.pt"
     if path.exists():
         model, saved = load(path)
-        if saved != cfg:
-            fail(f"{path}: of another recipe; remove {path.parents[1]}, or give another --out_dir")
+        differ = [f for f in asdict(cfg) if getattr(cfg, f) != getattr(saved, f) and f not in MAY_CHANGE]
+        if differ:
+            fail(
+                f"{path}: trained with another {', '.join(differ)}; give another --out_dir, or remove that run"
+            )
         if model.step == cfg.steps:
             return
     train.main(cfg, resume=True)
@@ -121,13 +125,14 @@ def side_by_side(texts, width=36):
 def main(cfg, seeds, passes):
     if cfg.loss != "mdlm":
         fail(f"loss={cfg.loss}: compare starts from a config of loss=mdlm")
-    cfgs = {
-        name: [
-            replace(make(cfg), seed=seed, out_dir=f"{cfg.out_dir}/{name}_{seed}")
-            for seed in range(1, seeds + 1)
-        ]
-        for name, make in VARIANTS.items()
-    }
+    seeds = range(cfg.seed, cfg.seed + seeds)
+    try:
+        cfgs = {
+            name: [replace(make(cfg), seed=seed, out_dir=f"{cfg.out_dir}/{name}_{seed}") for seed in seeds]
+            for name, make in VARIANTS.items()
+        }
+    except ValueError as e:  # a field that one of the four does not have
+        fail(f"compare: {e}")
     for one_of_each in zip(*cfgs.values()):  # seed by seed
         for c in one_of_each:
             trained(c)
@@ -140,7 +145,10 @@ def main(cfg, seeds, passes):
     texts = {}
     for name, (c, *_) in cfgs.items():
         model, _ = load(c.out_dir, device=train.local_device(c))
-        texts[name] = generate(model, tokenizer_of(model.tokenizer), c, dtype=c.dtype)[0]
+        try:
+            texts[name] = generate(model, tokenizer_of(model.tokenizer), c, dtype=c.dtype)[0]
+        except ValueError as e:  # nothing to begin a text with
+            texts[name] = str(e)
     (out / "samples.txt").write_text(side_by_side(texts))
     print(
         f"\n{(out / 'table.md').read_text()}\n{side_by_side(texts)}\n{out}: table.md, curves.png, samples.txt"

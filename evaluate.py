@@ -25,7 +25,7 @@ from data.corpus import folder_of, maskable_of, read_meta, read_split, take
 from data.tokenizer import tokenizer_of
 from diffusion import LOSSES, SAMPLERS, ar, exact_count_bound
 from model import autocast, compute_dtype, load, pick_device
-from sample import default_sampler, generate, opening
+from sample import generate, opening, sampler_for
 
 # ---------------------------------------------------------------------------------------------------------
 # The bound
@@ -77,7 +77,8 @@ def bound(
     jobs = [(p, b) for p in range(passes) for b in batches]
     in_steps = None
     if T and not cfg.causal:  # without nanoDD's auxiliary loss; SEDD's p, normalised, in the steps of `ddpm`
-        in_steps = replace(cfg, aux_ce=0.0, T=T, loss="d3pm" if cfg.loss == "d3pm" else "mdlm")
+        loss = "d3pm" if cfg.loss == "d3pm" else "mdlm"
+        in_steps = replace(cfg, aux_ce=0.0, T=T, loss=loss, time_draw="stratified")
 
     nats, tokens = torch.zeros(2, passes, W, dtype=torch.float64, device=device)
     mine = list(enumerate(jobs))[rank::world]
@@ -324,9 +325,7 @@ def zero_shot(model, cfg, args):
 
 def gen_ppl(model, cfg, args):
     """Samples of the model under a judge, with their unigram entropy and all that the figure depends on."""
-    sampler = args.sampler or default_sampler(cfg)
-    if cfg.causal and sampler != "ar":
-        fail(f"--sampler {sampler}: an AR model writes from left to right, with --sampler ar")
+    sampler = sampler_for(cfg, args.sampler)
     if not 0 < args.top_p <= 1:
         fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
     name, device, tokenizer = args.gen_ppl, next(model.parameters()).device, tokenizer_of(model.tokenizer)
@@ -378,7 +377,7 @@ def main(argv=None):
     choice.add_argument("--gen_ppl", metavar="JUDGE", help="a model of transformers or an AR checkpoint")
     p.add_argument("--num", type=int, help="gen_ppl: samples [64]")
     p.add_argument("--steps", type=int, help="gen_ppl: diffusion steps [1000]")
-    p.add_argument("--sampler", choices=SAMPLERS, help="gen_ppl: [ddpm_cache, or ar for an AR model]")
+    p.add_argument("--sampler", choices=SAMPLERS, help="gen_ppl: [ddpm_cache, or what the model needs]")
     p.add_argument("--temperature", type=float, help="gen_ppl: [1], 0: greedy")
     p.add_argument("--top_p", type=float, help="gen_ppl: nucleus [1]")
     p.add_argument("--batch_size", type=int, default=32)

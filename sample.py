@@ -73,7 +73,8 @@ def frames(
     device = next(model.parameters()).device
     x = canvas.to(device).repeat(len(rows), 1)
     if guidance:
-        denoise = with_guidance(denoise, x != cfg.mask_id, guidance, cfg.mask_id)
+        given = (x != cfg.mask_id) & (torch.arange(x.shape[1], device=device) >= cfg.bos)
+        denoise = with_guidance(denoise, given, guidance, cfg.mask_id)
     if temperature != 1:
         denoise = with_temperature(denoise, temperature)
     if top_p != 1:
@@ -94,8 +95,11 @@ def frames(
         yield x
 
 
-def default_sampler(cfg):
-    return "ar" if cfg.causal else "ddpm_cache"
+def sampler_for(cfg, name=None):
+    """The name of the sampler that is asked for, or of the one that samples what the model's loss bounds."""
+    if cfg.causal and name not in (None, "ar"):
+        fail(f"--sampler {name}: an AR model writes from left to right, with --sampler ar")
+    return name or ("ar" if cfg.causal else "ddpm_cache" if cfg.zero_masking else "ddpm")
 
 
 def written(ids, canvas, cfg, eos=None):
@@ -108,7 +112,7 @@ def written(ids, canvas, cfg, eos=None):
 def generate(model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler=None, **options):
     """num texts from `canvas` (L,), by default all MASK; options: see `frames`."""
     canvas = prompt_canvas(tokenizer, "", cfg.seq_len, cfg) if canvas is None else canvas
-    texts, sampler = [], sampler or default_sampler(cfg)
+    texts, sampler = [], sampler_for(cfg, sampler)
     for first in range(0, num, batch_size):
         rows = range(first, min(first + batch_size, num))
         x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
@@ -152,7 +156,7 @@ def main(argv=None):
     p.add_argument(
         "--steps", type=int, default=1000, help="diffusion steps; ddpm_cache makes at most --length calls"
     )
-    p.add_argument("--sampler", choices=SAMPLERS, help="default: ddpm_cache, or ar for an AR model")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: ddpm_cache, or what the model needs")
     p.add_argument(
         "--semi_ar", action="store_true", help="any length, window by window; stops at end-of-text"
     )
@@ -186,8 +190,10 @@ def main(argv=None):
         fail("--guidance: not with --semi_ar, and not for an AR model")
     if not args.semi_ar and (args.window or args.stride):
         fail("--window and --stride: only with --semi_ar")
-    if window > cfg.seq_len or (args.stride or 1) >= window:
-        fail(f"--window {window} --stride {args.stride}: must be at most {cfg.seq_len}, and below the window")
+    if window > cfg.seq_len:
+        fail(f"--window {window}: must be at most the model's length, {cfg.seq_len}")
+    if args.stride and args.stride >= window:
+        fail(f"--stride {args.stride}: must be below the window, {window}")
     try:
         if args.infill is not None:
             canvas = infill_canvas(tokenizer, args.infill, cfg, model.tokenizer["kind"] != "char")
@@ -200,11 +206,13 @@ def main(argv=None):
              "--semi_ar writes longer ones window by window")  # fmt: skip
 
     options = dict(
-        steps=args.steps, sampler=args.sampler or default_sampler(cfg), guidance=args.guidance,
+        steps=args.steps, sampler=sampler_for(cfg, args.sampler), guidance=args.guidance,
         temperature=args.temperature, top_p=args.top_p, noise_removal=args.noise_removal, seed=args.seed, dtype=args.dtype,
     )  # fmt: skip
+    if args.noise_removal == "greedy" and options["sampler"] in ("ar", "first_hitting"):
+        fail(f"--noise_removal greedy: the sampler {options['sampler']} has no steps, and so no last one")
     if args.semi_ar:
-        options |= dict(window=window, stride=args.stride or window // 2, eos=tokenizer.eos)
+        options |= dict(window=window, stride=args.stride, eos=tokenizer.eos)
     if args.watch and sys.stdout.isatty():
         header = "sample {} of {} · {}, {} steps"
         rows = (

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
-from configs import fail, from_cli
+from configs import fail, from_cli, from_dict
 from data.corpus import folder_of, maskable_of, read_split, training_rows
 from data.prepare import prepare
 from data.tokenizer import tokenizer_of
@@ -165,9 +165,10 @@ def open_run(cfg, meta, resume, overwrite):
         return None  # new, or stopped before its first checkpoint
     path, now = paths[0], asdict(cfg)
     state = read_checkpoint(path)
+    before = asdict(from_dict(state["config"], path))  # fields that it does not know yet have their defaults
     if not state["optimizer"]:
         fail(f"{path}: converted weights, without an optimizer's state to go on from")
-    for name, value in state["config"].items():
+    for name, value in before.items():
         if name not in MAY_CHANGE and now.get(name) != value:
             fail(f"{path}: trained with {name}={value}, not {now.get(name)}; a resumed run keeps its recipe")
     if state["tokenizer"] != meta["tokenizer"]:

@@ -4,6 +4,8 @@ The .bin files are nothing but token ids, uint16 (uint32 for a vocabulary over 6
 meta.json: name, source, tokenizer (see tokenizer.py), vocab_size, dtype, wrap (0, or the window length that
 the ids were cut to, each window with its own BOS and EOS), pad (the id that fills up windows, or null) and,
 per split, tokens, characters, sha256 and, where there is a pad, padding: how many of the tokens are pad.
+With "given": true ids are uint32, and bit 31 marks every token that is given: never masked, trained or counted.
+So is what follows a row's last token without it: padding; given is then the number of the other marked tokens.
 """
 
 import hashlib
@@ -13,10 +15,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from configs import fail
 
 ROOT = Path(__file__).parent
+GIVEN = 1 << 31  # bit of a stored id
 
 
 def folder_of(name):
@@ -32,27 +36,34 @@ def partial_of(folder):
     return folder.with_name(folder.name + ".partial")
 
 
-def finish(folder, source, tokenizer, vocab_size, characters, wrap=0, pad=None):
+def finish(folder, source, tokenizer, vocab_size, characters, wrap=0, pad=None, given=False):
     """Seal the partial folder: hash its .bin files, write meta.json, rename it to `folder`.
 
-    characters: {split: number of characters of text that the split's ids stand for}."""
-    partial, dtype = partial_of(folder), dtype_of(vocab_size)
+    characters: {split: number of characters of text that the split's ids, not those given, stand for}."""
+    partial, dtype = partial_of(folder), np.dtype(np.uint32) if given else dtype_of(vocab_size)
+    block_size = 2**24 // (4 * wrap) * 4 * wrap if given else 2**24
     splits = {}
     for split in characters:
-        sha256, tokens, padding = hashlib.sha256(), 0, 0
+        sha256, tokens, padding, marked = hashlib.sha256(), 0, 0, 0
         with open(partial / f"{split}.bin", "rb") as f:
-            while block := f.read(2**24):
+            while block := f.read(block_size):
                 sha256.update(block)
                 ids = np.frombuffer(block, dtype)
                 tokens += len(ids)
                 padding += int((ids == pad).sum()) if pad is not None else 0
+                if given:  # in every row there is a token that is not
+                    marks = ids.reshape(-1, wrap) >= GIVEN
+                    padding += int(marks[:, ::-1].argmin(1).sum())
+                    marked += int(marks.sum())
             os.fsync(f.fileno())
         splits[split] = dict(tokens=tokens, characters=characters[split], sha256=sha256.hexdigest())
-        if pad is not None:
+        if pad is not None or given:
             splits[split]["padding"] = padding
+        if given:
+            splits[split]["given"] = marked - padding
     meta = dict(
         name=folder.name, source=source, tokenizer=tokenizer, vocab_size=vocab_size, dtype=dtype.name,
-        wrap=wrap, pad=pad, splits=splits,
+        wrap=wrap, pad=pad, given=given, splits=splits,
     )  # fmt: skip
     (partial / "meta.json").write_text(json.dumps(meta, indent=1))
     if folder.exists():
@@ -83,7 +94,8 @@ def read_meta(name):
         meta = json.loads(path.read_text())
         for key in ("tokenizer", "vocab_size", "wrap", "splits"):
             meta[key]
-        meta.setdefault("pad", None)  # corpora prepared before there was any padding
+        for key, value in dict(pad=None, given=False).items():
+            meta.setdefault(key, value)  # corpora prepared before there was any
         np.dtype(meta["dtype"])
     except (ValueError, KeyError, TypeError) as e:
         fail(f"{path}: damaged ({e}); prepare the data again")
@@ -113,15 +125,16 @@ def read_split(name, split, cfg):
 
 
 def take(ids, starts, length, cfg, where):
-    """Rows ids[start : start + length] as (N, length) int64; fails on an id beyond the vocabulary."""
+    """Rows ids[start : start + length] as (N, length) int64, as stored, which `unpack` reads; fails on an id
+    beyond the vocabulary."""
     rows = np.stack([ids[s : s + length] for s in starts]).astype(np.int64)
-    if rows.max() >= cfg.vocab_size:
-        fail(f"{where}: holds token id {rows.max()}, but vocab_size is {cfg.vocab_size}")
+    if (largest := (rows & (GIVEN - 1)).max()) >= cfg.vocab_size:
+        fail(f"{where}: holds token id {largest}, but vocab_size is {cfg.vocab_size}")
     return rows
 
 
 def training_rows(ids, meta, cfg, index):
-    """Training rows number `index` (N,) of an endless stream -> (N, L) int64, a pure function of cfg.seed.
+    """Training rows number `index` (N,) of an endless stream -> (N, L) as of `take`, a pure function of cfg.seed.
 
     Every epoch cuts the corpus into windows at a new random offset (none when they are wrapped) and visits
     each window once, in random order."""
@@ -149,10 +162,17 @@ def epoch_order(seed, epoch, windows, offsets):
     return order, int(offset)
 
 
-def maskable_of(x0, meta, cfg):
-    """(N, L) bool: the tokens of x0 (N, L) to be trained and counted, i.e. no padding and no given BOS."""
-    pad = meta.get("pad")
-    maskable = x0 >= 0 if pad is None else x0 != pad
+def unpack(rows, meta, cfg):
+    """Rows (N, L) as stored -> x0 (N, L) int64 and maskable (N, L) bool: the tokens to be trained and counted,
+    i.e. no padding, nothing given and no BOS that is."""
+    rows = torch.as_tensor(rows)
+    x0, maskable = rows & (GIVEN - 1), rows < GIVEN
+    if meta.get("pad") is not None:
+        maskable &= x0 != meta["pad"]
     if cfg.bos:
         maskable[:, 0] = False
-    return maskable
+    return x0, maskable
+
+
+def maskable_of(x0, meta, cfg):
+    return unpack(x0, meta, cfg)[1]

@@ -7,6 +7,8 @@ python data/prepare.py lm1b                           # a sentence per row, or -
 python data/prepare.py ptb                            # and the other sets of the zero-shot benchmark, GPT-2's BPE
 python data/prepare.py slimpajama                     # likewise; Llama-2's pieces, as in SMDM
 python data/prepare.py fineweb --dump CC-MAIN-2024-18 # start of a Common Crawl dump, a newer text to test on
+python data/prepare.py gsm8k                          # to fine-tune on: questions, thoughts, answers, in rows
+python data/prepare.py sharegpt                       # ... and conversations, see finetune.py
 python data/prepare.py text --input a.txt b.txt       # any UTF-8 text; --tokenizer bpe, char or gpt2
 
 A data set is one function; its keyword arguments are the options that apply to it.
@@ -36,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, onl
 
 from configs import CONFIGS, fail, parser  # noqa: E402
 from data.corpus import dtype_of, finish, folder_of, partial_of  # noqa: E402
+from data.finetune import gsm8k, reversal, sharegpt  # noqa: E402
 from data.shards import Recipe, find_shards, name_of, one_line, tokenize, write_splits  # noqa: E402
 from data.tokenizer import KINDS, read_llama, read_wordpiece, tokenizer_of, train_bpe  # noqa: E402
 
@@ -493,7 +496,8 @@ def text(folder, input=(), tokenizer="bpe", vocab_size=None):
 DATASETS = {
     "pydocs": pydocs, "text8": text8, "openwebtext": openwebtext, "lm1b": lm1b,
     **{name: zero_shot(name) for name in ZERO_SHOT},
-    "slimpajama": slimpajama, "fineweb": fineweb, "text": text,
+    "slimpajama": slimpajama, "fineweb": fineweb,
+    "gsm8k": gsm8k, "sharegpt": sharegpt, "reversal": reversal, "text": text,
 }  # fmt: skip
 
 
@@ -576,13 +580,15 @@ def announce(meta, name, out=None, **options):
         made_for = CONFIGS[config]().data
         same_text = made_for.partition("_")[0] == name
         alike = same_text and ("_wrap" in made_for) == ("_wrap" in folder)
-        return made_for == folder, alike, same_text, same_text and config == example
+        return made_for == folder, alike, same_text, (same_text or meta["given"]) and config == example
 
     config = max(CONFIGS, key=nearness)
     cfg, command = CONFIGS[config](), f"python train.py {config}"
     for field, value in dict(data=data, vocab_size=meta["vocab_size"], seq_len=meta["wrap"]).items():
         if value and value != getattr(cfg, field):
             command += f" --{field}={value}"
+    if meta["given"]:
+        command += " --bos=True" * (not cfg.bos) + f" --init_from=out/{example}/ckpt.pt" * bool(example)
     if name == "text":  # the demo's recipe, but not the demo's run
         command += f" --out_dir=out/{meta['name']}"
     print(f"now train on it: {command}")
@@ -593,11 +599,12 @@ def main(argv=None):
     p.add_argument("name", help=", ".join(DATASETS))
     p.add_argument("--input", nargs="+", metavar="FILE", help="read these files instead of downloading")
     p.add_argument("--out", help="folder: a bare name is under data/, anything with a slash is a path")
-    p.add_argument("--tokenizer", help=f"text: {', '.join(TEXT_KINDS)}; default bpe")
-    p.add_argument("--vocab_size", type=int, help="text, bpe: number of pieces; default 2048")
     p.add_argument(
-        "--vocab", metavar="FILE", help="lm1b, slimpajama, fineweb: BERT's or Llama-2's tokenizer.json"
+        "--tokenizer",
+        help=f"text: {', '.join(TEXT_KINDS)} [bpe]; gsm8k, sharegpt, reversal: bpe, gpt2, llama [llama]",
     )
+    p.add_argument("--vocab_size", type=int, help="bpe: number of ids; default 2048")
+    p.add_argument("--vocab", metavar="FILE", help="BERT's or Llama-2's tokenizer.json, otherwise downloaded")
     p.add_argument("--dump", help="fineweb: default CC-MAIN-2024-10")
     p.add_argument("--tokens", type=int, help="fineweb: size of test; default 209715200")
     p.add_argument("--packed", action="store_true", default=None, help="lm1b: rows of many sentences")
@@ -605,6 +612,11 @@ def main(argv=None):
     p.add_argument(
         "--no_eot", action="store_true", default=None, help="zero-shot sets: no EOT after documents"
     )
+    p.add_argument(
+        "--train_padding", action="store_true", default=None,
+        help="gsm8k, sharegpt, reversal: train the EOS that fill rows up",
+    )  # fmt: skip
+    p.add_argument("--first_turn", action="store_true", default=None, help="sharegpt: not the later turns")
     p.add_argument("--val_docs", type=int, help="openwebtext, lm1b, slimpajama: size of val")
     p.add_argument("--workers", type=int, help="all but the small sets: processes; default one per core")
     p.add_argument("--overwrite", action="store_true", help="replace the folder once the new one is complete")

@@ -1,7 +1,8 @@
 """Text <-> token ids. A tokenizer is a plain dict, its spec, kept in meta.json and inside every checkpoint:
 
 {"kind": "char", "characters": " abc..."}     one id per character, in this order
-{"kind": "bpe", "json": "..."}                byte-level BPE of our own, as the tokenizers library writes it
+{"kind": "bpe", "json": "..."}                byte-level BPE of our own, as the tokenizers library writes it;
+                                              with "eos": true its last id is an end of text
 {"kind": "gpt2"}                              GPT-2's byte-level BPE, 50,257 ids, through tiktoken
 {"kind": "wordpiece", "vocab": "..."}         BERT's uncased WordPiece, with this vocab.txt: one piece a line
 {"kind": "llama", "json": "..."}              Llama-2's BPE, 32,000 ids, with this tokenizer.json
@@ -24,7 +25,7 @@ MASK_SHOWN = "█"
 class Tokenizer(NamedTuple):
     vocab_size: int
     encode: Callable  # text, inside=False -> list of ids; ValueError, one line, on text it cannot express
-    encode_batch: Callable  # texts, threads -> list of lists of ids
+    encode_batch: Callable  # texts, threads -> list of lists of ids; prefix="" is inside=True for all
     decode: Callable  # ids -> text; bytes that are not UTF-8 become U+FFFD
     pieces: Callable  # ids -> list of strings, one per id, for a view of the canvas token by token
     bos: int | None = None  # the id that begins a row, where the vocabulary has one
@@ -99,9 +100,13 @@ def bpe(spec):
         byte_of[chr(b if visible else 256 + invisible)] = b
         invisible += not visible
     spelled = [model.id_to_token(i) for i in range(model.get_vocab_size())]
+    end = len(spelled) if spec.get("eos") else None  # begins rows, too, as GPT-2's does
     return dict(
         encode=lambda texts, threads: [model.encode(text).ids for text in texts],
-        table=[bytes(byte_of[c] for c in piece) for piece in spelled],
+        table=[bytes(byte_of[c] for c in piece) for piece in spelled]
+        + [b"<|endoftext|>"] * (end is not None),
+        bos=end,
+        eos=end,
     )
 
 
@@ -116,7 +121,11 @@ def gpt2(spec):
             "set TIKTOKEN_CACHE_DIR to a folder that has it"
         ) from None
     return dict(
-        encode=lambda texts, threads: model.encode_ordinary_batch(texts, num_threads=threads),
+        encode=lambda texts, threads: (
+            model.encode_ordinary_batch(texts, num_threads=threads)  # starts threads, be it one
+            if threads > 1
+            else [model.encode_ordinary(text) for text in texts]
+        ),
         table=[model.decode_single_token_bytes(i) for i in range(model.n_vocab)],
         bos=model.eot_token,
         eos=model.eot_token,

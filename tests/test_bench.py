@@ -1,10 +1,14 @@
 """The benchmarks run and their counts are right; times are never tested."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from conftest import tiny_run
 
 import bench
+import train
+from configs import as_ar
 
 
 def rows(capsys, *args):
@@ -31,6 +35,24 @@ def test_semi_ar_counts_the_calls_of_its_windows(checkpoint, capsys):
     assert batch["calls"] == 32 and alone["calls"] == 16 * 32  # a call per token, or per token of all rows
     assert [r["how"].split()[-1] for r in strides] == ["8", "16", "24", "31"]
     assert all(r["calls"] == 16 * 32 == r["tokens"] for r in strides)  # each token is revealed once
+
+
+def test_ar_models_are_measured_with_their_own_sampler(corpus, tmp_path, capsys):
+    cfg = replace(as_ar(tiny_run(corpus)), bos=True, samples=0, out_dir=str(tmp_path / "ar"))
+    train.main(cfg)
+    capsys.readouterr()
+    (row,) = rows(capsys, "sample", cfg.out_dir, "--repeats", 1, "--batch_size", 2)
+    assert row["sampler"] == "ar" and row["calls"] == 31
+    assert len(rows(capsys, "semi_ar", cfg.out_dir, "--repeats", 1)) == 6
+    for args, words in (
+        (["sample", cfg.out_dir, "--samplers", "ddpm"], "--sampler ddpm"),
+        (["semi_ar", cfg.out_dir, "--samplers", "ar", "ddpm"], "takes one"),
+        (["evaluate", cfg.out_dir], "loss=ar"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            bench.main(args)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and words in err and err.count("\n") == 1
 
 
 def test_estimators_agree_and_are_ranked(checkpoint, capsys):

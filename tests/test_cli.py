@@ -119,6 +119,18 @@ def test_smdms_steps_follow_from_its_budget(argv, steps, warmup):
     assert (cfg.steps, cfg.warmup) == (steps, warmup) and cfg.out_dir == f"out/{argv[0]}"
 
 
+def test_ar_baselines_see_half_the_steps_and_are_given_bos_where_there_is_one():
+    for data, bos in (("owt", True), ("lm1b", True), ("text8", False)):
+        mdlm, ar = CONFIGS[f"{data}_mdlm"](), CONFIGS[f"{data}_ar"]()
+        assert 2 * ar.steps == mdlm.steps and ar.bos == bos and ar.causal and not ar.cond_dim
+        sedd = CONFIGS[f"{data}_sedd"]()
+        assert sedd == replace(mdlm, loss="sedd", time_cond=True)
+    d3pm = CONFIGS["lm1b_d3pm"]()
+    assert d3pm == replace(
+        CONFIGS["lm1b_mdlm"](), loss="d3pm", T=1000, zero_masking=False, carry_over=False, time_cond=True
+    )
+
+
 def test_every_field_has_a_flag_and_every_config_is_valid():
     for name, make in CONFIGS.items():
         cfg, _ = from_cli([name])
@@ -242,6 +254,12 @@ def test_an_existing_run_is_never_lost(run, capsys):
     refused(capsys, lambda: train.main(run), run.out_dir, "--resume", "--overwrite")
     refused(capsys, lambda: train.main(run, resume=True), "ckpt.pt", "step 12 of 12", "--steps")
     refused(capsys, lambda: train.main(run, resume=True, overwrite=True), "--resume", "--overwrite")
+    state = torch.load(before_path := Path(run.out_dir) / "ckpt.pt", weights_only=True)
+    del state["config"]["time_draw"]  # as an older version wrote it
+    torch.save(state, before_path)
+    changed = replace(run, time_draw="iid", steps=20)
+    refused(capsys, lambda: train.main(changed, resume=True), "time_draw=stratified, not iid")
+    before = {p.name: p.read_bytes() for p in Path(run.out_dir).iterdir()}
     changed = replace(run, n_embd=64, steps=20)
     refused(capsys, lambda: train.main(changed, resume=True), "ckpt.pt", "n_embd=32, not 64")
     bad = replace(run, seq_len=8000)
@@ -332,10 +350,11 @@ def test_bad_checkpoints(files, capsys, main, name, words):
         (["--guidance", "1", "--semi_ar"], ["--guidance", "--semi_ar"]),
         (["--window", "8"], ["--window", "--semi_ar"]),
         (["--stride", "8"], ["--stride", "--semi_ar"]),
-        (["--semi_ar", "--window", "64"], ["--window 64", "at most 32"]),
-        (["--semi_ar", "--stride", "32"], ["--stride 32", "below the window"]),
+        (["--semi_ar", "--window", "64"], ["--window 64", "at most", "32"]),
+        (["--semi_ar", "--stride", "32"], ["--stride 32", "below the window, 32"]),
         (["--semi_ar", "--stride", "0"], ["--stride 0", "at least 1"]),
         (["--noise_removal", "none"], ["--noise_removal", "sampled", "greedy"]),
+        (["--noise_removal", "greedy", "--sampler", "ar"], ["--noise_removal greedy", "no steps"]),
         (["--dtype", "int8"], ["--dtype", "float32"]),
         (["--device", "cuda:9"], ["cuda:9"]),
         (["--wat"], ["--wat"]),

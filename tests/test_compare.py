@@ -1,5 +1,6 @@
 """compare.py: one command, four losses, every run resumable, a table, a plot and samples."""
 
+import json
 import re
 import statistics
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 from conftest import tiny_run
 
 import compare
+import evaluate
 from configs import as_ar, as_d3pm, as_sedd
 from model import load
 
@@ -66,12 +68,41 @@ def test_complete_runs_are_kept_and_others_go_on(base, results, capsys):
     assert again == results  # to the bit
     after = {p: p.stat().st_mtime_ns for p in before}
     assert [p for p in before if before[p] != after[p]] == [path]
-    with pytest.raises(SystemExit):
-        compare.main(replace(base, lr=1e-3), seeds=2, passes=3)
-    assert "of another recipe" in capsys.readouterr().err and path.stat().st_mtime_ns == after[path]
-    with pytest.raises(SystemExit):
-        compare.main(as_ar(base), seeds=1, passes=1)
-    assert "loss=ar" in capsys.readouterr().err
+    compare.main(replace(base, eval_windows=3, device="auto"), seeds=2, passes=3)  # none of the recipe
+    for bad, words in (
+        (replace(base, lr=1e-3), "trained with another lr; "),
+        (as_ar(base), "loss=ar"),
+        (replace(base, T=10), "T=10: must be 0 for loss=ar"),
+        (replace(base, time_draw="counts"), "time_draw=counts"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            compare.main(bad, seeds=2, passes=3)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and words in err and err.count("\n") == 1, err
+    assert all(p.stat().st_mtime_ns == after[p] for p in after)
+
+
+def test_the_final_figures_are_of_the_averaged_weights_and_d3pms_own_steps(base, results):
+    """As evaluate.py reports them, with the same number of passes."""
+    for name, runs in results.items():
+        for seed, result in enumerate(runs, 1):
+            path = f"{base.out_dir}/{name}_{seed}/ckpt.pt"
+            args = [path, "--split=val", f"--passes={1 if name == 'ar' else 3}", "--batch_size=8"]
+            again = evaluate.main(args)
+            assert again["bits_per_char"] == pytest.approx(result["bits_per_char"], rel=1e-6), name
+            raw = evaluate.main([*args, "--no_ema"])
+            assert raw["bits_per_char"] != pytest.approx(result["bits_per_char"], rel=1e-3)
+
+
+def test_lowest_on_the_way(tmp_path, base):
+    cfg = replace(base, out_dir=str(tmp_path))
+    values = [5.0, 3.0, 4.0]
+    lines = [json.dumps({"step": i, "val": {"bits_per_char": v}}) for i, v in enumerate(values)]
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, json.dumps({"step": 9, "loss": 1.0})]))
+    assert compare.curve(cfg) == {0: 5.0, 1: 3.0, 2: 4.0}
+    row = compare.table({"mdlm": [cfg]}, {"mdlm": [dict(bits_per_char=4.0, perplexity=9.0)]}).splitlines()[2]
+    assert [c.strip() for c in row.split("|")[3:6]] == ["≤ 4.000", "", "≤ 3.000"]
 
 
 def test_columns_are_aligned():

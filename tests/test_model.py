@@ -124,6 +124,13 @@ def test_the_head_runs_where_it_is_asked(tied):
     assert model(x, t, torch.zeros_like(at)).shape == (0, cfg.vocab_size)
 
 
+def test_a_tied_head_that_may_answer_mask_has_its_row():
+    cfg = replace(SMALL, tied=True, loss="d3pm", T=10, zero_masking=False)
+    model, (x, t) = awake(cfg), canvas(cfg)
+    torch.testing.assert_close(model(x, t), model.hidden(x, t) @ model.embed.weight.T)
+    assert model(x, t).shape[-1] == cfg.vocab_size + 1
+
+
 def test_the_tied_head_is_the_first_rows_of_the_embedding():
     cfg = replace(SMALL, tied=True)
     model, (x, t) = awake(cfg), canvas(cfg)

@@ -54,6 +54,8 @@ def test_a_batch_is_a_pure_function_of_seed_step_and_row(cfg):
         assert all(torch.equal(a[rows], b) for a, b in zip(whole, part))
     x0, maskable, t, xt, weight = whole
     assert (torch.floor(t * 8) == torch.arange(8)).all()  # stratified over the whole batch
+    log_t = train.batch(ids, meta, replace(cfg, time_draw="importance", t_min=1e-3), 5, np.arange(8))[2].log()
+    assert (torch.floor((1 - log_t / math.log(1e-3)) * 8) == torch.arange(8)).all()  # importance, too
     iid = torch.cat(
         [train.batch(ids, meta, replace(cfg, time_draw="iid"), s, np.arange(8))[2] for s in range(40)]
     )
@@ -192,7 +194,7 @@ def test_every_draw_of_times_trains(cfg, time_draw):
     assert np.mean(loss) == pytest.approx(val["nats"], abs=0.5)
 
 
-@pytest.mark.parametrize("recipe", ["adamw", "muon_dropout", "d3pm"])
+@pytest.mark.parametrize("recipe", ["adamw", "muon_dropout", "d3pm", "ar", "sedd_counts_short"])
 def test_resume_is_exact_to_the_bit(cfg, recipe, tmp_path, monkeypatch):
     """Stopped by SIGTERM after step 7 and resumed = never stopped: weights, average, log."""
     cfg = replace(
@@ -200,6 +202,8 @@ def test_resume_is_exact_to_the_bit(cfg, recipe, tmp_path, monkeypatch):
         **{
             "adamw": {},
             "muon_dropout": dict(muon_lr=0.02, dropout=0.2, cond_dim=0, micro_batch=4),
+            "ar": dict(loss="ar", causal=True, cond_dim=0),
+            "sedd_counts_short": dict(loss="sedd", time_cond=True, time_draw="counts", short_rows=0.3),
             "d3pm": dict(loss="d3pm", T=50, aux_ce=0.05, time_cond=True, lr_decay="cosine", weight_decay=0.1),
         }[recipe],
     )
