@@ -250,7 +250,12 @@ def test_dropout_acts_in_training_only():
     assert (model(x, t) - model(x, t)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("changes", [{}, {"time_cond": True}, {"cond_dim": 0}, {"dropout": 0.1}])
+SWIGLU = dict(cond_dim=0, norm="rms", mlp="swiglu", bias=False)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"time_cond": True}, {"cond_dim": 0}, {"dropout": 0.1}, AR, AR | SWIGLU]
+)
 def test_the_trunk_compiles_as_one_graph(changes):
     """No graph break, and one compilation for all steps of a run."""
     cfg = replace(SMALL, **changes)
