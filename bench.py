@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from configs import check_range, fail, parser
-from data.corpus import maskable_of, read_split, take
+from data.corpus import read_split, take, unpack
 from diffusion import (
     LOSSES,
     SAMPLERS,
@@ -131,8 +131,8 @@ def bench_evaluate(args):
     ids = ids[: len(ids) // cfg.seq_len * cfg.seq_len]  # whole windows, the same for all
     if not len(ids):
         fail(f"{cfg.data}/val.bin: shorter than one window of {cfg.seq_len}")
-    x0 = torch.from_numpy(take(ids, range(0, len(ids), cfg.seq_len), cfg.seq_len, cfg, "val.bin")).to(device)
-    maskable = maskable_of(x0, meta, cfg)
+    rows = take(ids, range(0, len(ids), cfg.seq_len), cfg.seq_len, cfg, "val.bin")
+    x0, maskable = (a.to(device) for a in unpack(rows, meta, cfg))
     loss = "sedd" if cfg.loss == "sedd" else "mdlm"
     theirs = replace(
         cfg,

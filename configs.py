@@ -22,7 +22,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 AT_LEAST_ONE = (
     "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every save_every".split()
 )
-BELOW_ONE = ("t_min", "short_rows", "dropout", "ema", "beta1", "beta2")
+BELOW_ONE = ("prompt_dropout", "t_min", "short_rows", "dropout", "ema", "beta1", "beta2")
 
 
 def fail(message):
@@ -76,6 +76,7 @@ class Config:
     T: int = 0  # number of diffusion steps; 0: continuous time
     bos: bool = False  # every row's first token is given: never masked, predicted or counted
     short_rows: float = 0.0  # share of the rows that are cut into rows of a random length (SMDM)
+    prompt_dropout: float = 0.0  # share of the rows whose given tokens are masked, for guidance
     t_min: float = 0.0  # smallest t drawn in continuous-time training
     time_draw: str = "stratified"  # over the global batch; iid, importance (log-uniform t), counts (exact)
     time_law: str = "uniform"  # of the times drawn in training; bell: Beta(2, 2), dwells on half-masked text
@@ -100,6 +101,7 @@ class Config:
     ema_start: int = -1  # -1 and 9: MDLM's (1 + n) / (10 + n)
     ema_warmup: int = 9
     # run
+    init_from: str = ""  # checkpoint whose averaged weights a new run begins with: fine-tuning
     seed: int = 1
     device: str = "auto"  # cuda where there is one, else cpu
     dtype: str = "auto"  # autocast to bfloat16 where the hardware has it, else float32
@@ -154,6 +156,10 @@ class Config:
             raise ValueError(f"T={self.T}: must be 0 for loss={self.loss}")
         if (self.loss == "ar") != self.causal:
             raise ValueError(f"causal={self.causal}: must be True for loss=ar and False for the others")
+        if self.causal and self.prompt_dropout:
+            raise ValueError(
+                f"prompt_dropout={self.prompt_dropout}: must be 0 for loss=ar, which has no MASK"
+            )
         if self.causal and self.cond_dim:
             raise ValueError(f"cond_dim={self.cond_dim}: must be 0 for loss=ar, which has no time")
         if self.time_draw in ("importance", "counts") and (self.T or self.loss == "ar"):

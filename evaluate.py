@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configs import check_range, fail, parser
-from data.corpus import folder_of, maskable_of, read_meta, read_split, take
+from data.corpus import folder_of, read_meta, read_split, take, unpack
 from data.tokenizer import tokenizer_of
 from diffusion import LOSSES, SAMPLERS, ar, exact_count_bound
 from model import autocast, compute_dtype, load, pick_device
@@ -84,9 +84,9 @@ def bound(
     mine = list(enumerate(jobs))[rank::world]
     for job, (p, b) in tqdm(mine, disable=quiet or rank > 0, unit="batch", leave=False):
         torch.manual_seed(seed * 1_000_003 + job)  # of the job, not of the rank: any world gives one result
-        x0 = torch.from_numpy(take(ids, starts[b], int(lengths[b.start]), cfg, where)).to(device)
+        x0, maskable = unpack(take(ids, starts[b], int(lengths[b.start]), cfg, where), meta, cfg)
+        x0, maskable = x0.to(device), maskable.to(device)
         v = torch.from_numpy(u[p, b]).to(device)
-        maskable = maskable_of(x0, meta, cfg)
         tokens[p, b] = n = maskable.sum(-1).double()
         with autocast(device, dtype):
             if cfg.causal:
@@ -116,7 +116,8 @@ def bound(
 def report(result, meta, split):
     """The figures people quote, each with its standard error, from the nats per token of `bound`."""
     of = meta["splits"][split]
-    bits, per_char = 1 / math.log(2), (of["tokens"] - of.get("padding", 0)) / of["characters"]
+    text = of["tokens"] - of.get("padding", 0) - of.get("given", 0)
+    bits, per_char = 1 / math.log(2), text / of["characters"]
     nats, se = result["nats"], result["se"]
     return {
         "split": split,

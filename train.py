@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 
 from configs import fail, from_cli, from_dict
-from data.corpus import folder_of, maskable_of, read_split, training_rows
+from data.corpus import folder_of, read_split, training_rows, unpack
 from data.prepare import prepare
 from data.tokenizer import tokenizer_of
 from diffusion import LOSSES, draw
@@ -39,6 +39,7 @@ from model import (
     compute_dtype,
     count_parameters,
     flops_per_token,
+    load,
     pick_device,
     read_checkpoint,
 )
@@ -59,14 +60,20 @@ LOG_EVERY = 10  # steps
 
 def batch(ids, meta, cfg, step, rows):
     """Rows `rows` (N,) of the global batch of `step`: x0, maskable (N, L), t (N,), xt (N, L), weight (N,)."""
-    x0 = torch.from_numpy(training_rows(ids, meta, cfg, step * cfg.batch_size + rows))
-    maskable = maskable_of(x0, meta, cfg)
+    x0, maskable = unpack(training_rows(ids, meta, cfg, step * cfg.batch_size + rows), meta, cfg)
     noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 1) for row in rows]
     u = torch.from_numpy(np.stack(noise))  # (N, L + 1) float64
     time = u[:, 0]
     if cfg.time_draw != "iid":  # one in each stratum of the global batch
         time = (torch.from_numpy(rows) + time) / cfg.batch_size
-    return x0, maskable, *draw(x0, maskable, cfg, time, u[:, 1:])
+    t, xt, weight = draw(x0, maskable, cfg, time, u[:, 1:])
+    if cfg.prompt_dropout:
+        noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 4)[-1] for row in rows]
+        dropped = torch.tensor(noise)[:, None] < cfg.prompt_dropout
+        prompt = ~maskable & (maskable.flip(-1).cumsum(-1).flip(-1) > 0)  # not what stands behind all answers
+        prompt &= torch.arange(cfg.seq_len) >= cfg.bos
+        xt = xt.masked_fill(prompt & dropped, cfg.mask_id)
+    return x0, maskable, t, xt, weight
 
 
 def shorten(tensors, cfg, step, rows):
@@ -149,7 +156,7 @@ def save(path, **state):
 
 
 MAY_CHANGE = set(
-    "data micro_batch device dtype compile eval_every eval_windows save_every samples out_dir wandb steps".split()
+    "data micro_batch device dtype compile eval_every eval_windows save_every samples out_dir wandb steps init_from".split()
 )
 
 
@@ -178,6 +185,17 @@ def open_run(cfg, meta, resume, overwrite):
     if state["step"] >= cfg.steps:
         fail(f"{path}: already at step {state['step']} of {cfg.steps}; add --steps to go on")
     return state
+
+
+def begin_with(model, path, meta):
+    """Copy the averaged weights of the checkpoint `path` into the model."""
+    start, _ = load(path, device=next(model.parameters()).device)
+    if start.tokenizer != meta["tokenizer"]:
+        fail(f"init_from={path}: made with another tokenizer than the data")
+    try:
+        model.load_state_dict(start.state_dict())
+    except RuntimeError as e:
+        fail(f"init_from={path}: its network is another ({str(e).splitlines()[1].strip()})")
 
 
 def start_wandb(cfg):
@@ -301,10 +319,14 @@ def run(cfg, resume, overwrite, at_end):
         except ValueError as e:
             fail(f"{cfg.data}: {e}; --samples=0 trains without showing any")
     state = open_run(cfg, meta, resume, overwrite)
+    if cfg.short_rows and meta["given"]:
+        fail(f"short_rows={cfg.short_rows}: would part prompts from their answers in {cfg.data}")
 
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     model = DiT(cfg).to(device)
+    if cfg.init_from and not state:
+        begin_with(model, cfg.init_from, meta)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, cfg)
     step, best, trained = 0, math.inf, 0.0

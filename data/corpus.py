@@ -172,7 +172,3 @@ def unpack(rows, meta, cfg):
     if cfg.bos:
         maskable[:, 0] = False
     return x0, maskable
-
-
-def maskable_of(x0, meta, cfg):
-    return unpack(x0, meta, cfg)[1]

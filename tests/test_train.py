@@ -17,7 +17,7 @@ from conftest import LETTERS, make_corpus, tiny_run
 
 import train
 from configs import CONFIGS, Config, as_ar, as_d3pm, as_sedd
-from data.corpus import finish, partial_of, read_split
+from data.corpus import GIVEN, finish, partial_of, read_split, training_rows
 from diffusion import LOSSES, alpha
 from model import DiT, load, read_checkpoint
 
@@ -149,6 +149,78 @@ def test_padding_is_never_masked_trained_or_counted(cfg, tmp_path):
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
     val = train.main(cfg)
     assert val["tokens"] == (rows != 0).sum() and 0.5 < val["bits_per_char"] / val["bits_per_token"] < 1.01
+
+
+def answers_corpus(folder):
+    """Rows [0 | given prompt of 3 to 9 | its copy, the answer | 0 ..., given]."""
+    rng, partial = np.random.default_rng(0), partial_of(folder)
+    partial.mkdir(parents=True)
+    rows = np.full((120, 32), GIVEN, np.uint32)
+    for row, n in zip(rows, rng.integers(3, 10, 120)):
+        prompt = rng.integers(1, 27, n)
+        row[1 : n + 1], row[n + 1 : 2 * n + 1] = prompt + GIVEN, prompt
+    for split in ("train", "val"):
+        rows.tofile(partial / f"{split}.bin")
+    spec, answers = {"kind": "char", "characters": LETTERS}, int((rows < GIVEN).sum())
+    finish(folder, "made up", spec, 27, dict.fromkeys(("train", "val"), answers), 32, given=True)
+    return rows
+
+
+def test_answers_alone_are_noised_and_trained_on(cfg, tmp_path):
+    rows = answers_corpus(tmp_path / "sft")
+    cfg = replace(cfg, data=str(tmp_path / "sft"), bos=True, samples=0, steps=2)
+    ids, meta = read_split(cfg.data, "train", cfg)
+    stored = torch.from_numpy(training_rows(ids, meta, cfg, np.arange(8)).astype(np.int64))
+    x0, maskable, t, xt, _ = train.batch(ids, meta, cfg, 0, np.arange(8))
+    assert (maskable == (stored < GIVEN)).all() and (x0 == stored % GIVEN).all() and x0.max() < 27
+    assert (xt == x0)[~maskable].all() and (xt == cfg.mask_id).any()
+    dropped = [train.batch(ids, meta, replace(cfg, prompt_dropout=0.3), s, np.arange(8)) for s in range(40)]
+    prompts, answers = [], []
+    for x, m, _, y, _ in dropped:
+        prompt = ~m & (torch.arange(32) > 0) & (torch.arange(32) <= m.int().argmax(-1, keepdim=True))
+        masked = y == cfg.mask_id
+        assert ((masked & prompt).any(-1) == (masked | ~prompt).all(-1)).all()  # a row's prompt as a whole
+        assert not masked[:, 0].any() and not (masked & ~m & ~prompt).any()  # neither BOS nor what is behind
+        prompts.append((masked & prompt).any(-1))
+        answers.append(masked & m)
+    assert abs(torch.cat(prompts).double().mean() - 0.3) < 4 * (0.21 / 320) ** 0.5
+    plain = [train.batch(ids, meta, cfg, s, np.arange(8)) for s in range(40)]
+    assert all(torch.equal((p[3] == cfg.mask_id) & p[1], a) for p, a in zip(plain, answers))
+    val = train.main(cfg)
+    assert val["tokens"] == (rows < GIVEN).sum() and val["bits_per_char"] == pytest.approx(
+        val["bits_per_token"]
+    )
+
+
+def test_fine_tuning_begins_with_the_averaged_weights(cfg, tmp_path, capsys):
+    train.main(replace(cfg, samples=0))
+    start = Path(cfg.out_dir) / "ckpt.pt"
+    answers_corpus(tmp_path / "sft")
+    tuned = replace(
+        cfg, data=str(tmp_path / "sft"), bos=True, samples=0, steps=1, lr=1e-12, init_from=str(start),
+        out_dir=str(tmp_path / "tuned"),
+    )  # fmt: skip
+    train.main(tuned)
+    averaged, after = read_checkpoint(start)["ema"], read_checkpoint(tmp_path / "tuned/ckpt.pt")["model"]
+    for name in averaged:
+        torch.testing.assert_close(after[name], averaged[name])
+    assert any((read_checkpoint(start)["model"][n] - averaged[n]).abs().max() > 1e-4 for n in averaged)
+    train.main(replace(tuned, steps=3), resume=True)  # goes on, and does not begin again
+    for change, words in (
+        (dict(n_embd=64), ("its network is another", "ckpt.pt")),
+        (dict(init_from="nowhere.pt"), ("nowhere.pt: no such checkpoint",)),
+        (dict(short_rows=0.5), ("short_rows=0.5", "sft")),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            train.main(replace(tuned, out_dir=str(tmp_path / "other"), **change))
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and err.count("\n") == 1 and all(w in err for w in words), err
+        assert not (tmp_path / "other").exists()
+    other = make_corpus(tmp_path / "letters", characters="zyxwvutsrqponmlkjihgfedcba ")
+    with pytest.raises(SystemExit):
+        train.main(replace(tuned, data=str(other), out_dir=str(tmp_path / "other")))
+    assert "made with another tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bos", [False, True])

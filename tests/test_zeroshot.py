@@ -18,7 +18,7 @@ from test_data import ROOT, make, needs_gpt2
 
 import data.prepare as prepare
 from configs import Config
-from data.corpus import finish, maskable_of, partial_of, read_meta, read_split, training_rows
+from data.corpus import finish, partial_of, read_meta, read_split, training_rows, unpack
 from data.detokenize import DETOKENIZERS
 from data.shards import LINES, Documents, write_padded
 from data.tokenizer import load_tokenizer, read_wordpiece
@@ -287,9 +287,9 @@ def test_lm1b_padded(tmp_path, vocab, sentences, capsys):
     cfg = Config(data=str(tmp_path / "lm1b"), vocab_size=len(PIECES), seq_len=L)
     rows = training_rows(*read_split(cfg.data, "train", cfg), cfg, range(15))
     assert sorted(rows.tolist()) == sorted(ids["train"].reshape(-1, L).tolist())
-    maskable = maskable_of(torch.from_numpy(rows), meta, cfg)
+    maskable = unpack(torch.from_numpy(rows), meta, cfg)[1]
     assert (maskable.numpy() == (rows != 0)).all() and not maskable.all()
-    maskable = maskable_of(torch.from_numpy(rows), meta, replace(cfg, bos=True))
+    maskable = unpack(torch.from_numpy(rows), meta, replace(cfg, bos=True))[1]
     assert not maskable[:, 0].any() and (maskable[:, 1:].numpy() == (rows != 0)[:, 1:]).all()
 
 
@@ -593,11 +593,11 @@ def test_padding_is_counted_and_never_maskable(tmp_path):
     assert of["tokens"] == 12 and of["padding"] == 4
     assert of["sha256"] == hashlib.sha256((folder / "test.bin").read_bytes()).hexdigest()
     x0, cfg = torch.from_numpy(x0.astype(np.int64)), Config(vocab_size=len(PIECES), seq_len=4)
-    assert maskable_of(x0, meta, cfg).tolist() == [[i > 0 for i in row] for row in x0.tolist()]
+    assert unpack(x0, meta, cfg)[1].tolist() == [[i > 0 for i in row] for row in x0.tolist()]
 
     old = json.loads((folder / "meta.json").read_text())  # before there was padding
     del old["pad"], old["splits"]["test"]["padding"]
     (folder / "meta.json").write_text(json.dumps(old))
     assert read_meta(str(folder))["pad"] is None
-    assert maskable_of(x0, old, cfg).all()
-    assert (~maskable_of(x0, old, replace(cfg, bos=True))).nonzero().tolist() == [[0, 0], [1, 0], [2, 0]]
+    assert unpack(x0, old, cfg)[1].all()
+    assert (~unpack(x0, old, replace(cfg, bos=True))[1]).nonzero().tolist() == [[0, 0], [1, 0], [2, 0]]
