@@ -176,7 +176,7 @@ def test_answers_alone_are_noised_and_trained_on(cfg, tmp_path):
     assert (xt == x0)[~maskable].all() and (xt == cfg.mask_id).any()
     dropped = [train.batch(ids, meta, replace(cfg, prompt_dropout=0.3), s, np.arange(8)) for s in range(40)]
     prompts, answers = [], []
-    for x, m, _, y, _ in dropped:
+    for _, m, _, y, _ in dropped:
         prompt = ~m & (torch.arange(32) > 0) & (torch.arange(32) <= m.int().argmax(-1, keepdim=True))
         masked = y == cfg.mask_id
         assert ((masked & prompt).any(-1) == (masked | ~prompt).all(-1)).all()  # a row's prompt as a whole
