@@ -55,10 +55,10 @@ def final(cfg, passes):
     return report(result, meta, "val")
 
 
-def cell(values):
+def cell(values, digits=3):
     """Mean over seeds ± its standard error."""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{error}"
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{error}"
 
 
 def curve(cfg):

@@ -185,6 +185,14 @@ def pydocs_mdlm():
     )  # fmt: skip
 
 
+def reversal_mdlm():
+    """The demo's recipe for reversal.py: a fact per row, from scratch."""
+    return replace(
+        pydocs_mdlm(), data="reversal", seq_len=64, bos=True, steps=1000, batch_size=64, micro_batch=64, samples=0,
+        eval_every=500, save_every=500,
+    )  # fmt: skip
+
+
 def owt_mdlm():
     """MDLM on OpenWebText, small (Sahoo et al. 2024, arXiv 2406.07524; kuleshov-group/mdlm configs/).
     Test perplexity there: at most 23.2 after 1M steps (262B masked tokens)."""
@@ -326,7 +334,7 @@ def smdm(size, ar=False, flops=10.0, batch_size=256, short_rows=0.0):
 CONFIGS = {
     f.__name__: f
     for f in (
-        pydocs_mdlm, text8_mdlm, text8_d3pm, text8_sedd, text8_ar, lm1b_mdlm, lm1b_d3pm, lm1b_sedd, lm1b_ar,
+        pydocs_mdlm, reversal_mdlm, text8_mdlm, text8_d3pm, text8_sedd, text8_ar, lm1b_mdlm, lm1b_d3pm, lm1b_sedd, lm1b_ar,
         owt_mdlm, owt_d3pm, owt_sedd, owt_ar,
     )
 }  # fmt: skip
@@ -342,12 +350,12 @@ def boolean(text):
     return bool(("false", "true").index(text.lower()))  # ValueError on anything else
 
 
-def from_cli(argv=None, doc=None, flags=(), out="out/{}"):
+def from_cli(argv=None, doc=None, flags=(), out="out/{}", config="pydocs_mdlm"):
     """[CONFIG] [--field=value ...] [--flag ...] -> (Config, namespace of the flags). Bad input: exit 2.
     A flag is (name, help), or (name, help, default) for one that takes a whole number.
     With the flag --resume, fields that are not given are those of the run in out_dir."""
     p = parser(doc)
-    p.add_argument("config", nargs="?", default="pydocs_mdlm", help=", ".join(CONFIGS))
+    p.add_argument("config", nargs="?", default=config, help=", ".join(CONFIGS))
     for flag, text, *default in flags:
         kind = dict(type=int, default=default[0]) if default else dict(action="store_true")
         p.add_argument(f"--{flag}", help=text, **kind)

@@ -357,6 +357,7 @@ def close(a, b):
     return a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], rel=1e-4) for k in a)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_other_losses_like_one(cfg, tmp_path):
     """D3PM with its two forwards per step, on padded rows, of which the processes have different numbers of tokens."""
     padded_corpus(tmp_path / "padded")

@@ -1,0 +1,128 @@
+"""The reversal curse (Berglund et al., arXiv 2309.12288): who has read "A is B", and is asked who B is?
+
+python data/prepare.py reversal --input FOLDER/all_prompts_train.jsonl FOLDER/*_prompts_test.jsonl --tokenizer bpe
+python reversal.py                               # an MDLM and its AR twin, 3 seeds each
+
+Both are trained from scratch on the facts, each of which is told in one direction only. Then every test prompt, of
+which no wording was seen, is put with its true answer and nine others from the same file: how often is the true one
+the likeliest? By chance in one of ten. Writes out/reversal/: a folder per run, and table.md.
+"""
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import train
+from compare import cell, trained
+from configs import as_ar, check_range, fail, from_cli
+from data.corpus import folder_of, read_meta
+from data.tokenizer import tokenizer_of
+from diffusion import ar, exact_count_bound
+from model import autocast, load
+
+OPTIONS = 10
+QUESTIONS = {  # of the test files: what is asked, and whether the facts were told in that direction
+    "p2d": "who -> what, as told",
+    "d2p": "what -> who, as told",
+    "d2p_reverse": "who -> what, reversed",
+    "p2d_reverse": "what -> who, reversed",
+}
+
+
+def questions(path, tokenizer, cfg, most):
+    """x0 (N, OPTIONS, L), maskable: each prompt with each of its options, the true answer first, in rows as they were
+    trained on, [BOS] prompt answer [EOS] ...; and of (N,), the kind of each question. At most `most` of a kind."""
+    items = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    answers = {kind: sorted({item["answer"] for item in items if item["of"] == kind}) for kind in QUESTIONS}
+    x0, maskable, of, rng = [], [], [], np.random.default_rng(0)
+    for kind in QUESTIONS:
+        mine = [item for item in items if item["of"] == kind]
+        for item in mine[:: -(-len(mine) // most)]:  # evenly spaced: neighbours ask the same in other words
+            others = [answer for answer in answers[kind] if answer != item["answer"]]
+            if len(others) < OPTIONS - 1:
+                fail(f"{path}: {len(others) + 1} different answers of {kind}, fewer than {OPTIONS}")
+            of.append(kind)
+            for answer in [item["answer"], *rng.choice(others, OPTIONS - 1, replace=False)]:
+                prompt = [tokenizer.bos, *tokenizer.encode(item["prompt"])]
+                target = tokenizer.encode(" " + str(answer), inside=True)
+                rest = cfg.seq_len - len(prompt) - len(target)
+                if rest < 0:
+                    fail(f"{path}: a question of {cfg.seq_len - rest} tokens, but seq_len is {cfg.seq_len}")
+                x0.append(prompt + target + [tokenizer.eos] * rest)
+                maskable.append([False] * len(prompt) + [True] * len(target) + [False] * rest)
+    shape = (len(of), OPTIONS, cfg.seq_len)
+    return torch.tensor(x0).view(shape), torch.tensor(maskable).view(shape), of
+
+
+@torch.no_grad()
+def costs(model, cfg, x0, maskable, samples, batch_size=512):
+    """(N,) nats of the maskable tokens of rows x0 (N, L): exact for an AR model, else the bound by exact counts, which
+    are stratified over `samples` forwards."""
+    parts = []
+    for x, m in tqdm(list(zip(x0.split(batch_size), maskable.split(batch_size))), leave=False, unit="batch"):
+        with autocast(x.device, cfg.dtype):
+            if cfg.causal:
+                parts.append(ar(model, x, m, cfg).double().sum(-1))
+                continue
+            n, total = m.sum(-1), 0.0
+            for k in range(samples):
+                u = (k + torch.rand(len(x), dtype=torch.float64, device=x.device)) / samples
+                count = torch.minimum(torch.floor(n * u).long() + 1, n)
+                total = total + exact_count_bound(model, x, m, cfg, count).double() / samples
+            parts.append(total)
+    return torch.cat(parts)
+
+
+def accuracy(cfg, samples, most):
+    """{kind: share of its questions whose true answer is the likeliest of the options} of a trained run."""
+    device = train.local_device(cfg)
+    model, _ = load(cfg.out_dir, device=device)
+    tokenizer = tokenizer_of(model.tokenizer)
+    x0, maskable, of = questions(folder_of(cfg.data) / "test.jsonl", tokenizer, cfg, most)
+    torch.manual_seed(0)
+    nats = costs(model, cfg, x0.flatten(0, 1).to(device), maskable.flatten(0, 1).to(device), samples)
+    right = (nats.view(len(of), OPTIONS).argmin(-1) == 0).tolist()
+    return {kind: statistics.fmean(r for r, k in zip(right, of) if k == kind) for kind in QUESTIONS}
+
+
+def main(cfg, seeds, samples, most):
+    path = folder_of(cfg.data) / "test.jsonl"
+    if not path.exists():
+        fail(f"{path}: no such file; python data/prepare.py reversal needs its four test files, too")
+    cfg = replace(cfg, vocab_size=read_meta(cfg.data)["vocab_size"])
+    results = {}
+    for name, make in {"mdlm": lambda cfg: cfg, "ar": as_ar}.items():
+        runs = [
+            replace(make(cfg), seed=seed, out_dir=f"{cfg.out_dir}/{name}_{seed}")
+            for seed in range(cfg.seed, cfg.seed + seeds)
+        ]
+        for run in runs:
+            trained(run)
+        results[name] = [accuracy(run, samples, most) for run in runs]
+    lines = ["| loss | " + " | ".join(QUESTIONS.values()) + " |", "|---" * (len(QUESTIONS) + 1) + "|"]
+    for name, of_seed in results.items():
+        cells = [cell([100 * r[kind] for r in of_seed], 1) for kind in QUESTIONS]
+        lines.append(f"| `{name}` | " + " | ".join(f"{c} %" for c in cells) + " |")
+    (Path(cfg.out_dir) / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return results
+
+
+if __name__ == "__main__":
+    cfg, args = from_cli(
+        doc=__doc__,
+        flags=(
+            ("seeds", "runs of each loss", 3),
+            ("passes", "forwards per option", 8),
+            ("most", "questions of each kind", 300),
+        ),
+        out="out/reversal",
+        config="reversal_mdlm",
+    )
+    check_range(args, seeds=1, passes=1, most=1)
+    main(cfg, args.seeds, args.passes, args.most)
