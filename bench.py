@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs import check_range, fail, parser
+from configs import check_range, device_options, fail, parser
 from data.corpus import read_split, take, unpack
 from diffusion import (
     LOSSES,
@@ -201,8 +201,7 @@ def main(argv=None):
     p.add_argument("--samplers", nargs="+", choices=SAMPLERS, help="sample: default all; semi_ar: one")
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
+    device_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
     args = p.parse_args(argv)
     check_range(args, steps=1, batch_size=1, repeats=2 if args.what == "evaluate" else 1)

@@ -29,6 +29,17 @@ MAY_CHANGE = train.MAY_CHANGE - {"data", "steps"}
 VARIANTS = {"ar": as_ar, "mdlm": lambda cfg: cfg, "sedd": as_sedd, "d3pm": as_d3pm}
 
 
+def seeded(cfg, name, make, seeds):
+    """make(cfg) for so many seeds from its own on, each with a folder <name>_<seed> in out_dir."""
+    try:
+        return [
+            replace(make(cfg), seed=seed, out_dir=f"{cfg.out_dir}/{name}_{seed}")
+            for seed in range(cfg.seed, cfg.seed + seeds)
+        ]
+    except ValueError as e:  # a field that this one does not have
+        fail(f"{name}: {e}")
+
+
 def trained(cfg):
     """Train cfg, unless its folder holds the result."""
     path = Path(cfg.out_dir) / "ckpt.pt"
@@ -125,14 +136,7 @@ def side_by_side(texts, width=36):
 def main(cfg, seeds, passes):
     if cfg.loss != "mdlm":
         fail(f"loss={cfg.loss}: compare starts from a config of loss=mdlm")
-    seeds = range(cfg.seed, cfg.seed + seeds)
-    try:
-        cfgs = {
-            name: [replace(make(cfg), seed=seed, out_dir=f"{cfg.out_dir}/{name}_{seed}") for seed in seeds]
-            for name, make in VARIANTS.items()
-        }
-    except ValueError as e:  # a field that one of the four does not have
-        fail(f"compare: {e}")
+    cfgs = {name: seeded(cfg, name, make, seeds) for name, make in VARIANTS.items()}
     for one_of_each in zip(*cfgs.values()):  # seed by seed
         for c in one_of_each:
             trained(c)

@@ -40,6 +40,12 @@ def parser(doc):
     return p
 
 
+def device_options(p):
+    """--device and --dtype, of every script that runs a trained network."""
+    p.add_argument("--device", default="auto")
+    p.add_argument("--dtype", default="float32", choices=DTYPES)
+
+
 def check_range(args, **least):
     """Each named argument that was given must be at least this, and below 2**31."""
     for name, low in least.items():

@@ -413,13 +413,16 @@ def with_greedy_end(denoise, end):
     return shaped(denoise, lambda log_p, t: torch.where((t <= end)[:, None], greedy(log_p), log_p))
 
 
-def with_guidance(denoise, given, w, mask_id):
+def with_guidance(denoise, given, w, cfg):
     """Classifier-free guidance that needs no training of its own (SMDM, arXiv 2410.18514, section 4): p(. | given)
     ^ (1 + w) / p(. | nothing) ^ w, normalised, where nothing is the same canvas with the tokens `given` (B, L)
-    masked as well. Both are of one call, of twice the batch."""
+    masked as well, but for a first token that always is given. Both are of one call, of twice the batch."""
+    given = given & (torch.arange(given.shape[1], device=given.device) >= cfg.bos)
 
     def guided(x, t, at):
-        both = denoise(torch.cat((x, x.masked_fill(given, mask_id))), torch.cat((t, t)), torch.cat((at, at)))
+        both = denoise(
+            torch.cat((x, x.masked_fill(given, cfg.mask_id))), torch.cat((t, t)), torch.cat((at, at))
+        )
         with_it, without = both.chunk(2)
         return F.log_softmax((1 + w) * with_it - w * without, -1)
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configs import check_range, fail, parser
+from configs import check_range, device_options, fail, parser
 from data.corpus import folder_of, read_meta, read_split, take, unpack
 from data.tokenizer import tokenizer_of
 from diffusion import LOSSES, SAMPLERS, ar, exact_count_bound
@@ -384,8 +384,7 @@ def main(argv=None):
     p.add_argument("--batch_size", type=int, default=32)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--no_ema", action="store_true", help="the raw weights")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
+    device_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else")
     args = p.parse_args(argv)
     check_range(args, T=0, passes=1, num=1, steps=1, temperature=0, batch_size=1, seed=0)

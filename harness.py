@@ -20,23 +20,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configs import check_range, fail, parser
+from configs import check_range, device_options, fail, parser
 from data.tokenizer import tokenizer_of
-from diffusion import (
-    SAMPLERS,
-    cached_denoiser,
-    denoiser,
-    mask_exactly,
-    row_generators,
-    spread,
-    time_at,
-    with_guidance,
-    with_temperature,
-    with_top_p,
-)
+from diffusion import SAMPLERS, denoiser, mask_exactly, spread, time_at, with_guidance
 from evaluate import to_json
 from model import autocast, compute_dtype, load, pick_device
-from sample import opening, sampler_for
+from sample import frames, opening, sampler_for
 
 # ---------------------------------------------------------------------------------------------------------
 # What is asked, in batches of rows of one length: padding would be text to a network that looks both ways
@@ -87,16 +76,11 @@ def batches(requests, rows, batch_size=32, device="cpu", quiet=True):
 # the conditionals are the guided ones, and so is the p that they define.
 
 
-def guided(denoise, given, w, cfg):
-    """denoise, guided by what is `given` (B, L) but for a first token that always is, as in sample.py."""
-    if not w:
-        return denoise
-    return with_guidance(denoise, given & (torch.arange(given.shape[1]) >= cfg.bos).to(given), w, cfg.mask_id)
-
-
 def answers(model, cfg, given, w):
     """denoise(x, t, at) to judge by: SEDD's scores, and what a D3PM leaves for other tokens than MASK, sum to one."""
-    denoise = guided(denoiser(model, cfg), given, w, cfg)
+    denoise = denoiser(model, cfg)
+    if w:
+        denoise = with_guidance(denoise, given, w, cfg)
     return lambda x, t, at: F.log_softmax(denoise(x, t, at), -1)
 
 
@@ -180,21 +164,21 @@ def is_greedy(model, cfg, requests, w=0.0, **how):
     return right
 
 
-def write(model, cfg, x, rows, w=0.0, temperature=0.0, top_p=1.0, sampler=None, steps=1000, seed=0):
-    """Fill canvases x (B, L); row number rows[i] has random numbers of its own, as in sample.py."""
+def write(
+    model, cfg, x, rows, w=0.0, temperature=0.0, top_p=1.0, dtype="float32", sampler=None, steps=1000, seed=0
+):  # fmt: skip
+    """Fill canvases x (B, L): as sample.py does, where row number rows[i] has random numbers of its own, or, with no
+    temperature and no sampler, greedily."""
+    if temperature or sampler or cfg.causal:
+        name = sampler_for(cfg, sampler)
+        xs = frames(model, cfg, x, rows, steps, name, w, temperature, top_p, seed=seed, dtype=dtype)
+        return deque(xs, maxlen=1).pop()
     given = x != cfg.mask_id
-    if not (temperature or sampler or cfg.causal):
-        total = (~given).sum(-1)
+    total = (~given).sum(-1)
+    with autocast(x.device, dtype):
         for _ in range(int(total.max())):
             x = commit(answers(model, cfg, given, w), x, total, cfg)
-        return x
-    denoise = guided((cached_denoiser if cfg.causal else denoiser)(model, cfg), given, w, cfg)
-    if temperature != 1:
-        denoise = with_temperature(denoise, temperature)
-    if top_p != 1:
-        denoise = with_top_p(denoise, top_p)
-    sampling = SAMPLERS[sampler_for(cfg, sampler)]
-    return deque(sampling(denoise, x, steps, cfg, row_generators(seed, rows)), maxlen=1).pop()
+    return x
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -258,8 +242,9 @@ def adapter(model, cfg, tokenizer, estimator, w=0.0, dtype="float32", writing=No
                 group = iter(group)
                 while part := list(islice(group, how.get("batch_size", 32))):
                     x = torch.tensor([prompt + [cfg.mask_id] * new for _, prompt, new, _ in part])
-                    with autocast(device, dtype):
-                        x = write(model, cfg, x.to(device), [i for i, *_ in part], w, *law, **writing or {})
+                    x = write(
+                        model, cfg, x.to(device), [i for i, *_ in part], w, *law, dtype, **writing or {}
+                    )
                     for (i, prompt, _, until), ids in zip(part, x.tolist()):
                         texts[i] = continuation(prompt, ids, until)
             return texts
@@ -315,8 +300,7 @@ def main(argv=None):
     p.add_argument("--batch_size", type=int, default=32, help="changes memory and speed, not the results")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--no_ema", action="store_true", help="the raw weights")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
+    device_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else")
     args = p.parse_args(argv)
     check_range(args, mc=1, guidance=0, num_fewshot=0, steps=1, batch_size=1, seed=0)

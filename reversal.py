@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 import train
-from compare import cell, trained
-from configs import as_ar, check_range, fail, from_cli
+from compare import VARIANTS, cell, seeded, trained
+from configs import check_range, fail, from_cli
 from data.corpus import folder_of, read_meta
 from data.tokenizer import tokenizer_of
 from diffusion import ar, exact_count_bound
@@ -96,11 +96,8 @@ def main(cfg, seeds, samples, most):
         fail(f"{path}: no such file; python data/prepare.py reversal needs its four test files, too")
     cfg = replace(cfg, vocab_size=read_meta(cfg.data)["vocab_size"])
     results = {}
-    for name, make in {"mdlm": lambda cfg: cfg, "ar": as_ar}.items():
-        runs = [
-            replace(make(cfg), seed=seed, out_dir=f"{cfg.out_dir}/{name}_{seed}")
-            for seed in range(cfg.seed, cfg.seed + seeds)
-        ]
+    for name in ("mdlm", "ar"):
+        runs = seeded(cfg, name, VARIANTS[name], seeds)
         for run in runs:
             trained(run)
         results[name] = [accuracy(run, samples, most) for run in runs]

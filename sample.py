@@ -13,7 +13,7 @@ from collections import deque
 
 import torch
 
-from configs import check_range, fail, parser
+from configs import check_range, device_options, fail, parser
 from data.tokenizer import tokenizer_of
 from diffusion import (
     SAMPLERS,
@@ -67,14 +67,13 @@ def frames(
     model, cfg, canvas, rows, steps, sampler, guidance=0.0, temperature=1.0, top_p=1.0, noise_removal="sampled",
     seed=0, dtype="float32", **semi,
 ):  # fmt: skip
-    """Yield (N, L) canvases from the masked one to the text. Row number rows[i] has its own random numbers,
-    so it comes out the same in any batch. semi: window, stride and eos of `semi_ar`, or nothing."""
+    """Yield (N, L) canvases from the masked one, (L,) or (N, L), to the text. Row number rows[i] has its own random
+    numbers, so it comes out the same in any batch. semi: window, stride and eos of `semi_ar`, or nothing."""
     denoise = (cached_denoiser if cfg.causal else denoiser)(model, cfg)
     device = next(model.parameters()).device
-    x = canvas.to(device).repeat(len(rows), 1)
+    x = canvas.to(device).expand(len(rows), -1)
     if guidance:
-        given = (x != cfg.mask_id) & (torch.arange(x.shape[1], device=device) >= cfg.bos)
-        denoise = with_guidance(denoise, given, guidance, cfg.mask_id)
+        denoise = with_guidance(denoise, x != cfg.mask_id, guidance, cfg)
     if temperature != 1:
         denoise = with_temperature(denoise, temperature)
     if top_p != 1:
@@ -172,8 +171,7 @@ def main(argv=None):
     p.add_argument("--batch_size", type=int, default=16, help="changes memory and speed, not the text")
     p.add_argument("--no_ema", action="store_true", help="the raw weights")
     p.add_argument("--watch", action="store_true", help="see the text appear; plain output when piped")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="float32", choices=("auto", "float32", "bfloat16"))
+    device_options(p)
     args = p.parse_args(argv)
     check_range(
         args, num=1, steps=1, length=1, temperature=0, guidance=0, seed=0, batch_size=1, window=2, stride=1

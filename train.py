@@ -61,15 +61,16 @@ LOG_EVERY = 10  # steps
 def batch(ids, meta, cfg, step, rows):
     """Rows `rows` (N,) of the global batch of `step`: x0, maskable (N, L), t (N,), xt (N, L), weight (N,)."""
     x0, maskable = unpack(training_rows(ids, meta, cfg, step * cfg.batch_size + rows), meta, cfg)
-    noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 1) for row in rows]
-    u = torch.from_numpy(np.stack(noise))  # (N, L + 1) float64
+    noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 4) for row in rows]
+    u = torch.from_numpy(
+        np.stack(noise)
+    )  # (N, L + 4) float64: time, positions, two for `shorten`, the prompt
     time = u[:, 0]
     if cfg.time_draw != "iid":  # one in each stratum of the global batch
         time = (torch.from_numpy(rows) + time) / cfg.batch_size
-    t, xt, weight = draw(x0, maskable, cfg, time, u[:, 1:])
+    t, xt, weight = draw(x0, maskable, cfg, time, u[:, 1:-3])
     if cfg.prompt_dropout:
-        noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 4)[-1] for row in rows]
-        dropped = torch.tensor(noise)[:, None] < cfg.prompt_dropout
+        dropped = u[:, -1:] < cfg.prompt_dropout
         prompt = ~maskable & (maskable.flip(-1).cumsum(-1).flip(-1) > 0)  # not what stands behind all answers
         prompt &= torch.arange(cfg.seq_len) >= cfg.bos
         xt = xt.masked_fill(prompt & dropped, cfg.mask_id)

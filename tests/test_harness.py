@@ -440,8 +440,8 @@ def test_free_text_is_what_follows_the_prompt(monkeypatch):
     cfg = Config(vocab_size=8, seq_len=8, n_embd=8, n_head=2, n_layer=1, bos=True)
     calls = []
 
-    def write(model, cfg, x, rows, w, temperature, top_p, seed):
-        assert (w, top_p, seed) == (0.5, 1.0, 9)
+    def write(model, cfg, x, rows, w, temperature, top_p, dtype, seed):
+        assert (w, top_p, dtype, seed) == (0.5, 1.0, "float32", 9)
         calls.append((x.tolist(), rows, temperature))
         new = torch.tensor([5, 7, 6, 3, 4])  # elms fir [SEP] oak
         return torch.cat((x[:, : -(x == 8).sum(-1).max()], new[: (x[0] == 8).sum()].repeat(len(x), 1)), 1)

@@ -309,7 +309,7 @@ def test_guidance_has_the_law_of_its_formula(w):
     model, steps = hostile_model(), 3
     canvases = torch.tensor([CANVASES[name] for name in ("prompt", "hole", "holes", "empty")])
     x = canvases.repeat(N, 1)
-    denoise = with_guidance(denoiser(model, tiny()), x != MASK, w, MASK)
+    denoise = with_guidance(denoiser(model, tiny()), x != MASK, w, tiny())
     texts = last(SAMPLERS["ddpm_cache"](denoise, x, steps, tiny()))
     for i, canvas in enumerate(canvases):
 
