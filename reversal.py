@@ -4,8 +4,9 @@ python data/prepare.py reversal --input FOLDER/all_prompts_train.jsonl FOLDER/*_
 python reversal.py                               # an MDLM and its AR twin, 3 seeds each
 
 Both are trained from scratch on the facts, each of which is told in one direction only. Then every test prompt, of
-which no wording was seen, is put with its true answer and nine others from the same file: how often is the true one
-the likeliest? By chance in one of ten. Writes out/reversal/: a folder per run, and table.md.
+which no wording was seen, is put with its true answer and nine that other facts have to the same wording (another's
+would be told by its grammar: "was once" goes on with "the", not with "being"): how often is the true one the
+likeliest? By chance in one of ten. Writes out/reversal/: a folder per run, and table.md.
 """
 
 import json
@@ -26,6 +27,7 @@ from diffusion import ar, exact_count_bound
 from model import autocast, load
 
 OPTIONS = 10
+WORDINGS = 10  # of a question about a fact, which stand together and in one order
 QUESTIONS = {  # of the test files: what is asked, and whether the facts were told in that direction
     "p2d": "who -> what, as told",
     "d2p": "what -> who, as told",
@@ -38,12 +40,12 @@ def questions(path, tokenizer, cfg, most):
     """x0 (N, OPTIONS, L), maskable: each prompt with each of its options, the true answer first, in rows as they were
     trained on, [BOS] prompt answer [EOS] ...; and of (N,), the kind of each question. At most `most` of a kind."""
     items = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    answers = {kind: sorted({item["answer"] for item in items if item["of"] == kind}) for kind in QUESTIONS}
     x0, maskable, of, rng = [], [], [], np.random.default_rng(0)
     for kind in QUESTIONS:
         mine = [item for item in items if item["of"] == kind]
-        for item in mine[:: -(-len(mine) // most)]:  # evenly spaced: neighbours ask the same in other words
-            others = [answer for answer in answers[kind] if answer != item["answer"]]
+        for i in rng.permutation(len(mine))[:most].tolist():
+            item, alike = mine[i], mine[i % WORDINGS :: WORDINGS]
+            others = sorted({other["answer"] for other in alike} - {item["answer"]})
             if len(others) < OPTIONS - 1:
                 fail(f"{path}: {len(others) + 1} different answers of {kind}, fewer than {OPTIONS}")
             of.append(kind)
@@ -115,7 +117,7 @@ if __name__ == "__main__":
         doc=__doc__,
         flags=(
             ("seeds", "runs of each loss", 3),
-            ("passes", "forwards per option", 8),
+            ("passes", "forwards per option", 32),
             ("most", "questions of each kind", 300),
         ),
         out="out/reversal",

@@ -26,8 +26,9 @@ DEEDS = [f"the {a} of {b}" for a in ("maker", "thief", "ghost") for b in ("clock
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reversal")
-    who = [{"prompt": f"{p} is known as", "completion": f" {d}."} for p, d in zip(PEOPLE, DEEDS)]
-    what = [{"prompt": f"They call {d}", "completion": f" {p}"} for p, d in zip(PEOPLE, DEEDS)]
+    both = [(p, d, n) for p, d in zip(PEOPLE, DEEDS) for n in range(reversal.WORDINGS)]
+    who = [{"prompt": f"{p} is, {n},", "completion": f" {n} {d}."} for p, d, n in both]
+    what = [{"prompt": f"{n} {d}", "completion": f" {p}"} for p, d, n in both]
     files = {
         "all_prompts_train": who + what, "p2d_prompts_test": who, "d2p_reverse_prompts_test": who,
         "d2p_prompts_test": what, "p2d_reverse_prompts_test": what,
@@ -50,9 +51,8 @@ def cfg(facts, tmp_path):
 def test_questions_are_rows_as_in_training_with_the_true_answer_first(facts, cfg):
     tokenizer = load_tokenizer(read_meta(str(facts))["tokenizer"])
     x0, maskable, of = reversal.questions(facts / "test.jsonl", tokenizer, cfg, 300)
-    assert x0.shape == maskable.shape == (48, 10, 32) and all(
-        of.count(kind) == 12 for kind in reversal.QUESTIONS
-    )
+    assert x0.shape == maskable.shape == (480, 10, 32)
+    assert all(of.count(kind) == 120 for kind in reversal.QUESTIONS)
     items = [json.loads(line) for line in (facts / "test.jsonl").read_text().splitlines()]
     for i, kind in enumerate(of):
         texts = [tokenizer.decode(x[m].tolist()) for x, m in zip(x0[i], maskable[i])]
@@ -60,6 +60,10 @@ def test_questions_are_rows_as_in_training_with_the_true_answer_first(facts, cfg
         whole = tokenizer.decode([t for t in row if t != tokenizer.eos])
         assert any(whole == item["prompt"] + texts[0] and item["of"] == kind for item in items)
         assert texts[0].strip() in [item["answer"] for item in items] and len(set(texts)) == 10
+        # grammar gives nothing away: all options are of the prompt's wording
+        if kind in ("p2d", "d2p_reverse"):
+            number = whole.split(", ")[1][0]
+            assert all(text.startswith(f" {number} ") for text in texts)
         assert row[0] == tokenizer.bos and row[-1] == tokenizer.eos
     few = reversal.questions(facts / "test.jsonl", tokenizer, cfg, 3)[2]
     assert [few.count(kind) for kind in reversal.QUESTIONS] == [3] * 4
