@@ -194,6 +194,8 @@ def test_bad_data(run, tmp_path, corpus, capsys, change, words):
     [
         ("text8", "python data/prepare.py text8\n"),
         ("openwebtext_wrap512", "python data/prepare.py openwebtext --wrap 512\n"),
+        ("gsm8k_wrap128", "python data/prepare.py gsm8k --wrap 128\n"),
+        ("gsm8k_wrap256", "python data/prepare.py text --input FILE... --out gsm8k_wrap256\n"),  # 256: gsm8k
         ("mine", "python data/prepare.py text --input FILE... --out mine\n"),
     ],
 )
