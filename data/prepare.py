@@ -527,9 +527,9 @@ def options_for(folder):
     found = re.fullmatch(rf"({names})(?:_({DUMP}))?(_packed)?(_no_eot)?(?:_wrap(\d+))?", folder)
     name, *values = found.groups() if found else ("text",)
     given = dict(zip(("dump", "packed", "no_eot", "wrap"), values))
-    given["wrap"] = given["wrap"] and int(given["wrap"])
     if name == "text" or any(value and key not in options_of(name) for key, value in given.items()):
         return None
+    given["wrap"] = given["wrap"] and int(given["wrap"])
     if default_folder(name, **given) != folder:
         return None
     with_value = "".join(f" --{key} {given[key]}" for key in ("dump", "wrap") if given[key])
