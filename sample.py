@@ -4,21 +4,26 @@ python sample.py out/pydocs_mdlm/ckpt.pt --num 4 --watch
 python sample.py out/owt_mdlm/ckpt.pt --prompt "The meaning of life" --steps 256 --top_p 0.9
 python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12] the end."
 python sample.py out/pydocs_mdlm/ckpt.pt --semi_ar --length 4096 --stride 128       # any length
+python sample.py out/pydocs_mdlm/ckpt.pt --sampler threshold --threshold 0.7        # fewer calls, another law
 """
 
 import re
 import shutil
 import sys
 from collections import deque
+from functools import partial
 
 import torch
 
 from configs import check_range, device_options, fail, parser
 from data.tokenizer import tokenizer_of
 from diffusion import (
+    OPTIONS,
     SAMPLERS,
+    STEPLESS,
     cached_denoiser,
     denoiser,
+    options_of,
     row_generators,
     semi_ar,
     with_greedy_end,
@@ -65,10 +70,11 @@ def infill_canvas(tokenizer, text, cfg, subword):
 
 def frames(
     model, cfg, canvas, rows, steps, sampler, guidance=0.0, temperature=1.0, top_p=1.0, noise_removal="sampled",
-    seed=0, dtype="float32", **semi,
+    seed=0, dtype="float32", own=None, **semi,
 ):  # fmt: skip
     """Yield (N, L) canvases from the masked one, (L,) or (N, L), to the text. Row number rows[i] has its own random
-    numbers, so it comes out the same in any batch. semi: window, stride and eos of `semi_ar`, or nothing."""
+    numbers, so it comes out the same in any batch. own: options of the sampler's own; semi: window, stride and eos
+    of `semi_ar`, or nothing."""
     denoise = (cached_denoiser if cfg.causal else denoiser)(model, cfg)
     device = next(model.parameters()).device
     x = canvas.to(device).expand(len(rows), -1)
@@ -82,10 +88,11 @@ def frames(
         denoise = with_greedy_end(denoise, 1 / steps)
     yield x
     cast, gen = autocast(device, dtype), row_generators(seed, rows)
+    sampler = partial(SAMPLERS[sampler], **own or {})
     if semi:
-        sampling = semi_ar(denoise, x, steps, cfg, gen, SAMPLERS[sampler], **semi)
+        sampling = semi_ar(denoise, x, steps, cfg, gen, sampler, **semi)
     else:
-        sampling = SAMPLERS[sampler](denoise, x, steps, cfg, gen)
+        sampling = sampler(denoise, x, steps, cfg, gen)
     while True:  # autocast only around the sampler's own work, not around the caller's
         with cast:
             x = next(sampling, None)
@@ -99,6 +106,26 @@ def sampler_for(cfg, name=None):
     if cfg.causal and name not in (None, "ar"):
         fail(f"--sampler {name}: an AR model writes from left to right, with --sampler ar")
     return name or ("ar" if cfg.causal else "ddpm_cache" if cfg.zero_masking else "ddpm")
+
+
+def own_options(p):
+    """Every option that some samplers have of their own, for a command line."""
+    for name in OPTIONS:
+        of = {sampler: options_of(f).get(name) for sampler, f in SAMPLERS.items()}
+        has = ", ".join(f"{sampler} [{default}]" for sampler, default in of.items() if default is not None)
+        p.add_argument(f"--{name}", type=float, help=f"of the sampler {has}")
+
+
+def own_of(args, sampler):
+    """Those that were given: {name: value}, all of this sampler's own and in their range."""
+    own = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    for name, value in own.items():
+        if name not in options_of(SAMPLERS[sampler]):
+            has = " and ".join(s for s, f in SAMPLERS.items() if name in options_of(f))
+            fail(f"--{name} {value}: an option of {has}, not of {sampler}; choose with --sampler")
+        if not 0 <= value <= OPTIONS[name]:
+            fail(f"--{name} {value}: must be from 0 to {OPTIONS[name]:g}")
+    return own
 
 
 def written(ids, canvas, cfg, eos=None):
@@ -156,6 +183,7 @@ def main(argv=None):
         "--steps", type=int, default=1000, help="diffusion steps; ddpm_cache makes at most --length calls"
     )
     p.add_argument("--sampler", choices=SAMPLERS, help="default: ddpm_cache, or what the model needs")
+    own_options(p)
     p.add_argument(
         "--semi_ar", action="store_true", help="any length, window by window; stops at end-of-text"
     )
@@ -207,7 +235,8 @@ def main(argv=None):
         steps=args.steps, sampler=sampler_for(cfg, args.sampler), guidance=args.guidance,
         temperature=args.temperature, top_p=args.top_p, noise_removal=args.noise_removal, seed=args.seed, dtype=args.dtype,
     )  # fmt: skip
-    if args.noise_removal == "greedy" and options["sampler"] in ("ar", "first_hitting"):
+    options["own"] = own_of(args, options["sampler"])
+    if args.noise_removal == "greedy" and options["sampler"] in STEPLESS:
         fail(f"--noise_removal greedy: the sampler {options['sampler']} has no steps, and so no last one")
     if args.semi_ar:
         options |= dict(window=window, stride=args.stride, eos=tokenizer.eos)

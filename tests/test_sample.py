@@ -42,7 +42,69 @@ def test_a_row_does_not_depend_on_its_batch(checkpoint, capsys, sampler):
     assert len(set(lines)) == 6
 
 
+@pytest.mark.parametrize(
+    "sampler, option, low, high",
+    [
+        ("threshold", "--threshold", 0, 1), ("entropy_bound", "--gamma", 0, 999),
+        ("remdm_cap", "--eta", 0, 1), ("remdm_rescale", "--eta", 0, 1),
+    ],
+)  # fmt: skip
+def test_a_samplers_own_option_reaches_it(checkpoint, capsys, monkeypatch, sampler, option, low, high):
+    """From the command line, alone and window by window; without the option the default is used."""
+    seen, real = [], sample.SAMPLERS[sampler]
+
+    def spy(denoise, x, steps, cfg, gen=None, **own):
+        seen.append(own)
+        return real(denoise, x, steps, cfg, gen, **own)
+
+    get = lambda *args: run(capsys, checkpoint, "--sampler", sampler, "--steps", 20, "--num", 2, *args)
+    default = get()
+    value = sample.options_of(real)[option[2:]]
+    assert get(option, value) == default
+    assert get(option, low) != get(option, high)
+    monkeypatch.setattr(sample, "options_of", lambda f: {option[2:]: value})
+    monkeypatch.setitem(sample.SAMPLERS, sampler, spy)
+    get(option, low, "--semi_ar", "--length", 40)
+    assert len(seen) == 2 and all(own == {option[2:]: low} for own in seen)
+    seen.clear()
+    assert get() == default and seen == [{}]
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (
+            ["--threshold", "0.5"],
+            ["--threshold 0.5", "an option of threshold, not of ddpm_cache", "--sampler"],
+        ),
+        (["--eta", "0.5", "--sampler", "ddpm"], ["remdm_cap and remdm_rescale, not of ddpm"]),
+        (["--eta", "1.5", "--sampler", "remdm_cap"], ["--eta 1.5", "from 0 to 1"]),
+        (["--threshold", "-1", "--sampler", "threshold"], ["--threshold -1", "from 0 to 1"]),
+        (["--gamma", "nan", "--sampler", "entropy_bound"], ["--gamma nan", "from 0 to inf"]),
+        (["--gamma", "x", "--sampler", "entropy_bound"], ["--gamma", "float"]),
+        (["--noise_removal", "greedy", "--sampler", "threshold"], ["--noise_removal greedy", "no steps"]),
+    ],
+)
+def test_options_that_the_sampler_has_not_are_refused(checkpoint, capsys, args, words):
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, checkpoint, *args)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out and err.count("\n") == 1 and all(word in err for word in words)
+
+
+def test_help_names_the_samplers_of_every_option(capsys):
+    with pytest.raises(SystemExit):
+        run(capsys, "--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--eta ETA of the sampler remdm_cap [0.008], remdm_rescale [0.015]" in shown
+    assert "--gamma GAMMA of the sampler entropy_bound [0.1]" in shown
+
+
 def test_prompts_and_texts_around_holes_are_kept(checkpoint, capsys):
+    for sampler in sample.SAMPLERS:
+        own = ("--sampler", sampler, "--steps", 9, *(("--eta", 1) if "remdm" in sampler else ()))
+        out = run(capsys, checkpoint, "--infill", "one ____ two [3]end", *own)
+        assert re.fullmatch(r"one [a-z ]{4} two [a-z ]{3}end\n", out)
     assert re.fullmatch(r"the cat [a-z ]{24}\n", run(capsys, checkpoint, "--prompt", "the cat "))
     assert run(capsys, checkpoint, "--prompt", "abc", "--length", 3) == "abc\n"
     out = run(capsys, checkpoint, "--infill", "one ____ two [3]end")

@@ -8,6 +8,7 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
+import world
 from world import (
     MASK,
     TEXTS,
@@ -21,20 +22,24 @@ from world import (
     hostile_scores,
     index,
     random_joint,
+    remasking_states,
     step_law,
     tiny,
     tiny_ar,
 )
 
 from diffusion import (
+    OPTIONS,
     SAMPLERS,
     SCHEDULES,
+    STEPLESS,
     alpha,
     analytic,
     cached_denoiser,
     categorical,
     dalpha,
     denoiser,
+    options_of,
     reveal_at,
     row_generators,
     semi_ar,
@@ -146,6 +151,65 @@ def law_of_choice(score):
     return law
 
 
+def law_of_sureness(score, count):
+    """The law of a sampler that draws all masks and keeps count(scores, best first) of them, at least one, again and
+    again: every outcome of every call, one by one."""
+
+    def law(model, canvas, schedule, steps):
+        state, total = {tuple(canvas.tolist()): 1.0}, int((canvas == MASK).sum())
+        for left in range(total, 0, -1):  # those with most masks first: a call goes to fewer
+            t = time_at(schedule, torch.tensor(left / total, dtype=torch.float64)).item()
+            p = answers(model, t).exp()
+            for key in [key for key in state if key.count(MASK) == left]:
+                chance, x = state.pop(key), torch.tensor(key)
+                holes = (x == MASK).nonzero()[:, 0].tolist()
+                for tokens in itertools.product(range(V), repeat=left):
+                    q = [p[index(x), i] for i in holes]
+                    scores = [score(q[j], v) for j, v in enumerate(tokens)]
+                    best = sorted(range(left), key=lambda j: -scores[j])
+                    y = x.clone()
+                    for j in best[: max(1, count([scores[j] for j in best]))]:
+                        y[holes[j]] = tokens[j]
+                    drawn = math.prod(q[j][v].item() for j, v in enumerate(tokens))
+                    state[tuple(y.tolist())] = state.get(tuple(y.tolist()), 0) + chance * drawn
+        return torch.tensor([state.get(tuple(x), 0.0) for x in TEXTS.tolist()], dtype=torch.float64)
+
+    return law
+
+
+def threshold_law(threshold):
+    return law_of_sureness(lambda p, v: p[v].item(), lambda scores: sum(s > threshold for s in scores))
+
+
+def entropy_bound_law(gamma):
+    """The largest k whose sum of entropies minus the largest of them is at most gamma."""
+
+    def count(scores):
+        fits = [
+            k for k in range(1, len(scores) + 1) if -sum(scores[:k]) - max(-s for s in scores[:k]) <= gamma
+        ]
+        return max(fits)
+
+    return law_of_sureness(lambda p, v: (p * p.log()).sum().item(), count)
+
+
+def remdm_law(sigma):
+    def law(model, canvas, schedule, steps):
+        state = remasking_states(model, canvas, schedule, steps, sigma)[-1]
+        assert state[index(TEXTS)].sum().item() == pytest.approx(1)
+        return state[index(TEXTS)]
+
+    return law
+
+
+OPTION_LAWS = {  # sampler: the law for a value of its option
+    "threshold": threshold_law,
+    "entropy_bound": entropy_bound_law,
+    "remdm_cap": lambda eta: remdm_law(lambda most: min(eta, most)),
+    "remdm_rescale": lambda eta: remdm_law(lambda most: eta * most),
+}
+
+
 def left_to_right_law(model, canvas, schedule, steps):
     state = {tuple(canvas.tolist()): 1.0}
     for i in range(L):
@@ -171,7 +235,7 @@ LAWS = {  # what is not here has the ancestral law
     "margin": law_of_choice(lambda p, v: p.topk(2).values.diff().neg().item()),
     "entropy": law_of_choice(lambda p, v: (p * p.log()).sum().item()),
     "ar": left_to_right_law,
-}
+} | {sampler: law(*options_of(SAMPLERS[sampler]).values()) for sampler, law in OPTION_LAWS.items()}
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "geometric"])
@@ -186,6 +250,132 @@ def test_law_equals_the_enumerated_one(sampler, schedule, steps):
         law = LAWS.get(sampler, ancestral_law)(model, canvases[i], schedule, steps)
         p = chi_square_p(texts[i :: len(CANVASES)], law)
         assert p > 1e-4, f"{name}: p = {p:.2g}"
+
+
+@pytest.mark.parametrize("schedule", ["linear", "geometric"])
+@pytest.mark.parametrize(
+    "sampler, value",
+    [
+        ("threshold", 0.3), ("threshold", 0.6), ("entropy_bound", 0.4), ("entropy_bound", 1.0),
+        ("remdm_cap", 0.3), ("remdm_cap", 1.0), ("remdm_rescale", 0.5), ("remdm_rescale", 1.0),
+    ],
+)  # fmt: skip
+def test_the_law_follows_a_samplers_own_option(sampler, value, schedule):
+    """And it is not that of the default: the option is passed on."""
+    model, canvases = hostile_model(), torch.tensor(list(CANVASES.values()))
+    own = {name: value for name in options_of(SAMPLERS[sampler])}
+    x, cfg = canvases.repeat(N, 1), tiny(schedule=schedule)
+    texts = last(SAMPLERS[sampler](denoiser(model, tiny()), x, 5, cfg, **own))
+    law = OPTION_LAWS[sampler](value)
+    for i, name in enumerate(CANVASES):
+        p = chi_square_p(texts[i :: len(CANVASES)], law(model, canvases[i], schedule, 5))
+        assert p > 1e-4, f"{name}: p = {p:.2g}"
+    assert chi_square_p(texts[:: len(CANVASES)], LAWS[sampler](model, canvases[0], schedule, 5)) < 1e-6
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "geometric"])
+@pytest.mark.parametrize("sampler, eta", [("remdm_cap", 0.2), ("remdm_rescale", 0.6), ("remdm_rescale", 1.0)])
+def test_remdm_keeps_the_marginals_and_has_the_law_of_its_steps(sampler, eta, schedule):
+    """The canvases after every step, of a prompt and of nothing, with the exact network of a joint; a position that is
+    not given is visible with probability alpha in all of them, as without remasking."""
+    model, steps, cfg = exact_model(random_joint()), 4, tiny(schedule=schedule)
+    for canvas in torch.tensor([CANVASES["empty"], CANVASES["prompt"]]):
+        frames = list(SAMPLERS[sampler](denoiser(model, cfg), canvas.repeat(N, 1), steps, cfg, eta=eta))
+        sigma = {"remdm_cap": lambda most: min(eta, most), "remdm_rescale": lambda most: eta * most}[sampler]
+        states = remasking_states(model, canvas, schedule, steps, sigma)
+        assert len(frames) == len(states) == steps
+        for n, (x, state) in enumerate(zip(frames, states)):
+            s = torch.tensor(1 - (n + 1) / steps, dtype=torch.float64)
+            shown = (state[:, None] * (world.CANVASES != MASK)).sum(0)[canvas == MASK]
+            torch.testing.assert_close(shown, alpha(schedule, s).expand_as(shown))
+            assert chi_square_p(x, state) > 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["remdm_cap", "remdm_rescale"])
+def test_remdm_without_remasking_is_ddpm(sampler):
+    model, canvases = hostile_model(), torch.tensor(list(CANVASES.values()))
+    texts = last(SAMPLERS[sampler](denoiser(model, tiny()), canvases.repeat(N, 1), 4, tiny(), eta=0.0))
+    for i, name in enumerate(CANVASES):
+        p = chi_square_p(texts[i :: len(CANVASES)], ancestral_law(model, canvases[i], "linear", 4))
+        assert p > 1e-4, f"{name}: p = {p:.2g}"
+
+
+@pytest.mark.parametrize("name", ["hole", "prompt"])
+def test_remdm_has_its_law_with_a_generator_per_row(name):
+    """A row with no mask left draws on: its tokens may still be masked again."""
+    model, canvas, cfg = hostile_model(), torch.tensor(CANVASES[name]), tiny()
+    gen = row_generators(0, range(4000))
+    texts = last(
+        SAMPLERS["remdm_rescale"](denoiser(model, cfg), canvas.repeat(4000, 1), 5, cfg, gen, eta=0.5)
+    )
+    assert chi_square_p(texts, OPTION_LAWS["remdm_rescale"](0.5)(model, canvas, "linear", 5)) > 1e-4
+
+
+def test_remdm_asks_for_what_it_reveals_alone():
+    """At most one call per step, none in a step that reveals nothing, and a token that is masked again is drawn anew."""
+    denoise, calls = counting(V)
+    x = torch.full((2, 40), MASK)
+    frames = [x, *SAMPLERS["remdm_rescale"](denoise, x, 50, tiny(), row_generators(0, range(2)), eta=0.5)]
+    pairs = list(zip(frames, frames[1:]))
+    revealed = [int(((a == MASK) & (b != MASK)).sum()) for a, b in pairs]
+    assert calls == [n for n in revealed if n] and len(calls) <= 50
+    masked_again = sum(int(((a != MASK) & (b == MASK)).sum()) for a, b in pairs)
+    assert masked_again > 40 and sum(revealed) == 2 * 40 + masked_again
+
+
+def test_remdm_leaves_earlier_windows_as_they_are():
+    """What a window finds, a prompt or the window before it, is given."""
+    denoise, x = counting(V)[0], torch.full((50, 9), MASK)
+    always = partial(SAMPLERS["remdm_rescale"], eta=1.0)
+    before, remasked = x, 0
+    for frame in semi_ar(denoise, x, 6, tiny(), None, always, window=6, stride=3):
+        remasked += int(((before != MASK) & (frame == MASK)).sum())
+        if (before[:, :6] != MASK).all():  # the first window is full: the second is being written
+            assert (frame[:, :6] == before[:, :6]).all()
+        before = frame
+    assert remasked > 50 and (before != MASK).all()
+
+
+@pytest.mark.parametrize(
+    "sampler, own, sizes",
+    [
+        ("threshold", dict(threshold=0.0), [14]),
+        ("threshold", dict(threshold=1.0), [14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1]),
+        ("entropy_bound", dict(gamma=99.0), [14]),
+        ("entropy_bound", dict(gamma=0.0), [14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1]),
+        ("entropy_bound", dict(gamma=2 * math.log(V) + 1e-9), [14, 8, 5, 2]),  # three at a time
+    ],
+)
+def test_from_all_at_once_to_one_by_one(sampler, own, sizes):
+    """Two rows of 11 and 3 masks; every token is as sure as every other, and the shorter row leaves when it is done."""
+    denoise, calls = counting(V)
+    x = torch.where(torch.arange(11) < torch.tensor([[11], [3]]), MASK, 0)
+    last(SAMPLERS[sampler](denoise, x, 7, tiny(), **own))
+    assert calls == sizes
+
+
+@pytest.mark.parametrize(
+    "sampler, own, calls", [("threshold", dict(threshold=1.0), 5), ("entropy_bound", dict(gamma=0.0), 1)]
+)
+def test_certain_tokens(sampler, own, calls):
+    """Nothing is above 1, so 1 is one by one, always; but nothing is lost by taking certain tokens together."""
+    certain = lambda x, t, at: F.one_hot(torch.ones(int(at.sum()), dtype=torch.long), V).double().log()
+    frames = list(SAMPLERS[sampler](certain, torch.full((2, 5), MASK), 1, tiny(), **own))
+    assert len(frames) == calls and (frames[-1] == 1).all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_steps_mean_nothing_to_the_stepless_alone(sampler):
+    model, x = denoiser(hostile_model(), tiny()), torch.full((400, L), MASK)
+    one, many = (
+        last(SAMPLERS[sampler](model, x, steps, tiny(), row_generators(0, range(400)))) for steps in (1, 9)
+    )
+    assert (one == many).all() == (sampler in STEPLESS)
+
+
+def test_every_option_of_a_sampler_has_a_range():
+    own = {name: default for sampler in SAMPLERS.values() for name, default in options_of(sampler).items()}
+    assert own.keys() == OPTIONS.keys() and all(0 <= own[name] <= OPTIONS[name] for name in own)
 
 
 def test_the_law_test_tells_step_counts_apart():
@@ -376,7 +566,9 @@ def test_known_tokens_never_change_and_no_mask_survives(sampler, schedule):
     x = torch.randint(0, V + 1, (500, L))
     canvas, before = x.clone(), x
     for frame in SAMPLERS[sampler](denoiser(hostile_model(), tiny()), x, 5, tiny(schedule=schedule)):
-        assert (frame == before)[before != MASK].all()
+        assert (frame == canvas)[canvas != MASK].all()
+        stays = (frame == before) | (frame == MASK) if "remdm" in sampler else frame == before
+        assert stays[before != MASK].all()
         before = frame
     assert (before < V).all() and (before == canvas)[canvas != MASK].all()
     assert (x == canvas).all()  # frames are new tensors, the caller's canvas is not written to
@@ -468,6 +660,23 @@ def test_denoiser_skips_rows_in_which_nothing_is_asked():
     got = denoiser(model, tiny())(x, t, at)
     assert rows == [2]
     torch.testing.assert_close(got, hostile_model()(x, t, at), check_dtype=False)
+
+
+@pytest.mark.parametrize("bf16, sizes", [(False, [2, 2, 1]), (True, [5])])
+def test_denoiser_runs_about_512_tokens_at_a_time_on_a_cpu(bf16, sizes):
+    """Twice as many in bfloat16; the answers are those of all rows at once, in their order."""
+    rows = []
+
+    def model(x, t, at):
+        rows.append(len(x))
+        return (t[:, None, None] + torch.sin(x[..., None] * torch.arange(1.0, V + 1)))[at]
+
+    x, t, at = torch.randint(0, V + 1, (6, 200)), torch.rand(6), torch.rand(6, 200) < 0.1
+    at[3] = False  # a row that is not run
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        got = denoiser(model, tiny())(x, t, at)
+    assert rows == sizes
+    torch.testing.assert_close(got, model(x, t, at).log_softmax(-1))
 
 
 def test_categorical_is_exact_in_the_tails():

@@ -124,9 +124,31 @@ def ancestral_law(model, canvas, schedule, steps):
     return step_law(canvas, steps, row)
 
 
+def remasking_states(model, canvas, schedule, steps, sigma):
+    """P(canvas | `canvas`) (64,) after each of `steps` steps of ReMDM, transitions multiplied out: from t to s, with
+    sigma = sigma((1 - alpha_s) / alpha_t, at most 1), a token that is not given becomes (1 - sigma) itself + sigma
+    MASK, and MASK becomes (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t) the answer + (1 - alpha_s - sigma alpha_t)
+    / (1 - alpha_t) MASK (arXiv 2503.00307, its q_sigma(z_s | z_t, x) with the network's answer for x)."""
+    grid = alpha(schedule, torch.arange(steps + 1, dtype=torch.float64) / steps)
+    state, states = (CANVASES == canvas).all(-1).double(), []
+    mask = torch.eye(V + 1, dtype=torch.float64)[MASK]
+    for n in range(steps, 0, -1):
+        alpha_t, alpha_s = grid[n].item(), grid[n - 1].item()
+        again = sigma(min(1.0, (1 - alpha_s) / alpha_t) if alpha_t else 1.0)
+        stay = torch.nn.functional.one_hot(CANVASES, V + 1).double()
+        shown = torch.where((canvas != MASK)[None, :, None], stay, (1 - again) * stay + again * mask)
+        answer = torch.nn.functional.pad(answers(model, n / steps).exp(), (0, 1))
+        hidden = (alpha_s - (1 - again) * alpha_t) * answer + (1 - alpha_s - again * alpha_t) * mask
+        step = torch.where((CANVASES == MASK)[..., None], hidden / (1 - alpha_t), shown)
+        state = state @ torch.stack([step[:, i, CANVASES[:, i]] for i in range(L)]).prod(0)
+        states.append(state)
+    return states
+
+
 def chi_square_p(texts, law):
-    """p-value of samples (N, L) under law (27,); cells of less than 5 expected are pooled."""
-    counts = torch.bincount(index(texts), minlength=len(CANVASES))[index(TEXTS)].double()
+    """p-value of samples (N, L) under law (27,), or (64,) of canvases; cells of less than 5 expected are pooled."""
+    counts = torch.bincount(index(texts), minlength=len(CANVASES)).double()
+    counts = counts[index(TEXTS)] if len(law) == len(TEXTS) else counts
     assert counts.sum() == len(texts), "a sample still holds MASK"
     expected = law * len(texts)
     assert counts[law == 0].sum() == 0, "an impossible text was sampled"
