@@ -5,13 +5,17 @@ python evaluate.py out/pydocs_mdlm/ckpt.pt                      # test split, co
 python evaluate.py out/owt_mdlm/ckpt.pt --split val --json
 python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a 1000-step sampler
 python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven sets; or --zero_shot ptb lambada
+python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 fineweb_CC-MAIN-2024-18 --resume
 python evaluate.py out/owt_mdlm/ckpt.pt --gen_ppl gpt2-large --steps 256
 python evaluate.py out/text8_mdlm/ckpt.pt --gen_ppl out/text8_ar/ckpt.pt --num 256
 """
 
+import hashlib
+import io
 import json
 import math
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +26,11 @@ from tqdm import tqdm
 
 from configs import check_range, device_options, fail, parser
 from data.corpus import folder_of, read_meta, read_split, take, unpack
+from data.shards import one_line
 from data.tokenizer import tokenizer_of
-from diffusion import LOSSES, SAMPLERS, ar, exact_count_bound
+from diffusion import LOSSES, OPTIONS, SAMPLERS, STEPLESS, ar, exact_count_bound, options_of
 from model import autocast, compute_dtype, load, pick_device
-from sample import generate, opening, sampler_for
+from sample import generate, opening, own_of, own_options, sampler_for
 
 # ---------------------------------------------------------------------------------------------------------
 # The bound
@@ -54,14 +59,17 @@ def standard_error(nats, u, tokens):
 
 @torch.no_grad()
 def bound(
-    model, ids, meta, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32", quiet=True
-):
+    model, ids, meta, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32", quiet=True,
+    partial=None,
+):  # fmt: skip
     """The bound on -log p of a split in nats per token: {"nats", "se", "tokens", "forwards"}.
 
     The split is cut into fixed windows of seq_len (the last may be shorter); windows > 0 takes that many,
     evenly spaced. T = 0: exact mask counts (`exact_count_bound`), else D3PM's T-step bound, step stratified;
     an AR model has no T: its likelihood is exact. Padding and given first tokens are not counted.
-    Under torch.distributed the ranks share the windows, and all return the result of all."""
+    Under torch.distributed the ranks share the windows, and all return the result of all.
+    partial: a file, of one process, in which every batch leaves its nats and tokens, 16 bytes per window, so
+    that after a kill the same call goes on, to the same result."""
     L, device = cfg.seq_len, next(model.parameters()).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     starts = np.arange(0, len(ids), L)
@@ -82,7 +90,13 @@ def bound(
 
     nats, tokens = torch.zeros(2, passes, W, dtype=torch.float64, device=device)
     mine = list(enumerate(jobs))[rank::world]
+    saved = open(partial, "r+b" if Path(partial).exists() else "w+b") if partial else io.BytesIO()
     for job, (p, b) in tqdm(mine, disable=quiet or rank > 0, unit="batch", leave=False):
+        size = 2 * 8 * (b.stop - b.start)
+        if len(before := saved.read(size)) == size:
+            nats[p, b], tokens[p, b] = torch.frombuffer(bytearray(before), dtype=torch.float64).view(2, -1)
+            continue
+        saved.seek(-len(before), io.SEEK_CUR)  # a batch that was cut short
         torch.manual_seed(seed * 1_000_003 + job)  # of the job, not of the rank: any world gives one result
         x0, maskable = unpack(take(ids, starts[b], int(lengths[b.start]), cfg, where), meta, cfg)
         x0, maskable = x0.to(device), maskable.to(device)
@@ -97,6 +111,9 @@ def bound(
             else:
                 count = torch.minimum(torch.floor(v * n) + 1, n.clamp(min=1)).long()
                 nats[p, b] = exact_count_bound(model, x0, maskable, cfg, count).double()
+        saved.write(torch.stack((nats[p, b], tokens[p, b])).cpu().numpy().tobytes())
+        saved.flush()
+    saved.close()
     if world > 1:
         dist.all_reduce(nats)
         dist.all_reduce(tokens)
@@ -141,6 +158,20 @@ def to_json(record):
     """One line of strict JSON: an unknown error is null, not NaN."""
     plain = lambda v: {k: plain(x) for k, x in v.items()} if isinstance(v, dict) else None if v != v else v
     return json.dumps(plain(record))
+
+
+def beside(ckpt, name):
+    """The path of a file in a checkpoint's folder, of which `ckpt` may be the name, too."""
+    return (Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent) / name
+
+
+def identity(model, **settings):
+    """A hash of a network, by some numbers of each of its tensors, and of settings: what was left behind under
+    another one is not gone on with."""
+    digest = hashlib.sha256(json.dumps([asdict(model.cfg), settings], sort_keys=True).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.flatten()[:: tensor.numel() // 64 or 1].cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -277,10 +308,16 @@ def report_on(data, split, model, cfg, args):
     if read_meta(data)["tokenizer"] != model.tokenizer:
         fail(f"{data}: made with another tokenizer than {args.ckpt}")
     ids, meta = read_split(data, split, cfg)
-    result = bound(
-        model, ids, meta, cfg, f"{data}/{split}.bin", args.T, args.passes, 0, args.batch_size, args.seed, args.dtype,
-        quiet=args.json,
-    )  # fmt: skip
+    dtype, partial = compute_dtype(next(model.parameters()).device, args.dtype), None
+    how = dict(T=args.T, passes=args.passes, batch_size=args.batch_size, seed=args.seed, dtype=dtype)
+    if args.resume:
+        key = identity(model, sha256=meta["splits"][split]["sha256"], **how)
+        partial = beside(args.ckpt, f"evaluate-{key[:16]}.partial")
+        args.partial.append(partial)
+    try:
+        result = bound(model, ids, meta, cfg, f"{data}/{split}.bin", quiet=args.json, partial=partial, **how)
+    except OSError as e:
+        fail(one_line(e))
     return report(result, meta, split) | {"data": data}
 
 
@@ -300,27 +337,35 @@ MDLM_SETS = ("ptb", "wikitext103", "lm1b_gpt2", "lambada", "ag_news", "pubmed", 
 
 
 def zero_shot(model, cfg, args):
-    """The bound on each set, in rows of the model's length; a set that is not there yet is prepared first."""
-    from data.prepare import ZERO_SHOT, default_folder, prepare
+    """The bound on each set, in rows of the model's length; a set that is not there yet is prepared first.
+    Dumps of FineWeb, from after the model's training data, are SMDM's temporal test."""
+    from data.prepare import DUMP, ZERO_SHOT, default_folder, prepare
 
     sign, kind = steps_of(args, cfg)
-    names = dict.fromkeys(args.zero_shot or MDLM_SETS)  # each once
-    for name in names:
-        if name not in ZERO_SHOT:
-            fail(f"--zero_shot {name}: there are {', '.join(ZERO_SHOT)}")
-    if model.tokenizer != {"kind": "gpt2"}:
-        fail(f"--zero_shot: the sets are in GPT-2's BPE, but {args.ckpt} is not")
-    folders = {name: default_folder(name, wrap=cfg.seq_len) for name in names}
+    made = {}  # what `prepare` makes of each
+    for name in args.zero_shot or MDLM_SETS:
+        dump = re.fullmatch(f"fineweb_({DUMP})", name)
+        if not dump and name not in ZERO_SHOT:
+            fail(f"--zero_shot {name}: there are {', '.join(ZERO_SHOT)}, and dumps: fineweb_CC-MAIN-2024-10")
+        made[name] = dict(name="fineweb", dump=dump[1]) if dump else dict(name=name, wrap=cfg.seq_len)
+    for name, options in made.items():
+        needs, what = ("llama", "Llama-2's pieces") if "dump" in options else ("gpt2", "GPT-2's BPE")
+        if model.tokenizer["kind"] != needs:
+            fail(f"--zero_shot {name}: is in {what}, but {args.ckpt} is not")
+    folders = {name: default_folder(**options) for name, options in made.items()}
     for name, folder in folders.items():
         if not folder_of(folder).exists():
-            prepare(name, wrap=cfg.seq_len)
+            prepare(**made[name])
     sets = {name: report_on(folder, "test", model, cfg, args) for name, folder in folders.items()}
-    lines = [f"{'set':12} {'perplexity':>20} {'bits per token':>20} {'tokens':>12}"]
+    wide = max(12, *map(len, sets))
+    lines = [f"{'set':{wide}} {'perplexity':>20} {'bits per token':>20} {'tokens':>12}"]
     for name, result in sets.items():
         perplexity, bits = (f"{sign} {figure(result, f)}" for f in ("perplexity", "bits_per_token"))
-        lines.append(f"{name:12} {perplexity:>20} {bits:>20} {result['tokens']:12,}")
-    rows = f"cut to rows [BOS] {cfg.seq_len - 2} tokens [EOS]"
-    lines.append(f"{kind}; the documents of a set one after the other, end-of-text after each, {rows}")
+        lines.append(f"{name:{wide}} {perplexity:>20} {bits:>20} {result['tokens']:12,}")
+    rows = f"end-of-text after each, cut to rows [BOS] {cfg.seq_len - 2} tokens [EOS]"
+    if model.tokenizer["kind"] == "llama":
+        rows = f"<s> before each, cut to rows of {cfg.seq_len} tokens"
+    lines.append(f"{kind}; the documents of a set one after the other, {rows}")
     return {"sets": sets, "T": args.T, "passes": args.passes}, "\n".join(lines)
 
 
@@ -329,40 +374,43 @@ def gen_ppl(model, cfg, args):
     sampler = sampler_for(cfg, args.sampler)
     if not 0 < args.top_p <= 1:
         fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    own = options_of(SAMPLERS[sampler]) | own_of(args, sampler)
     name, device, tokenizer = args.gen_ppl, next(model.parameters()).device, tokenizer_of(model.tokenizer)
     ours = Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").exists()
     score = (our_judge if ours else transformers_judge)(name, device)
     options = dict(steps=args.steps, sampler=sampler, temperature=args.temperature, top_p=args.top_p)
     rows = generate(
         model, tokenizer._replace(decode=list), cfg, args.num, batch_size=args.batch_size, seed=args.seed,
-        dtype=args.dtype, **options,
+        dtype=args.dtype, own=own, **options,
     )  # fmt: skip
     try:
         result = generative_perplexity([text_of(ids, tokenizer) for ids in rows], score)
     except ValueError as e:
         fail(f"--gen_ppl {name}: cannot read what the model wrote: {e}")
     entropy, entropy_se = ratio(np.array([unigram_entropy(ids) for ids in rows]), np.ones(len(rows)))
-    if sampler in ("ar", "first_hitting"):
-        options["steps"] = None  # which they do not use
+    if sampler in STEPLESS:
+        options["steps"] = None
     counted = result["tokens"] / len(rows)
-    result |= options | {
+    result |= options | own | {
         "entropy": entropy, "entropy_se": entropy_se, "judge": name, "samples": len(rows), "length": cfg.seq_len,
         "tokens_per_sample": counted, "draws": "float64",
     }  # fmt: skip
-    steps, dtype = options["steps"] or "a token in each of its", compute_dtype(device, args.dtype)
+    dtype = compute_dtype(device, args.dtype)
+    how = [f"{name} {value:g}" for name, value in own.items()]
+    how += [f"{options['steps']} steps"] if options["steps"] else [] if own else ["a token per call"]
     return result, (
         f"generative perplexity {figure(result, 'gen_ppl')} under {name}\n"
         f"unigram entropy       {figure(result, 'entropy')} nats, at most {math.log(cfg.seq_len):.3f}\n"
-        f"{len(rows)} samples of {cfg.seq_len} tokens, of the judge's {counted:.1f} each; {sampler}, {steps} steps, "
+        f"{len(rows)} samples of {cfg.seq_len} tokens, of the judge's {counted:.1f} each; {', '.join([sampler, *how])}, "
         f"temperature {args.temperature:g}, top_p {args.top_p:g}, network in {dtype}, draws in float64"
     )
 
 
 # The options that belong to a mode, with their defaults; --zero_shot and --gen_ppl choose the mode.
 MODES = {
-    one_split: dict(split="test", data=None, T=None, passes=1),
-    zero_shot: dict(T=None, passes=1),
-    gen_ppl: dict(num=64, steps=1000, sampler=None, temperature=1.0, top_p=1.0),
+    one_split: dict(split="test", data=None, T=None, passes=1, resume=False),
+    zero_shot: dict(T=None, passes=1, resume=False),
+    gen_ppl: dict(num=64, steps=1000, sampler=None, temperature=1.0, top_p=1.0) | dict.fromkeys(OPTIONS),
 }
 
 
@@ -373,12 +421,19 @@ def main(argv=None):
     p.add_argument("--data", help="another prepared corpus with the same tokenizer [the training data]")
     p.add_argument("--T", type=int, help="diffusion steps of the bound, 0: continuous time [the model's]")
     p.add_argument("--passes", type=int, help="forwards per window [1]")
+    p.add_argument(
+        "--resume", action="store_true", default=None,
+        help="leave what is done beside the checkpoint until all is, and go on from there",
+    )  # fmt: skip
     choice = p.add_mutually_exclusive_group()
-    choice.add_argument("--zero_shot", nargs="*", metavar="SET", help="the bound on these [MDLM's seven]")
+    choice.add_argument(
+        "--zero_shot", nargs="*", metavar="SET", help="the bound on these [MDLM's seven]; fineweb_<dump>"
+    )
     choice.add_argument("--gen_ppl", metavar="JUDGE", help="a model of transformers or an AR checkpoint")
     p.add_argument("--num", type=int, help="gen_ppl: samples [64]")
     p.add_argument("--steps", type=int, help="gen_ppl: diffusion steps [1000]")
     p.add_argument("--sampler", choices=SAMPLERS, help="gen_ppl: [ddpm_cache, or what the model needs]")
+    own_options(p)
     p.add_argument("--temperature", type=float, help="gen_ppl: [1], 0: greedy")
     p.add_argument("--top_p", type=float, help="gen_ppl: nucleus [1]")
     p.add_argument("--batch_size", type=int, default=32)
@@ -396,7 +451,7 @@ def main(argv=None):
         elif option not in MODES[mode]:
             fail(f"--{option}: {misplaced}")
 
-    device = pick_device(args.device)
+    device, args.partial = pick_device(args.device), []
     model, cfg = load(args.ckpt, ema=not args.no_ema, device=device)
     result, text = mode(model, cfg, args)
     result |= {
@@ -404,6 +459,8 @@ def main(argv=None):
         "dtype": compute_dtype(device, args.dtype),
     }  # fmt: skip
     print(to_json(result) if args.json else text)
+    for path in args.partial:
+        path.unlink(missing_ok=True)
     return result
 
 

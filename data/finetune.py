@@ -82,13 +82,17 @@ def sharegpt(
     return write(folder, source, splits, [], tokenizer, vocab, vocab_size, wrap, train_padding)
 
 
+def asked(question, first):
+    """What is given before an answer: the first question of a conversation, or a later one."""
+    return f"{SYSTEM if first else ''} USER: {question} ASSISTANT:"
+
+
 def conversation(record, first_turn=False):
     turns, item = [(turn["from"], turn["value"].strip()) for turn in record["conversations"]], []
     for (asks, question), (answers, answer) in zip(turns[::2], turns[1::2]):
         if (asks, answers) != ("human", "gpt") or not question or not answer or first_turn and item:
             break
-        start = "" if item else SYSTEM
-        item += [(f"{start} USER: {question} ASSISTANT:", False), (f" {answer}", True)]
+        item += [(asked(question, first=not item), False), (f" {answer}", True)]
     return item or None
 
 

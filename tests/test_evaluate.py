@@ -1,8 +1,14 @@
 """The estimator of the bound: unbiased, with an honest standard error, over every token of a split."""
 
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +16,15 @@ import pytest
 import torch
 from conftest import make_corpus, tiny_run
 from test_cli import refused
-from test_data import needs_gpt2
+from test_data import ROOT, needs_gpt2
+from test_data import serve as serve
 from test_generative import save
+from test_pretraining_data import DOCS, OURS, TEXT, slow_ids, write_parquet
 from world import MASK, TEXTS, L, V, exact_model, expected_loss, hostile_model, random_joint, tiny
 
+import data.prepare as prepare_data
 import evaluate
+import train
 from configs import Config, as_ar, as_d3pm, as_sedd
 from data.corpus import read_meta, read_split
 from data.prepare import prepare
@@ -337,3 +347,180 @@ def test_zero_shot_by_default_and_refused(checkpoint, sets, tmp_path, capsys, mo
     refused(capsys, lambda: evaluate.main(command), "here")
     papers = ["wikitext103", "lm1b_gpt2", "lambada", "ag_news", "pubmed", "arxiv"]
     assert asked == [(name, 32) for name in papers]  # ptb is there
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The temporal test: dumps of FineWeb
+
+
+def hub(texts_of, tmp_path, serve):
+    """The address of a hub that has Llama-2's tokenizer and, of FineWeb, a file of each dump."""
+    sha, fineweb = "c0ffee" * 6 + "c0de", prepare_data.FINEWEB
+    info = dict(sha=sha, tags=[], downloads=0, likes=0, private=False, id=fineweb)
+    files = {f"/{prepare_data.LLAMA}/resolve/main/tokenizer.json": TEXT.encode()}
+    files[f"/api/datasets/{fineweb}"] = json.dumps(info).encode()
+    for dump, texts in texts_of.items():
+        name = f"data/{dump}/000_00000.parquet"
+        tree = [dict(type="file", path=name, size=9, oid="0")]
+        files[f"/api/datasets/{fineweb}/tree/{sha}/data%2F{dump}"] = json.dumps(tree).encode()
+        path = write_parquet(tmp_path / f"{dump}.parquet", texts)
+        files[f"/datasets/{fineweb}/resolve/{sha}/{name}"] = path.read_bytes()
+    return serve(files)
+
+
+def test_perplexity_over_time(tmp_path, serve, monkeypatch):
+    """A model of some text, in SlimPajama's form, is at home in a dump of such text and not in a later one. Both
+    come from the hub when they are needed; what they cost is `bound` of ids that a reader would write."""
+    monkeypatch.setattr("data.corpus.ROOT", tmp_path)
+    (tmp_path / "llama.json").write_text(TEXT)
+    source = [str(write_parquet(tmp_path / f"{i}.parquet", DOCS)) for i in range(9)]
+    prepare("slimpajama", input=source, vocab=f"{tmp_path}/llama.json", val_docs=60, workers=1)
+    small = replace(tiny_run("slimpajama"), vocab_size=OURS.vocab_size, steps=100, muon_lr=0.02, samples=0)
+    train.main(replace(small, out_dir=f"{tmp_path}/run", eval_every=1000, save_every=1000))
+
+    later = [text.upper() for text in DOCS]
+    names = [f"fineweb_{dump}" for dump in ("CC-MAIN-2024-10", "CC-MAIN-2024-18")]
+    address = hub({names[0][8:]: DOCS, names[1][8:]: later}, tmp_path, serve)
+    code = (
+        "import sys, json, pathlib, evaluate, data.corpus, data.prepare as p\n"
+        "ckpt, root, *argv = sys.argv[1:]\n"
+        "data.corpus.ROOT = pathlib.Path(root)\n"
+        "p.fineweb.__defaults__ = ((), 'CC-MAIN-2024-10', 1200, None, 1)\n"  # in place of 209,715,200 tokens
+        "evaluate.main([ckpt, *argv, '--json'])\n"
+        "evaluate.main([ckpt, *argv])\n"
+    )
+    env = dict(os.environ, HF_ENDPOINT=address, HF_HOME=f"{tmp_path}/hf", HF_HUB_DISABLE_TELEMETRY="1")
+    argv = [
+        sys.executable,
+        "-c",
+        code,
+        f"{tmp_path}/run",
+        str(tmp_path),
+        "--passes",
+        "3",
+        "--zero_shot",
+        *names,
+    ]
+    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    out, *table = done.stdout.splitlines()
+    sets = json.loads(out)["sets"]
+    assert list(sets) == names and json.loads(out)["passes"] == 3
+    model, cfg = load(f"{tmp_path}/run")
+    for name, texts in zip(names, (DOCS, later)):
+        ids = np.array([i for text in texts for i in [1, *slow_ids(text)]][:1200], np.uint16)
+        want = bound(model, ids, {}, cfg, name, passes=3, batch_size=32)
+        assert sets[name]["nats"] == pytest.approx(want["nats"], rel=1e-6)
+        assert sets[name]["tokens"] == 1200 and name[8:] in read_meta(name)["source"]
+        figures = [re.escape(evaluate.figure(sets[name], f)) for f in ("perplexity", "bits_per_token")]
+        assert any(re.fullmatch(rf"{name} +<= {figures[0]} +<= {figures[1]} +1,200", line) for line in table)
+    one, two = (sets[name] for name in names)
+    assert one["nats"] + 4 * math.hypot(one["se"], two["se"]) < two["nats"]
+    assert table[-4].startswith("set".ljust(len(names[0]) + 11) + "perplexity")  # right-aligned in 20
+    assert table[-1].endswith("of a set one after the other, <s> before each, cut to rows of 32 tokens")
+
+
+def test_dumps_need_llamas_pieces_and_a_name(checkpoint, tmp_path, capsys):
+    dump, command = (
+        "fineweb_CC-MAIN-2024-10",
+        lambda *sets: evaluate.main([str(checkpoint), "--zero_shot", *sets]),
+    )
+    refused(capsys, lambda: command(dump), f"{dump}: is in Llama-2's pieces")
+    for name in ("fineweb", "fineweb_2024-10", "fineweb_CC-MAIN-2024-1", f"{dump}_wrap32", "CC-MAIN-2024-10"):
+        refused(
+            capsys,
+            lambda name=name: command(name),
+            f"{name}: there are ptb",
+            "dumps: fineweb_CC-MAIN-2024-10",
+        )
+    small = replace(tiny_run("nowhere"), vocab_size=OURS.vocab_size)
+    path = str(save(tmp_path / "llama.pt", small, {"kind": "llama", "json": TEXT}))
+    refused(capsys, lambda: evaluate.main([path, "--zero_shot", dump, "ptb"]), "ptb: is in GPT-2's BPE")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Going on after a kill
+
+
+def killed(argv, call):
+    """The command, killed from within this call of the network's loss."""
+
+    def target():
+        loss, count = evaluate.exact_count_bound, itertools.count(1)
+        evaluate.exact_count_bound = lambda *args: (
+            os.kill(os.getpid(), signal.SIGKILL) if next(count) == call else loss(*args)
+        )
+        evaluate.main([*map(str, argv)])
+
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_numbers(checkpoint, tmp_path, capsys, monkeypatch):
+    """To the bit, with a batch cut short, too, asking nothing twice, whatever else is evaluated in between."""
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(checkpoint.read_bytes())
+    argv = [path, "--batch_size", 5, "--passes", 2, "--json"]
+    want, calls, loss = run(capsys, *argv).out, [], evaluate.exact_count_bound
+    monkeypatch.setattr(evaluate, "exact_count_bound", lambda *args: calls.append(1) or loss(*args))
+    assert run(capsys, *argv, "--resume").out == want
+    batches, found = len(calls), lambda: [*tmp_path.glob("*.partial")]
+    assert batches > 12 and not found()
+    for call, torn in ((1, 0), (4, 0), (batches // 2 + 1, 1), (batches, 15)):
+        killed([*argv, "--resume"], call)
+        (left,) = found()
+        left.write_bytes(left.read_bytes()[: -torn or None])
+        before = left.read_bytes()
+        assert run(capsys, *argv, "--resume", "--seed", 1).out == run(capsys, *argv, "--seed", 1).out != want
+        assert found() == [left] and left.read_bytes() == before  # nobody else's
+        if call > 4:  # and again, behind the batch that was cut short
+            killed([*argv, "--resume"], 2)
+            call += torn == 0
+        calls.clear()
+        assert run(capsys, *argv, "--resume").out == want
+        assert len(calls) == batches + 1 - call and not found()
+
+
+@needs_gpt2
+def test_zero_shot_sets_go_on_too(tmp_path, sets, capsys):
+    """Killed in the second set, the first is not evaluated again."""
+    small = replace(tiny_run("nowhere"), vocab_size=50257, n_embd=8, n_head=1, n_layer=1, seq_len=16)
+    argv = [save(tmp_path / "mdlm.pt", small, {"kind": "gpt2"}), "--json", "--zero_shot", "ptb", "wikitext2"]
+    want = run(capsys, *argv).out
+    calls, loss = [], evaluate.exact_count_bound
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "exact_count_bound", lambda *args: calls.append(1) or loss(*args))
+        run(capsys, *argv)
+        batches = len(calls)
+        killed([*argv, "--resume"], batches)
+        calls.clear()
+        assert run(capsys, *argv, "--resume").out == want and len(calls) == 1
+    assert not [*tmp_path.glob("*.partial")]
+
+
+def test_what_another_evaluation_left_is_another_file(checkpoint, tmp_path, capsys, monkeypatch):
+    """All that changes a number changes the file's name: options, weights, data."""
+    state, names = torch.load(checkpoint, weights_only=True), set()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        torch.save(state, tmp_path / name / "ckpt.pt")
+        state["ema"]["embed.weight"] = state["ema"]["embed.weight"] * 1.001
+    command = lambda *argv: evaluate.main([*argv, "--resume"])
+    found = lambda *args, partial, **how: names.add(partial.name) or evaluate.fail("found")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "bound", found)
+        for argv in (
+            ["a"], ["b/ckpt.pt"], ["a", "--passes", "2"], ["a", "--T", "9"], ["a", "--seed", "1"],
+            ["a", "--no_ema"], ["a", "--batch_size", "6"], ["a", "--dtype", "bfloat16"], ["a", "--split", "val"],
+        ):  # fmt: skip
+            refused(capsys, lambda argv=argv: command(f"{tmp_path}/{argv[0]}", *argv[1:]), "found")
+        assert len(names) == 9 and all(
+            re.fullmatch(r"evaluate-[0-9a-f]{16}\.partial", name) for name in names
+        )
+        refused(capsys, lambda: command(f"{tmp_path}/a/ckpt.pt", "--T", "0"), "found")  # as without
+    assert len(names) == 9
+    refused(capsys, lambda: command(f"{tmp_path}/a", "--gen_ppl", "x"), "--resume: not with --gen_ppl")
+    monkeypatch.setattr(evaluate, "beside", lambda ckpt, name: tmp_path / "gone" / name)
+    refused(capsys, lambda: command(f"{tmp_path}/a"), "gone", "No such file")

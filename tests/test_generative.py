@@ -250,7 +250,24 @@ def test_an_ar_model_judges_itself(checkpoints, capsys):
     assert abs(out["nats"] - entropy) < 4 * out["se"] and out["se"] < 0.05
     cold = json.loads(run(capsys, path, "--gen_ppl", path, "--num", 8, "--temperature", 0.5, "--json"))
     assert cold["nats"] < out["nats"] and cold["entropy"] < out["entropy"]  # flattered, and less diverse
-    assert "; ar, a token in each of its steps, " in run(capsys, path, "--gen_ppl", path, "--num", 1)
+    assert "; ar, a token per call, " in run(capsys, path, "--gen_ppl", path, "--num", 1)
+
+
+def test_the_options_of_a_sampler_reach_it_and_are_told(checkpoints, capsys):
+    ckpt, judge = checkpoints
+    args = [ckpt, "--gen_ppl", judge, "--sampler", "threshold", "--num", 8, "--seed", 1]
+    told = {t: json.loads(run(capsys, *args, "--threshold", t, "--json")) for t in (0, 0.9)}
+    assert told[0]["threshold"] == 0 and told[0]["steps"] is None
+    assert json.loads(run(capsys, *args, "--json"))["nats"] == told[0.9]["nats"]  # the default
+    assert "; threshold, threshold 0.9, temperature 1" in run(capsys, *args)
+    model, cfg = load(ckpt)
+    rows = generate(
+        model, load_tokenizer(CHARACTERS)._replace(decode=list), cfg, 8, sampler="threshold", own={"threshold": 0.0}, seed=1,
+        steps=1,
+    )  # fmt: skip
+    assert told[0]["entropy"] == pytest.approx(np.mean([evaluate.unigram_entropy(ids) for ids in rows]))
+    args = [ckpt, "--gen_ppl", judge, "--sampler", "remdm_cap", "--steps", 3, "--num", 1]
+    assert "; remdm_cap, eta 0.008, 3 steps, temperature 1" in run(capsys, *args)
 
 
 def test_the_command_with_a_judge_of_transformers(checkpoints, folder, capsys):
@@ -293,6 +310,8 @@ def test_bad_judges(checkpoints, ar_cfg, tmp_path, capsys, monkeypatch):
         (["--gen_ppl", "x.pt", "--top_p", "0"], ["--top_p 0", "above 0"]),
         (["--gen_ppl", "x.pt", "--temperature", "nan"], ["--temperature"]),
         (["--gen_ppl", "x.pt", "--sampler", "magic"], ["magic", "ddpm_cache"]),
+        (["--gen_ppl", "x.pt", "--eta", "0.1"], ["--eta 0.1", "remdm_cap", "not of ddpm_cache"]),
+        (["--eta", "0.1"], ["--eta", "only with --gen_ppl"]),
     ],
 )
 def test_options_that_do_not_go_together(checkpoints, capsys, args, words):
