@@ -1,24 +1,36 @@
-"""Measure: seconds and network calls of the samplers, noise of the likelihood estimators.
+"""Measure: training speed and memory, seconds and network calls of the samplers, noise of the estimators.
 
-python bench.py sample out/pydocs_mdlm/ckpt.pt --steps 1000 --batch_size 8      # each sampler, same weights
+python bench.py train owt_mdlm --batch_size 8 --micro_batch 8                   # tokens/s, share of the peak, memory
+python bench.py train --n_layer 4 --sweep seq_len=128,256,512,1024,2048,4096    # how cost grows; any field
+python bench.py train --n_layer 4 --sweep dtype=float32,bfloat16 --profile      # and where the time goes
+python bench.py sample out/pydocs_mdlm/ckpt.pt --steps 64 1000 --length 64 256  # each sampler, same weights
 python bench.py semi_ar out/pydocs_mdlm/ckpt.pt                                 # long texts, window by window
 python bench.py evaluate out/pydocs_mdlm/ckpt.pt --repeats 30                   # error per forward
 
 Machines are noisy: runs are interleaved, figures are medians, and what counts is the ratio within one run.
 """
 
+import argparse
+import itertools
 import json
 import math
+import multiprocessing
+import re
 import statistics
+import sys
 import time
-from dataclasses import replace
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs import check_range, device_options, fail, parser
+import train
+from configs import check_range, device_options, fail, from_cli, parser
 from data.corpus import read_split, take, unpack
 from diffusion import (
     LOSSES,
@@ -31,7 +43,7 @@ from diffusion import (
     time_of,
 )
 from evaluate import bound, report
-from model import autocast, load, pick_device
+from model import autocast, compute_dtype, flops_per_token, load, pick_device
 from sample import sampler_for
 
 
@@ -68,37 +80,43 @@ def empty(cfg, device, *shape):
 
 
 def bench_sample(args):
-    """Seconds, calls and head rows of samplers for one batch, from the same weights; how many times faster each
-    is than the first."""
+    """Seconds, calls and head rows of samplers for one batch, from the same weights, for each number of steps and
+    each length of rows; how many times faster each is than the first there."""
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, device=device)
     names = args.samplers or (["ar"] if cfg.causal else list(SAMPLERS))
-    canvas = empty(cfg, device, args.batch_size, cfg.seq_len)
-    run = lambda name, steps: timed(
-        lambda denoise, x, gen: SAMPLERS[name](denoise, x, steps, cfg, gen), model, cfg, canvas, args.dtype
-    )
+    lengths = args.length or [cfg.seq_len]
+    if not 1 <= min(lengths) <= max(lengths) <= cfg.seq_len:
+        fail(f"--length {max(lengths)}: must be at least 1 and at most the model's seq_len, {cfg.seq_len}")
+
+    def run(name, steps, length):
+        sampling = lambda denoise, x, gen: SAMPLERS[name](denoise, x, steps, cfg, gen)
+        return timed(sampling, model, cfg, empty(cfg, device, args.batch_size, length), args.dtype)
+
     for name in names:
-        run(sampler_for(cfg, name), 4)  # warm-up
-    figures = interleaved({n: partial(run, n, args.steps) for n in names}, args.repeats)
-    first = figures[names[0]][0]
+        run(sampler_for(cfg, name), 4, lengths[0])  # warm-up
+    jobs = list(itertools.product(args.steps, lengths, names))
+    figures = interleaved({job: partial(run, job[2], *job[:2]) for job in jobs}, args.repeats)
     return [
-        dict(sampler=name, seconds=s, times_faster=first / s, calls=calls, head_rows=rows)
-        for name, (s, calls, rows) in figures.items()
-    ]
+        dict(sampler=name, steps=steps, length=length, seconds=s, calls=calls, head_rows=rows,
+             times_faster=figures[steps, length, names[0]][0] / s)
+        for (steps, length, name), (s, calls, rows) in figures.items()
+    ]  # fmt: skip
 
 
 def bench_semi_ar(args):
     """One text of 16 x seq_len tokens, window by window, beside as many tokens in 16 texts of seq_len that know
     nothing of each other: in one batch, and one at a time."""
-    if args.samplers and len(args.samplers) > 1:
-        fail(f"--samplers {' '.join(args.samplers)}: semi_ar takes one")
+    for name in ("samplers", "steps"):
+        if len(getattr(args, name) or ()) > 1:
+            fail(f"--{name} {' '.join(map(str, getattr(args, name)))}: semi_ar takes one")
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, device=device)
     L, sampler = cfg.seq_len, SAMPLERS[sampler_for(cfg, *(args.samplers or []))]
-    plain = lambda denoise, x, gen: sampler(denoise, x, args.steps, cfg, gen)
+    plain = lambda denoise, x, gen: sampler(denoise, x, args.steps[0], cfg, gen)
     run = lambda sampling, canvas: timed(sampling, model, cfg, canvas, args.dtype)
     long = lambda stride: run(
-        lambda denoise, x, gen: semi_ar(denoise, x, args.steps, cfg, gen, sampler, stride=stride),
+        lambda denoise, x, gen: semi_ar(denoise, x, args.steps[0], cfg, gen, sampler, stride=stride),
         empty(cfg, device, 1, 16 * L),
     )
     alone = lambda: [
@@ -181,6 +199,207 @@ def bench_evaluate(args):
     return [{k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()} for row in rows]
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Training. Every case is a process of its own, so that its memory is its own, and does a step when it is told to.
+
+PARTS = {  # of a step: what an operation, or one that it is part of, is called; the first that fits
+    "head and loss": ("CrossEntropy", "_log_softmax", "nll_loss", "cross_entropy"),
+    "optimizer": ("Optimizer.",),
+    "average": ("aten::lerp", "_foreach_lerp"),
+    "clipping": ("linalg_vector_norm", "_foreach_norm", "_foreach_mul_"),
+    "attention": ("scaled_dot_product", "aten::bmm", "aten::baddbmm", "aten::_softmax"),
+    "matrices": ("aten::mm", "aten::addmm"),
+    "embedding": ("embedding",),
+    "casts and copies": ("aten::copy_",),
+}
+
+
+def part_of(event):
+    """The part of a step that a profiler's event belongs to."""
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    fits = lambda marks: any(mark in name for mark in marks for name in names)
+    return next((part for part, marks in PARTS.items() if fits(marks)), "elementwise and the rest")
+
+
+def matmul_rate(device, dtype):
+    """FLOP/s of one product of two square matrices."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    a @ b
+    wait()
+    start = time.perf_counter()
+    a @ b
+    wait()
+    return 2 * size**3 / (time.perf_counter() - start)
+
+
+def resident():
+    """Most MB of memory that this process has held. On Linux not ru_maxrss, which begins with its parent's."""
+    if sys.platform == "linux":
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # a Mac counts bytes
+
+
+def training(pipe, cfg, threads):
+    """The process of one case: for each number of steps that it is sent it trains so many and sends back (seconds per
+    step, fraction of the tokens that the head answers, peak MB so far); for None, {part: milliseconds} of a step;
+    with 0 it ends. The steps are those of train.py, on made-up tokens, which cost the same."""
+    torch.set_num_threads(threads)
+    device = pick_device(cfg.device)
+    cuda = device.type == "cuda"
+    before = resident()  # torch itself
+    peak = lambda: torch.cuda.max_memory_allocated(device) / 2**20 if cuda else resident() - before
+    rng = np.random.default_rng(0)
+    ids = rng.integers(cfg.vocab_size, size=200_000 + 2 * cfg.seq_len, dtype=np.uint32)
+    meta = dict(wrap=0, pad=None, given=False)
+    model, ema, optimizers = train.start(cfg, meta, device)
+    pool, steps = ThreadPoolExecutor(1), itertools.count(1)
+    load_step = partial(train.micro_batches, ids, meta, cfg)
+    upcoming = pool.submit(load_step, 0)
+
+    def step():
+        nonlocal upcoming
+        number = next(steps)
+        batches, upcoming = upcoming.result(), pool.submit(load_step, number)
+        train.train_step(model, optimizers, batches, number, cfg, device)
+        train.update_ema(ema, model, number, cfg)
+        asked = sum(
+            (m if cfg.causal or cfg.aux_ce else m & (x == cfg.mask_id)).sum() for _, m, _, x, _ in batches
+        )
+        return int(asked) / sum(m.numel() for _, m, *_ in batches)
+
+    def wait():
+        if cuda:
+            torch.cuda.synchronize()
+
+    while (n := pipe.recv()) != 0:
+        wait()
+        start = time.perf_counter()
+        if n:
+            masked = statistics.fmean(step() for _ in range(n))
+            wait()
+            seconds = (time.perf_counter() - start) / n
+            pipe.send((seconds, masked, peak()))
+            continue
+        activities = [torch.profiler.ProfilerActivity.CPU] + cuda * [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            for _ in range(3):
+                step()
+            wait()
+        parts = Counter()
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CPU:  # kernels count where they are launched
+                spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+                parts[part_of(event)] += spent / 3000  # microseconds of three steps
+        pipe.send(dict(parts))
+    pool.shutdown()
+
+
+def attempt(pipe, *args):
+    """`training`, which tells in a line what it cannot do: above all, not enough memory."""
+    try:
+        training(pipe, *args)
+    except RuntimeError as e:
+        pipe.send(str(e).splitlines()[0])
+    except EOFError:  # another case failed
+        pass
+
+
+def bench_train(cases, repeats, profile):
+    """Rows of {name: Config}: the step of each in turn, medians. tflops are those of flops_per_token, for the
+    fraction of tokens that were masked; `of_peak` is their share of the fastest product of two matrices, between the
+    rounds, in the dtype that the config computes in (peak_*, TFLOP/s). MB is what the case's process took at most."""
+    spawn, children = multiprocessing.get_context("spawn"), {}
+    for name, cfg in cases.items():
+        here, there = spawn.Pipe()
+        child = spawn.Process(target=attempt, args=(there, cfg, torch.get_num_threads()), daemon=True)
+        child.start()
+        there.close()
+        children[name] = here, child
+
+    def ask(name, n):
+        here, child = children[name]
+        try:
+            here.send(n)
+            answer = here.recv()
+        except (EOFError, OSError):
+            child.join()
+            fail(
+                f"{name}: its process ended with exit code {child.exitcode}"
+                + " (memory?)" * (child.exitcode == -9)
+            )
+        return fail(f"{name}: {answer}") if isinstance(answer, str) else answer
+
+    runs, n = {name: [] for name in cases}, {}
+    for name in cases:
+        ask(name, 1)  # warm-up, and compilation
+        n[name] = max(1, round(0.2 / ask(name, 1)[0]))  # so many steps that the clock's own time is nothing
+    peak, device = Counter(), pick_device(next(iter(cases.values())).device)
+    for _ in tqdm(range(repeats), unit="repeat", leave=False):
+        for name in cases:
+            runs[name].append(ask(name, n[name]))
+        for dtype in ("float32", "bfloat16"):
+            peak[dtype] = max(peak[dtype], matmul_rate(device, dtype))
+    rows = []
+    for name, cfg in cases.items():
+        seconds = statistics.median(r[0] for r in runs[name])
+        masked = statistics.fmean(r[1] for r in runs[name])
+        tokens, dtype = cfg.batch_size * cfg.seq_len, compute_dtype(device, cfg.dtype)
+        flops = flops_per_token(cfg, masked) * tokens
+        rows.append(dict(
+            case=name, dtype=dtype, ms=seconds * 1e3, tokens_per_s=tokens / seconds, masked=masked,
+            gflop=flops / 1e9, tflops=flops / seconds / 1e12, of_peak=flops / seconds / peak[dtype],
+            MB=runs[name][-1][2], **{f"peak_{d}": rate / 1e12 for d, rate in peak.items()},
+        ))  # fmt: skip
+        if len(cases) > 1:
+            rows[-1] |= dict(
+                times_ms=rows[-1]["ms"] / rows[0]["ms"], times_gflop=flops / 1e9 / rows[0]["gflop"]
+            )
+    parts = []
+    for name in cases if profile else ():
+        spent = ask(name, None)
+        whole = sum(spent.values())
+        parts += [dict(case=name, part=part, ms=ms, share=ms / whole)
+                  for part, ms in sorted(spent.items(), key=lambda item: -item[1])]  # fmt: skip
+    for here, child in children.values():
+        here.send(0)
+        child.join()
+    return rows, parts
+
+
+def main_train(argv):
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    p.add_argument("--sweep")
+    sweep, rest = p.parse_known_args(argv)
+    flags = (
+        ("repeats", "rounds, of which the medians are taken", 5),
+        ("profile", "also where the time of a step goes"),
+        ("json", "one JSON line per row instead of the table"),
+        ("sweep", "FIELD=VALUE,VALUE,...: a case for each"),
+    )
+    case = lambda *more: from_cli([*rest, *more], __doc__, flags)
+    field, _, values = (sweep.sweep or "").partition("=")
+    cfg, args = case()
+    check_range(args, repeats=1)
+    if sweep.sweep is not None and (field not in asdict(cfg) or not values):
+        fail(f"--sweep {sweep.sweep}: must be FIELD=VALUE,VALUE,... with a field of the config")
+    cases = (
+        {f"{field}={v}": case(f"--{field}={v}")[0] for v in values.split(",")}
+        if values
+        else {args.config: cfg}
+    )
+    for c in cases.values():
+        train.split_batch(c, 1), pick_device(c.device)  # fail here, not in every process
+    for rows in filter(None, bench_train(cases, args.repeats, args.profile)):
+        print("\n".join(map(json.dumps, rows)) if args.json else table(rows) + "\n")
+
+
 BENCHES = {"sample": bench_sample, "semi_ar": bench_semi_ar, "evaluate": bench_evaluate}
 
 
@@ -194,17 +413,27 @@ def table(rows):
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        return main_train(argv[1:])
     p = parser(__doc__)
-    p.add_argument("what", choices=BENCHES)
+    p.add_argument("what", choices=["train", *BENCHES])
     p.add_argument("ckpt")
-    p.add_argument("--steps", type=int, default=1000, help="sample, semi_ar: diffusion steps")
+    p.add_argument("--steps", type=int, nargs="+", default=[1000], help="sample, semi_ar: diffusion steps")
+    p.add_argument(
+        "--length", type=int, nargs="+", help="sample: tokens of a row, at most seq_len, the default"
+    )
     p.add_argument("--samplers", nargs="+", choices=SAMPLERS, help="sample: default all; semi_ar: one")
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--repeats", type=int, default=5)
     device_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
     args = p.parse_args(argv)
-    check_range(args, steps=1, batch_size=1, repeats=2 if args.what == "evaluate" else 1)
+    if args.length and args.what != "sample":
+        fail(f"--length: not for {args.what}, whose rows are the model's seq_len long")
+    for steps in args.steps:
+        check_range(argparse.Namespace(steps=steps), steps=1)
+    check_range(args, batch_size=1, repeats=2 if args.what == "evaluate" else 1)
     rows = BENCHES[args.what](args)
     print("\n".join(map(json.dumps, rows)) if args.json else table(rows))
 

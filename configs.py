@@ -92,6 +92,7 @@ class Config:
     steps: int = 1000
     batch_size: int = 16  # sequences per optimiser step, all GPUs together
     micro_batch: int = 16  # most sequences per GPU per forward: changes memory, not the gradient
+    recompute: bool = False  # work out a block's inner values again on the way back: less memory, more time
     lr: float = 1e-3
     min_lr: float = 0.0  # where cosine and linear decay end
     lr_decay: str = "constant"  # constant, cosine or linear

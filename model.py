@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from configs import fail, from_dict
-from diffusion import alpha
+from diffusion import alpha, in_parts
 
 
 def rotary_tables(length, head_dim, base=10_000):
@@ -25,14 +26,35 @@ def rotary_tables(length, head_dim, base=10_000):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair of dimensions of x (..., L, head_dim) by its position's angle."""
+    """Turn each pair of dimensions of x (..., L, head_dim) by its position's angle. Of several ways to write it
+    this one passes over x least often, and its result is contiguous, which a product of matrices wants."""
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
+    return torch.addcmul(torch.cat((-b, a), -1).mul_(sin), x, cos)
 
 
 def norm(cfg):
     """LayerNorm without bias (MDLM), or RMSNorm (SMDM)."""
     return nn.RMSNorm(cfg.n_embd, eps=1e-5) if cfg.norm == "rms" else nn.LayerNorm(cfg.n_embd, bias=False)
+
+
+def modulated(norm, x, shift, scale):
+    """norm(x) * (1 + scale) + shift; where all rows share these they are a LayerNorm's gain and bias: one pass
+    over x instead of three, and half as many on the way back."""
+    if len(scale) != 1 or not isinstance(norm, nn.LayerNorm):
+        return norm(x) * (1 + scale) + shift
+    gain = norm.weight * (1 + scale[0, 0])
+    return F.layer_norm(x, norm.normalized_shape, gain, shift[0, 0].to(gain.dtype), norm.eps)
+
+
+def slow_kernel(q):
+    """Whether attention written out beats torch's kernel on a CPU for q (B, H, L, head_dim): in training, in bfloat16,
+    by 1.4 to 3 times up to 1,024 tokens. In float32, and without gradients, the kernel wins at every length."""
+    return q.requires_grad and q.dtype == torch.bfloat16 and q.shape[2] <= 1024
+
+
+def picked(x, pick):
+    """x (B, L, d) at the positions pick (B, m), or at all."""
+    return x if pick is None else x.take_along_dim(pick[..., None], 1)
 
 
 class Block(nn.Module):
@@ -50,27 +72,28 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(f, d, bias=cfg.bias)
         self.ada = nn.Linear(cfg.cond_dim, 6 * d) if cfg.cond_dim else None
 
-    def attention(self, x, cos, sin, past=None):
+    def attention(self, x, cos, sin, past=None, pick=None):
         B, L, d = x.shape
         qkv = self.qkv(x).view(B, L, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)
         q, k = rotate(qkv[:2], cos.to(qkv.dtype), sin.to(qkv.dtype))  # (B, H, L, head_dim) each
         v, mask = qkv[2], None
+        q = q if pick is None else q.take_along_dim(pick[:, None, :, None], 2)
         if past is not None:
             if past:
                 k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
             past[:] = k, v
             if L > 1:
                 mask = torch.ones(L, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - L)
-        if x.is_cuda or past is not None or L > 512:
+        if x.is_cuda or past is not None or not slow_kernel(q):
             causal = self.causal and past is None
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        else:  # written out: on CPUs much faster than torch's kernel for short rows, see README
+        else:
             scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
             if self.causal:
                 future = torch.ones(L, L, dtype=torch.bool).triu(1)
                 scores = scores.masked_fill(future, -math.inf)
             y = scores.softmax(-1) @ v
-        return self.attn_out(y.transpose(1, 2).reshape(B, L, d))
+        return self.attn_out(y.transpose(1, 2).flatten(2))
 
     def mlp(self, x):
         x = self.mlp_in(x)
@@ -79,16 +102,71 @@ class Block(nn.Module):
         gate, x = x.chunk(2, -1)
         return self.mlp_out(F.silu(gate) * x)
 
-    def forward(self, x, c, cos, sin, past=None):
-        """x (B, L, d) float32 residual stream, c (1 or B, 1, cond_dim) or None."""
+    def forward(self, x, c, cos, sin, past=None, pick=None):
+        """x (B, L, d) float32 residual stream, c (1 or B, 1, cond_dim) or None -> (B, L, d), or (B, m, d): at the
+        positions pick (B, m) alone, which look at all the others."""
         if c is None:
-            x = x + F.dropout(self.attention(self.norm1(x), cos, sin, past), self.dropout, self.training)
+            y = self.attention(self.norm1(x), cos, sin, past, pick)
+            x = picked(x, pick) + F.dropout(y, self.dropout, self.training)
             return x + F.dropout(self.mlp(self.norm2(x)), self.dropout, self.training)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(c).chunk(6, -1)
-        y = self.attention(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
-        x = x + gate1 * F.dropout(y, self.dropout, self.training)
-        y = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-        return x + gate2 * F.dropout(y, self.dropout, self.training)
+        y = self.attention(modulated(self.norm1, x, shift1, scale1), cos, sin, pick=pick)
+        x = torch.addcmul(picked(x, pick), gate1, F.dropout(y, self.dropout, self.training))
+        y = self.mlp(modulated(self.norm2, x, shift2, scale2))
+        return torch.addcmul(x, gate2, F.dropout(y, self.dropout, self.training))
+
+
+class CrossEntropy(torch.autograd.Function):
+    """-log softmax(h @ weight.T + bias)[target], h (N, d), target (N,) -> (N,) float32 nats. The (N, V) logits never
+    exist: they are worked out by slices of the vocabulary that stay in a CPU's cache, and once more on the way
+    back, for a third more arithmetic. Logits, their softmax and both gradients, of N V numbers each, cost more than
+    that to write down."""
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, target):
+        ctx.size = max((2**26 if h.is_cuda else 2**20) // max(len(h), 1) // 64, 4) * 64
+        top = torch.full((len(h),), -math.inf, device=h.device)
+        total, own = torch.zeros(2, len(h), device=h.device)  # sum of exp(logit - top), the target's logit
+        for start, x, *_ in logit_slices(h, weight, bias, ctx.size):
+            inside, column = column_of(target, start, x)
+            own = torch.where(inside, x.gather(1, column)[:, 0], own)
+            before, top = top, torch.maximum(top, x.amax(-1))
+            total = total * (before - top).exp() + x.sub_(top[:, None]).exp_().sum(-1)
+        log_total = top + total.log()
+        ctx.save_for_backward(h, weight, bias, target, log_total)
+        return log_total - own
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, weight, bias, target, log_total = ctx.saved_tensors
+        grad_h = torch.zeros_like(h, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight)
+        grad_bias = None if bias is None else torch.empty_like(bias)
+        for start, x, w in logit_slices(h, weight, bias, ctx.size):
+            x = x.sub_(log_total[:, None]).exp_().mul_(grad[:, None])  # now the logits' gradients
+            inside, column = column_of(target, start, x)
+            x.scatter_add_(1, column, torch.where(inside, -grad, 0)[:, None])
+            part = slice(start, start + len(w))
+            if bias is not None:
+                grad_bias[part] = x.sum(0)
+            x = x.to(h.dtype)
+            grad_h += x @ w
+            grad_weight[part] = x.T @ h
+        return grad_h.to(h.dtype), grad_weight, grad_bias, None
+
+
+def logit_slices(h, weight, bias, size):
+    """(start, float32 logits (N, <= size), the rows of weight that made them in h's type) of each slice."""
+    for start in range(0, len(weight), size):
+        part = slice(start, start + size)
+        w = weight[part].to(h.dtype)
+        yield start, F.linear(h, w, None if bias is None else bias[part].to(h.dtype)).float(), w
+
+
+def column_of(target, start, x):
+    """Which targets (N,) lie in the slice x (N, n) that begins at `start`, and their columns (N, 1) in it."""
+    column = target - start
+    return (column >= 0) & (column < x.shape[1]), column.clamp(0, x.shape[1] - 1)[:, None]
 
 
 class TimeEmbedding(nn.Module):
@@ -169,8 +247,9 @@ class DiT(nn.Module):
             return 1000 * t
         return -torch.log(1e-3 + (1 - 1e-3) * alpha(self.cfg.schedule, t))
 
-    def hidden(self, x, t, past=None):
+    def hidden(self, x, t, pick=None, past=None):
         """The trunk: ids (B, L), t (B,) -> (B, L, d). Static shapes: this is what gets compiled.
+        pick (B, m): the positions that are wanted, of which alone the last block then makes something.
         past: for a causal network, a list per block, empty at first, that keeps the keys and values of all
         calls; x are then the tokens that come next."""
         start = tokens_read(past)
@@ -180,26 +259,56 @@ class DiT(nn.Module):
             self.cos[start : start + x.shape[1]],
             self.sin[start : start + x.shape[1]],
         )
+        again = self.cfg.recompute and torch.is_grad_enabled() and past is None
         for i, block in enumerate(self.blocks):
-            h = block(h, c, cos, sin, None if past is None else past[i])
-        h = self.final_norm(h)
+            if again:  # keeps a block's input alone; draws the same dropout again
+                h = checkpoint(block, h, c, cos, sin, use_reentrant=False)
+            else:
+                last = i == len(self.blocks) - 1
+                h = block(h, c, cos, sin, None if past is None else past[i], pick if last else None)
         if c is None:
-            return h
+            return self.final_norm(h)
         shift, scale = self.final_ada(c).chunk(2, -1)
-        return h * (1 + scale) + shift
+        return modulated(self.final_norm, h, shift, scale)
+
+    def asked(self, x, t, at):
+        """(hidden states, at for them) outside of training. On a CPU rows go by parts of about 512 tokens, 1,024 in
+        bfloat16, whose activations fit its caches. Where few positions of a row are asked, as samplers do, the
+        others are not made, nor is what the last block would do with them."""
+        most, pick = int(at.sum(-1).amax()) if len(x) else 0, ()
+        if 0 < 4 * most <= x.shape[1]:
+            pick = (at.byte().sort(dim=-1, descending=True, stable=True).indices[:, :most],)
+            at = at.gather(1, *pick)
+        tokens = 1024 if torch.is_autocast_enabled("cpu") else 512
+        rows = max(1, len(x) if x.is_cuda else tokens // x.shape[1])
+        return in_parts(self.hidden, x, t, *pick, rows=rows), at
+
+    def head_tensors(self):
+        return (
+            (self.embed.weight[: self.outputs], None) if self.cfg.tied else (self.head.weight, self.head.bias)
+        )
 
     def logits(self, h):
-        weight = self.embed.weight[: self.outputs] if self.cfg.tied else self.head.weight
-        return F.linear(h, weight, None if self.cfg.tied else self.head.bias).float()
+        return F.linear(h, *self.head_tensors()).float()
 
-    def forward(self, x, t, at=None):
+    def nats(self, x, t, at, target):
+        """-log p(target), (N,) nats at the positions `at`: what the logits would give, without them."""
+        return self(x, t, at, target)
+
+    def forward(self, x, t, at=None, target=None):
         if not self.cfg.causal:
-            h = self.hidden(x, t)
+            few = at is not None and not self.training
+            h, at = self.asked(x, t, at) if few else (self.hidden(x, t), at)
         elif self.cfg.bos:
             h = F.pad(self.hidden(x[:, :-1], t), (0, 0, 1, 0))  # nothing stands before position 0
         else:
             h = self.hidden(self.shifted(x)[:, :-1], t)
-        return self.logits(h if at is None else h[at])  # the head runs only where it is asked
+        h = h if at is None else h[at]  # the head runs only where it is asked
+        if target is None:
+            return self.logits(h)
+        if torch.is_autocast_enabled(h.device.type):
+            h = h.to(torch.get_autocast_dtype(h.device.type))
+        return CrossEntropy.apply(h, *self.head_tensors(), target)
 
     def shifted(self, x):
         """What a causal network reads: the tokens, after the start symbol if it has one."""
@@ -208,7 +317,7 @@ class DiT(nn.Module):
     @torch.no_grad()
     def next_logits(self, x, past):
         """Causal: x (B, i) tokens -> (B, V) logits of token i, reading only what `past` has not read yet."""
-        return self.logits(self.hidden(self.shifted(x)[:, tokens_read(past) :], None, past)[:, -1])
+        return self.logits(self.hidden(self.shifted(x)[:, tokens_read(past) :], None, past=past)[:, -1])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -221,10 +330,15 @@ def count_parameters(cfg):
 
 
 def flops_per_token(cfg, masked=None):
-    """Multiply-adds x 2 of one training step (forward + twice that backward) per token of the batch: the
-    matrices that every token passes, attention over seq_len keys, and the head on a fraction `masked`, half
-    of the tokens by default, all for an AR model. The reconstruction term of d3pm is a pass of its own."""
-    masked = masked or (1 if cfg.causal else 0.5)
+    """Multiply-adds x 2 of one training step, forward + twice that backward, per token of the batch:
+
+        6 (n_layer (4 d^2 + mlp + 2 d seq_len) + masked d V),   mlp = 2 d f, or 3 d f for SwiGLU
+
+    i.e. the matrices that every token passes, attention over all keys (half of them where it is causal), and the
+    head on the fraction `masked` of the tokens: half by default, all for an AR model and for nanoDD's loss. What is
+    worked out a second time to save memory does not count, nor does adaLN, which runs once per row. The
+    reconstruction term of d3pm is a pass of its own."""
+    masked = (1 if cfg.causal or cfg.aux_ce else 0.5) if masked is None else masked
     d, f = cfg.n_embd, cfg.mlp_width or 4 * cfg.n_embd
     mlp = (3 if cfg.mlp == "swiglu" else 2) * d * f
     matrices = cfg.n_layer * (4 * d * d + mlp)  # qkv 3, out 1; adaLN's run once per row and are left out

@@ -11,6 +11,7 @@ A run lives in out/<config>/: ckpt.pt (last), best.pt (lowest validation bound),
 
 import contextlib
 import copy
+import ctypes
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -157,7 +159,7 @@ def save(path, **state):
 
 
 MAY_CHANGE = set(
-    "data micro_batch device dtype compile eval_every eval_windows save_every samples out_dir wandb steps init_from".split()
+    "data micro_batch recompute device dtype compile eval_every eval_windows save_every samples out_dir wandb steps init_from".split()
 )
 
 
@@ -271,18 +273,52 @@ def split_batch(cfg, world):
     return rows // micro, micro
 
 
-def train_step(net, optimizers, micro_batches, step, cfg, device):
+def micro_batches(ids, meta, cfg, step, rank=0, world=1):
+    """One process's share of the global batch of `step`, a list of what goes through the network at once."""
+    parts, _ = split_batch(cfg, world)
+    rows = [np.arange(i * world + rank, cfg.batch_size, parts * world) for i in range(parts)]
+    batches = [batch(ids, meta, cfg, step, r) for r in rows]  # strided: each has all strata of t
+    if cfg.short_rows:
+        batches = [b for r, whole in zip(rows, batches) for b in shorten(whole, cfg, step, r)]
+    return batches
+
+
+def keep_freed_memory():
+    """Linux: do not give the memory of a freed tensor back to the kernel, which would clear it page by page for the
+    next one of the same size: a tenth of a step. What a run takes at most stays the same."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def start(cfg, meta, device, init_from=""):
+    """(model, its average, optimizers) before the first step, with the weights of init_from if it is given."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    model = DiT(cfg).to(device)
+    if init_from:
+        begin_with(model, init_from, meta)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    if device.type == "cuda" and cfg.compile:
+        model.hidden = torch.compile(model.hidden)  # the trunk: its shapes are static, the head's are not
+    return model, ema, make_optimizers(model, cfg)
+
+
+def train_step(net, optimizers, batches, step, cfg, device):
     """One update from a list of micro-batches: (mean loss in nats per token, gradient norm), on the device.
     The mean is over the tokens of the global batch, so that no split of it changes anything."""
     total = torch.zeros((), device=device)
-    tokens = sum(maskable.sum() for _, maskable, *_ in micro_batches).to(device)
+    tokens = sum(maskable.sum() for _, maskable, *_ in batches).to(device)
     world = 1
     if dist.is_initialized():
         dist.all_reduce(tokens)
         world = dist.get_world_size()
-    for i, tensors in enumerate(micro_batches):
+    for i, tensors in enumerate(batches):
         x0, maskable, t, xt, weight = (a.to(device) for a in tensors)
-        net.require_backward_grad_sync = i == len(micro_batches) - 1  # for DDP: average once
+        net.require_backward_grad_sync = i == len(batches) - 1  # for DDP: average once
         with autocast(device, cfg.dtype):
             nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt)  # (B, L)
         loss = (nats.sum(-1) * weight).sum() * world / tokens  # DDP averages over processes
@@ -323,13 +359,7 @@ def run(cfg, resume, overwrite, at_end):
     if cfg.short_rows and meta["given"]:
         fail(f"short_rows={cfg.short_rows}: would part prompts from their answers in {cfg.data}")
 
-    torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    model = DiT(cfg).to(device)
-    if cfg.init_from and not state:
-        begin_with(model, cfg.init_from, meta)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = make_optimizers(model, cfg)
+    model, ema, optimizers = start(cfg, meta, device, "" if state else cfg.init_from)
     step, best, trained = 0, math.inf, 0.0
     if state:
         model.load_state_dict(state["model"])
@@ -342,20 +372,14 @@ def run(cfg, resume, overwrite, at_end):
         dist.all_gather_object(steps := [None] * world, step)
         if len(set(steps)) > 1:
             fail(f"{cfg.out_dir}: the processes see checkpoints of steps {steps}; they must share the folder")
-    if device.type == "cuda" and cfg.compile:
-        model.hidden = torch.compile(model.hidden)  # the trunk: its shapes are static, the head's are not
-    # Two names from here on: `model` is saved and averaged, `net` is called.
-    net = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False) if world > 1 else model
-
-    def load_step(step):
-        rows = [np.arange(i * world + rank, cfg.batch_size, grad_accum * world) for i in range(grad_accum)]
-        batches = [batch(train_ids, meta, cfg, step, r) for r in rows]  # strided: each has all strata of t
-        if cfg.short_rows:
-            batches = [b for r, whole in zip(rows, batches) for b in shorten(whole, cfg, step, r)]
-        return batches
+    net = model  # two names from here on: `model` is saved and averaged, `net` is called
+    if world > 1:
+        net = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        net.nats = net.__call__  # DDP averages the gradients of what goes through its own call alone
 
     pool = ThreadPoolExecutor(1)  # the next batch is made while this one trains
     at_end.callback(pool.shutdown, cancel_futures=True)
+    load_step = partial(micro_batches, train_ids, meta, cfg, rank=rank, world=world)
     upcoming = pool.submit(load_step, step)
     upcoming.result()  # what is wrong with the data shows before anything is written
 
@@ -395,10 +419,10 @@ def run(cfg, resume, overwrite, at_end):
     logged, losses, stopping = time.time(), [], False
     with signals_noted() as noted:
         while step < cfg.steps and not stopping:
-            micro_batches, upcoming = upcoming.result(), pool.submit(load_step, step + 1)
+            batches, upcoming = upcoming.result(), pool.submit(load_step, step + 1)
             if cfg.dropout:
                 torch.manual_seed(hash((cfg.seed, step, rank)))
-            loss, norm = train_step(net, optimizers, micro_batches, step, cfg, device)
+            loss, norm = train_step(net, optimizers, batches, step, cfg, device)
             losses.append(loss)
             step += 1
             update_ema(ema, model, step, cfg)

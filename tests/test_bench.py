@@ -1,19 +1,127 @@
 """The benchmarks run and their counts are right; times are never tested."""
 
 import json
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from conftest import tiny_run
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import train
-from configs import as_ar
+from configs import Config, as_ar, as_d3pm, as_sedd
+from model import DiT, flops_per_token
 
 
 def rows(capsys, *args):
     bench.main([*map(str, args), "--json"])
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+SMALL = (
+    "--n_layer=2 --n_head=2 --n_embd=32 --batch_size=4 --micro_batch=2 --dtype=float32 --device=cpu".split()
+)
+
+
+def test_training_reports_speed_memory_and_work_of_every_case(capsys):
+    args = ["train", *SMALL, "--vocab_size=50", "--sweep=seq_len=16,64", "--repeats=2", "--profile"]
+    got = rows(capsys, *args)
+    cases, parts = got[:2], got[2:]
+    assert [r["case"] for r in cases] == ["seq_len=16", "seq_len=64"]
+    for r, L in zip(cases, (16, 64)):
+        gflop = 4 * L * 6 * (2 * (12 * 32**2 + 2 * 32 * L) + r["masked"] * 32 * 50) / 1e9
+        assert r["gflop"] == pytest.approx(gflop) and 0.35 < r["masked"] < 0.65
+        assert r["tokens_per_s"] == pytest.approx(4 * L / (r["ms"] / 1e3))
+        assert r["tflops"] == pytest.approx(r["gflop"] / r["ms"]) and r["dtype"] == "float32"
+        assert r["of_peak"] == pytest.approx(r["tflops"] / r["peak_float32"]) and 0 < r["of_peak"] < 1
+        assert r["times_gflop"] == pytest.approx(r["gflop"] / cases[0]["gflop"])
+        assert r["times_ms"] == pytest.approx(r["ms"] / cases[0]["ms"]) and 0 < r["MB"] < 500
+        share = {p["part"]: p["share"] for p in parts if p["case"] == r["case"]}
+        assert sum(share.values()) == pytest.approx(1) and share.keys() <= {
+            *bench.PARTS,
+            "elementwise and the rest",
+        }
+        assert share.keys() > {"head and loss", "optimizer", "average", "clipping", "attention", "matrices"}
+
+
+@pytest.mark.parametrize(
+    "names, part",
+    [
+        (
+            ["aten::mm", "CrossEntropyBackward", "autograd::engine::evaluate_function: CrossEntropyBackward"],
+            "head and loss",
+        ),
+        (["aten::mm", "MmBackward0"], "matrices"),
+        (["aten::mul_", "aten::_foreach_mul_", "train"], "clipping"),
+        (["aten::copy_", "Optimizer.step#AdamW.step"], "optimizer"),
+        (["aten::bmm", "aten::matmul"], "attention"),
+        (["aten::fill_", "aten::embedding_dense_backward"], "embedding"),
+        (["aten::gelu"], "elementwise and the rest"),
+    ],
+)
+def test_an_operation_belongs_to_the_part_that_it_is_called_in(names, part):
+    event = None
+    for name in reversed(names):
+        event = SimpleNamespace(name=name, cpu_parent=event)
+    assert bench.part_of(event) == part
+
+
+@pytest.mark.slow
+def test_a_larger_case_takes_more_memory_and_has_it_for_itself(capsys):
+    """52 MB of parameters, gradients, average and AdamW's two, beside a small case in the same run."""
+    small, large = rows(capsys, "train", *SMALL, "--sweep=vocab_size=50,40000", "--repeats=1")
+    assert 5 * 4 * 2 * 32 * 40_000 / 2**20 * 0.9 < large["MB"] - small["MB"] < 300
+
+
+def test_a_step_does_the_work_that_flops_per_token_says():
+    """Torch's counter on train.py's own step, in bfloat16, where attention is written out and so is counted: within
+    2 percent, which adaLN and the time embedding have. The loss without logits works these out twice."""
+    for change in (
+        lambda cfg: cfg,
+        as_sedd,
+        as_d3pm,
+        lambda cfg: replace(cfg, mlp="swiglu", norm="rms", tied=True),
+    ):
+        cfg = change(
+            Config(vocab_size=300, seq_len=32, n_embd=64, n_head=2, cond_dim=8, batch_size=8, micro_batch=4)
+        )
+        cfg = replace(cfg, dtype="bfloat16", muon_lr=0.0)
+        ids, device = np.arange(10_000) % 300, torch.device("cpu")
+        meta, calls = dict(wrap=0, pad=None, given=False), Counter()
+        model, ema, optimizers = train.start(cfg, meta, device)
+        batches = train.micro_batches(ids, meta, cfg, 1)
+        model.nats = lambda *a: (calls.update(nats=1), DiT.nats(model, *a))[1]  # noqa: B023
+        with FlopCounterMode(display=False) as counter:
+            train.train_step(model, optimizers, batches, 1, cfg, device)
+        masked = sum((b[3] == cfg.mask_id).sum().item() for b in batches) / (8 * 32)
+        ours = flops_per_token(cfg, masked) * 8 * 32
+        heads = masked if cfg.carry_over else 1 if calls["nats"] else 0  # of posterior_kl's there are logits
+        again = bool(calls) * 2 * 64 * 300 * 8 * 32 * heads
+        assert counter.get_total_flops() == pytest.approx(ours + again, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--sweep", "colour=red"], "--sweep colour=red"),
+        (["--sweep", "seq_len"], "--sweep seq_len"),
+        (["--sweep", "seq_len=16,many"], "many"),
+        (["--batch_size=6", "--micro_batch=4"], "batch_size=6"),
+        (["--device=cuda:77"], "cuda:77"),
+        (["--repeats=0"], "--repeats 0"),
+        (["owt_mdml"], "owt_mdml"),
+        (["--vocab_size=2000000000", "--n_embd=4096"], "pydocs_mdlm: [enforce fail"),
+    ],
+)
+def test_training_cases_that_cannot_be_end_in_one_line(args, words, capsys):
+    with pytest.raises(SystemExit) as e:
+        bench.main(["train", *args])
+    err = [line for line in capsys.readouterr().err.splitlines() if "repeat/s" not in line]
+    assert e.value.code == 2 and words in err[0] and len(err) == 1
 
 
 def test_sampling_counts_calls_and_head_rows(checkpoint, capsys):
@@ -26,6 +134,16 @@ def test_sampling_counts_calls_and_head_rows(checkpoint, capsys):
     for name in ("ddpm_cache", "first_hitting"):
         assert by_name[name]["calls"] <= 32 and by_name[name]["head_rows"] == 4 * 32
     assert by_name["ddpm"]["head_rows"] > 10 * 4 * 32
+
+
+def test_sampling_over_steps_and_lengths(checkpoint, capsys):
+    args = ["--steps", 2, 50, "--length", 8, 32, "--repeats", 1, "--samplers", "first_hitting", "ddpm_cache"]
+    got = rows(capsys, "sample", checkpoint, "--batch_size", 3, *args)
+    assert [(r["steps"], r["length"]) for r in got] == [(s, L) for s in (2, 50) for L in (8, 8, 32, 32)]
+    for r in got:
+        most = r["length"] if r["sampler"] == "first_hitting" else min(r["length"], r["steps"])
+        assert 0 < r["calls"] <= most and r["head_rows"] == 3 * r["length"]
+        assert r["times_faster"] == 1 or r["sampler"] == "ddpm_cache"
 
 
 def test_semi_ar_counts_the_calls_of_its_windows(checkpoint, capsys):
@@ -66,11 +184,14 @@ def test_estimators_agree_and_are_ranked(checkpoint, capsys):
 def test_bad_arguments(checkpoint, capsys):
     for args in (
         ["sing", checkpoint],
-        ["sample", checkpoint, "--steps", "0"],
+        ["sample", checkpoint, "--steps", "8", "0"],
+        ["sample", checkpoint, "--length", "8", "33"],
+        ["semi_ar", checkpoint, "--steps", "8", "9"],
+        ["evaluate", checkpoint, "--length", "8"],
         ["evaluate", checkpoint, "--repeats", "1"],
     ):
         with pytest.raises(SystemExit) as e:
             bench.main([*map(str, args)])
         assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     bench.main(["sample", str(checkpoint), "--steps", "4", "--repeats", "1"])
-    assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["sampler", "seconds"]
+    assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["sampler", "steps"]

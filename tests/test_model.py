@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import configs
 from configs import CONFIGS, Config
 from diffusion import alpha
-from model import DiT, count_parameters, flops_per_token, rotary_tables, rotate
+from model import CrossEntropy, DiT, count_parameters, flops_per_token, rotary_tables, rotate
 
 SMALL = Config(vocab_size=11, seq_len=16, n_layer=2, n_head=2, n_embd=16, cond_dim=8)
 AR = dict(loss="ar", causal=True, cond_dim=0)
@@ -91,17 +92,127 @@ def test_smdms_network_by_hand():
     torch.testing.assert_close(model(x, t), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("mlp", [dict(), dict(mlp="swiglu", mlp_width=96)])
-def test_flops_are_those_of_the_matrices(mlp):
-    """Against torch's own counter on a forward pass; 6 N per token is 3 forwards of 2 N."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    cfg = replace(SMALL, cond_dim=0, n_embd=64, seq_len=32, **mlp)
+def test_flops_are_those_of_the_matrices(mlp, recompute):
+    """Against torch's own counter on both ways of a step, from the logits. In bfloat16 attention is written out, and
+    so is counted. What is worked out again is not the model's: the blocks' way forward but for their last matrix."""
+    cfg = replace(SMALL, cond_dim=0, n_embd=64, seq_len=32, recompute=recompute, **mlp)
     model = awake(cfg)
     x, t = canvas(cfg, 4)
-    with FlopCounterMode(display=False) as counter:
-        model(x, t, torch.ones_like(x, dtype=torch.bool))
-    assert counter.get_total_flops() * 3 == flops_per_token(cfg, masked=1.0) * x.numel()
+    at = torch.rand(x.shape) < 0.4
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+        model(x, t, at).sum().backward()
+    ours = flops_per_token(cfg, at.double().mean().item()) * x.numel()
+    head = 6 * 64 * 11 * at.sum().item()
+    blocks = (ours - head) / 3 - cfg.n_layer * 2 * 64 * (cfg.mlp_width or 4 * 64) * x.numel()
+    assert counter.get_total_flops() == pytest.approx(ours + recompute * blocks, rel=1e-12)
+    with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
+        model.nats(x, t, at, x[at].clamp(max=10)).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(ours + recompute * blocks + head / 3, rel=1e-12)
+
+
+def test_flops_count_the_head_on_the_tokens_that_the_loss_asks_for():
+    for cfg, share in (
+        (SMALL, 0.5),
+        (replace(SMALL, **AR), 1),
+        (replace(SMALL, loss="d3pm", T=9, aux_ce=0.1), 1),
+    ):
+        head = flops_per_token(cfg) - flops_per_token(cfg, 0)
+        assert head == share * 6 * 16 * 11
+
+
+def saved_bytes(run):
+    """(what run() returns, bytes that autograd keeps of it for the way back, each storage once)."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda a: (kept.__setitem__(a.untyped_storage().data_ptr(), a.untyped_storage().nbytes()), a)[1],
+        lambda a: a,
+    ):
+        return run(), sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    "kind", [dict(dropout=0.3), dict(dropout=0.3, time_cond=True), dict(loss="ar", causal=True, cond_dim=0)]
+)
+def test_recomputing_blocks_changes_memory_and_no_bit_of_a_gradient(kind):
+    """With the same dropout, too. What is kept of a block is then its input."""
+    cfg = replace(SMALL, n_layer=6, n_embd=64, seq_len=64, **kind)
+    (x, t), got = canvas(cfg, 8), []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        model = awake(replace(cfg, recompute=recompute)).train()
+        weights = sum(p.numel() * 4 for p in model.parameters())
+        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.causal):
+            h, kept = saved_bytes(lambda: model.hidden(x, t))  # noqa: B023
+        after = torch.rand(3)
+        h.square().sum().backward()
+        got.append((h.detach(), {n: p.grad for n, p in model.named_parameters()}, after, kept - weights))
+    (h, grads, after, kept), (h2, grads2, after2, kept2) = got
+    assert torch.equal(h, h2) and torch.equal(after, after2)
+    assert all((grads[n] is None and grads2[n] is None) or torch.equal(grads[n], grads2[n]) for n in grads)
+    assert kept2 < kept / 4
+
+
+@pytest.mark.parametrize("V", [11, 5000])
+@pytest.mark.parametrize("kind", [dict(), dict(tied=True), dict(bias=False)])
+def test_the_loss_without_logits_is_the_loss_with_them(V, kind):
+    """Of one slice of the vocabulary and of many; values and every gradient, in float32 and, to its precision,
+    bfloat16, where sure answers are not lost in rounding; and no (N, V) numbers are kept."""
+    cfg = replace(SMALL, vocab_size=V, **kind)
+    model, (x, t) = awake(cfg), canvas(cfg, 80)
+    at = torch.rand(x.shape) < 0.5
+    target = torch.randint(0, V, (int(at.sum()),))
+    weight = torch.rand(len(target)) * 2 - 0.5  # of any sign, and of none
+    weight[:5] = 0
+    for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        values, gradients, memory = [], [], []
+        for way in (
+            lambda: F.cross_entropy(model(x, t, at), target, reduction="none"),
+            lambda: model.nats(x, t, at, target),
+        ):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                nats, kept = saved_bytes(way)
+            (nats * weight).sum().backward()
+            memory.append(kept)
+            values.append(nats.detach())
+            gradients.append([p.grad for p in model.parameters()])
+        torch.testing.assert_close(*values)
+        for a, b in zip(*gradients):
+            assert (a - b).norm() <= close * a.norm()
+        if V > 11:  # but for one number per token
+            assert memory[0] - memory[1] > 3.9 * V * len(target)
+    with torch.no_grad():
+        assert model.nats(x, t, torch.zeros_like(at), target[:0]).shape == (0,)
+
+
+def test_the_loss_without_logits_stands_large_logits_and_sure_answers():
+    """Logits of hundreds, whose exponentials overflow; the gradient of a sure answer is 0, not bfloat16's rounding."""
+    h, y = torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2)
+    for size in (300.0, -300.0):
+        weight = torch.nn.Parameter(size * torch.eye(4, 4))
+        nats = CrossEntropy.apply(h, weight, None, y)
+        torch.testing.assert_close(nats, F.cross_entropy(h @ weight.T, y, reduction="none"))
+        nats.sum().backward()
+        if size > 0:
+            assert not weight.grad.any()
+
+
+def test_adaln_that_rows_share_is_the_norms_own_gain_and_bias():
+    """One vector for all rows against the same vector once per row: values and gradients."""
+    for cfg in (SMALL, replace(SMALL, norm="rms")):
+        block, x, cos_sin = awake(cfg).blocks[0], torch.randn(3, 16, 16), rotary_tables(16, 8)
+        torch.nn.init.uniform_(block.norm1.weight, 0.5, 2)
+        got = []
+        for rows in (1, 3):
+            c = torch.linspace(-1, 1, 8).expand(rows, 1, 8)
+            block.zero_grad()
+            y = block(x, c, *cos_sin)
+            y.square().sum().backward()
+            got.append([y, *(p.grad for p in block.parameters())])
+        for a, b in zip(*got):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("cond_dim", [0, 8])
@@ -166,16 +277,30 @@ def test_adaln_reads_shift_scale_gate_in_upstreams_order():
     torch.testing.assert_close(model.hidden(ids, t), m[0] + (1 + m[1]) * model.final_norm(model.embed(ids)))
 
 
-@pytest.mark.parametrize("length", [16, 600])
-def test_attention_equals_scaled_dot_product_attention(length):
-    """Written out for short rows on CPUs, torch's kernel for the rest: one law."""
-    cfg = replace(SMALL, seq_len=length)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("length", [16, 600, 1030])
+def test_attention_equals_scaled_dot_product_attention(length, causal):
+    """Written out in bfloat16 training of rows up to 1,024 on CPUs, torch's kernel for the rest: one law."""
+    cfg = replace(SMALL, seq_len=length, **(AR if causal else {}))
     block = awake(cfg).blocks[0]
     x, (cos, sin) = torch.randn(2, length, 16), rotary_tables(length, 8)
     q, k, v = (a.view(2, length, 2, 8).transpose(1, 2) for a in block.qkv(x).chunk(3, -1))
-    y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+    y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=causal)
     want = block.attn_out(y.transpose(1, 2).reshape(2, length, 16))
-    torch.testing.assert_close(block.attention(x, cos, sin), want, rtol=1e-4, atol=1e-5)
+    plain = block.attention(x, cos, sin)
+    torch.testing.assert_close(plain, want, rtol=1e-4, atol=1e-5)
+    exact = torch.autograd.grad(want.square().sum(), block.qkv.weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block.attention(x, cos, sin)
+    for out, written in ((plain, False), (y, length <= 1024)):
+        names, todo = set(), [out.grad_fn]
+        while todo:
+            node = todo.pop()
+            names.add(node.name())
+            todo += [f for f, _ in node.next_functions if f is not None]
+        assert ("SoftmaxBackward0" in names) == written
+    got = torch.autograd.grad(y.float().square().sum(), block.qkv.weight)[0]
+    assert (y - want).norm() < 0.03 * want.norm() and (got - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("kind", [{}, AR, AR | dict(bos=True)])
@@ -187,10 +312,6 @@ def test_causal_sees_the_past_alone_and_bidirectional_everything(kind):
     changed[0, 9] = (x[0, 9] + 1) % cfg.vocab_size
     same = (model(x, t) - model(changed, t)).abs().amax(-1)[0] < 1e-6
     assert not same[10:].any() and same[:10].all().item() == cfg.causal
-    if cfg.causal:  # longer rows take another path, the one of GPUs: the same answers
-        model, x = awake(replace(cfg, seq_len=600)), torch.randint(0, cfg.vocab_size, (1, 600))
-        t = torch.zeros(1)
-        torch.testing.assert_close(model(x, t)[:, :300], model(x[:, :300], t), rtol=1e-4, atol=1e-5)
 
 
 def test_a_causal_network_reads_the_start_symbol_or_begins_after_a_given_token():
@@ -282,3 +403,42 @@ def test_bfloat16_autocast_keeps_the_residual_stream_and_logits_in_float32():
         hidden, logits = model.hidden(x, t), model(x, t)
     assert hidden.dtype == logits.dtype == torch.float32
     assert 0 < (logits - want).abs().max() < 0.05 * want.abs().max()
+
+
+LAST = [dict(), dict(time_cond=True), dict(cond_dim=0), dict(cond_dim=0, mlp="swiglu", norm="rms")]
+
+
+@pytest.mark.parametrize("fields", LAST, ids=str)
+def test_the_last_block_runs_where_few_are_asked(fields):
+    """The same answers, in the same order, from rows that are asked for different numbers of tokens; and the last
+    block's MLP is seen to run on no more positions than the row that is asked for most."""
+    cfg = Config(vocab_size=27, seq_len=48, n_embd=32, n_head=4, n_layer=2, **dict(cond_dim=8) | fields)
+    model = DiT(cfg).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    seen = []
+    model.blocks[1].mlp_in.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    x, t = torch.randint(0, 28, (4, 48)), torch.rand(4)
+    everywhere = model(x, t)
+    at = torch.zeros(4, 48, dtype=torch.bool)
+    at[0, [3, 47]], at[1, [0, 11, 12, 30, 31]], at[3, 20] = True, True, True
+    torch.testing.assert_close(model(x, t, at), everywhere[at])
+    at[1] = True
+    torch.testing.assert_close(model(x, t, at), everywhere[at])
+    assert seen == [48, 5, 48]
+    assert model(x[:0], t[:0], at[:0]).shape == model(x, t, at & False).shape == (0, 27)
+
+
+@pytest.mark.parametrize("bf16, sizes", [(False, [2, 2, 1]), (True, [5])])
+def test_rows_go_by_parts_of_about_512_tokens_on_a_cpu(bf16, sizes):
+    """Twice as many in bfloat16; in training all at once."""
+    cfg = Config(vocab_size=27, seq_len=200, n_embd=32, n_head=4, n_layer=1, cond_dim=0)
+    model, seen = DiT(cfg).eval(), []
+    torch.nn.init.normal_(model.head.weight)
+    model.blocks[0].register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    x, t, at = torch.randint(0, 28, (5, 200)), torch.rand(5), torch.rand(5, 200) < 0.5
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        got = model(x, t, at)
+        torch.testing.assert_close(got, model(x, t)[at])
+        model.train()(x, t, at)
+    assert seen == [*sizes, 5, 5]

@@ -662,23 +662,6 @@ def test_denoiser_skips_rows_in_which_nothing_is_asked():
     torch.testing.assert_close(got, hostile_model()(x, t, at), check_dtype=False)
 
 
-@pytest.mark.parametrize("bf16, sizes", [(False, [2, 2, 1]), (True, [5])])
-def test_denoiser_runs_about_512_tokens_at_a_time_on_a_cpu(bf16, sizes):
-    """Twice as many in bfloat16; the answers are those of all rows at once, in their order."""
-    rows = []
-
-    def model(x, t, at):
-        rows.append(len(x))
-        return (t[:, None, None] + torch.sin(x[..., None] * torch.arange(1.0, V + 1)))[at]
-
-    x, t, at = torch.randint(0, V + 1, (6, 200)), torch.rand(6), torch.rand(6, 200) < 0.1
-    at[3] = False  # a row that is not run
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        got = denoiser(model, tiny())(x, t, at)
-    assert rows == sizes
-    torch.testing.assert_close(got, model(x, t, at).log_softmax(-1))
-
-
 def test_categorical_is_exact_in_the_tails():
     """A token of probability 1e-9 is drawn when u says so; one of probability zero never is."""
     log_p = torch.tensor([[1 - 1e-9, 1e-9]], dtype=torch.float64).log()

@@ -297,6 +297,32 @@ def test_resume_is_exact_to_the_bit(cfg, recipe, tmp_path, monkeypatch):
     assert records(cfg, "val") == records(straight, "val")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_used_again():
+    """Ten tensors of 64 MB, one after the other: the pages of one, instead of each."""
+    count = """
+import resource, sys, torch, train
+sys.argv[1] == "keep" and train.keep_freed_memory()
+used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = [used(), [torch.ones(2**24).sum() for _ in range(10)]][0]
+print((used() - before) * resource.getpagesize() / 2**26)
+"""
+    fresh, kept = (
+        float(subprocess.check_output([sys.executable, "-c", count, how], cwd=ROOT, env=environment()))
+        for how in ("free", "keep")
+    )
+    assert kept < 1.5 and fresh > 5
+
+
+def test_recomputing_is_the_same_run_to_the_bit_and_may_be_switched(cfg, tmp_path):
+    cfg = replace(cfg, dropout=0.2)
+    straight = replace(cfg, out_dir=str(tmp_path / "straight"))
+    train.main(straight)
+    train.main(replace(cfg, recompute=True, steps=6))
+    train.main(replace(cfg, recompute=False), resume=True)
+    assert same(weights(cfg), weights(straight))
+
+
 def command(cfg, *extra):
     return ["train.py", "pydocs_mdlm", *(f"--{k}={v}" for k, v in vars(cfg).items()), *extra]
 
@@ -388,6 +414,17 @@ def test_two_processes_train_like_one_and_resume_each_other(cfg, tmp_path):
         30,
         40,
     ]
+
+
+def test_processes_share_a_batch_and_each_micro_batch_has_all_strata_of_time(cfg):
+    ids, meta = read_split(cfg.data, "train", cfg)
+    cfg = replace(cfg, batch_size=24, micro_batch=4)
+    whole = train.batch(ids, meta, cfg, 3, np.arange(24))
+    shares = [train.micro_batches(ids, meta, cfg, 3, rank, 2) for rank in range(2)]
+    assert [[len(b[0]) for b in share] for share in shares] == [[4, 4, 4]] * 2
+    for i, tensor in enumerate(whole):  # rows rank, rank + 2 x 3, ...: strided
+        parts = torch.stack([torch.stack([b[i] for b in share]) for share in shares])  # (2, 3, 4, ...)
+        assert torch.equal(parts.permute(2, 1, 0, *range(3, parts.ndim)).flatten(0, 2), tensor)
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
