@@ -254,7 +254,7 @@ def our_judge(path, device):
     """An AR checkpoint of ours, in windows of its seq_len. It predicts the first token, too, unless given BOS."""
     model, cfg = load(path, device=device)
     if not cfg.causal:
-        fail(f"--gen_ppl {path}: the judge must be an AR model, but this one has loss={cfg.loss}")
+        fail(f"judge {path}: must be an AR model, but this one has loss={cfg.loss}")
     tokenizer = tokenizer_of(model.tokenizer)
 
     def nll(ids):
@@ -270,12 +270,12 @@ def transformers_judge(name, device):
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
-        fail(f"--gen_ppl {name}: needs transformers: pip install transformers")
+        fail(f"judge {name}: needs transformers: pip install transformers")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name).float().to(device).eval()
     except Exception as e:  # no such model, no network, no such format: each has types of its own
-        fail(f"--gen_ppl {name}: {(str(e).strip() or type(e).__name__).splitlines()[0]}")
+        fail(f"judge {name}: {(str(e).strip() or type(e).__name__).splitlines()[0]}")
 
     def nll(ids):
         x = torch.tensor([ids], device=device)
@@ -285,6 +285,11 @@ def transformers_judge(name, device):
     start = [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]  # GPT-2: none
     length = getattr(model.config, "max_position_embeddings", None) or 1024
     return judge(nll, encode, tokenizer.eos_token_id, length, start, cut=True)
+
+
+def judge_of(name, device):
+    ours = Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").exists()
+    return (our_judge if ours else transformers_judge)(name, device)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -376,8 +381,7 @@ def gen_ppl(model, cfg, args):
         fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
     own = options_of(SAMPLERS[sampler]) | own_of(args, sampler)
     name, device, tokenizer = args.gen_ppl, next(model.parameters()).device, tokenizer_of(model.tokenizer)
-    ours = Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").exists()
-    score = (our_judge if ours else transformers_judge)(name, device)
+    score = judge_of(name, device)
     options = dict(steps=args.steps, sampler=sampler, temperature=args.temperature, top_p=args.top_p)
     rows = generate(
         model, tokenizer._replace(decode=list), cfg, args.num, batch_size=args.batch_size, seed=args.seed,

@@ -292,7 +292,7 @@ def test_bad_judges(checkpoints, ar_cfg, tmp_path, capsys, monkeypatch):
         refused(capsys, refuse("--gen_ppl", "gpt2-large"), "gpt2-large", "pip install transformers")
     pytest.importorskip("transformers")
     (tmp_path / "empty").mkdir()
-    refused(capsys, refuse("--gen_ppl", str(tmp_path / "empty")), "--gen_ppl", "empty")
+    refused(capsys, refuse("--gen_ppl", str(tmp_path / "empty")), "judge", "empty")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""What faster sampling costs: the quality of texts against the network calls that they took, for every sampler.
+
+python quality.py out/pydocs_mdlm/ckpt.pt --judge out/compare_pydocs_mdlm/ar_1/ckpt.pt --png quality.png
+python quality.py out/owt_mdlm/ckpt.pt --judge gpt2-large --samplers ddpm_cache remdm_cap --steps 128 1024 --top_p 0.9
+
+Quality is two figures: nats per token under the judge, a model of transformers or an AR checkpoint, and the entropy
+of the texts' tokens, without which the first means nothing. The first row is the validation text itself.
+"""
+
+import json
+import math
+
+import numpy as np
+from tqdm import tqdm
+
+from bench import table
+from configs import check_range, device_options, fail, parser
+from data.corpus import folder_of, read_split
+from data.tokenizer import tokenizer_of
+from diffusion import SAMPLERS, STEPLESS, options_of
+from evaluate import generative_perplexity, judge_of, ratio, text_of, unigram_entropy
+from model import load, pick_device
+from sample import generate, sampler_for
+
+VALUES = {  # of the options by which samplers without steps trade quality for calls
+    "threshold": (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99),
+    "gamma": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+}
+SAME_LAW = ("ddpm", "analytic", "euler", "ar")  # as ddpm_cache, nearly as it, or of another kind of model
+
+
+def settings(name, steps):
+    """What is varied of a sampler: its steps, or without any its own option."""
+    if name not in STEPLESS:
+        return [dict(steps=n) for n in steps]
+    return [dict(own={o: v}) for o in options_of(SAMPLERS[name]) for v in VALUES.get(o, ())] or [{}]
+
+
+def judged(rows, tokenizer, score):
+    """The figures of rows of ids, each with its standard error over rows."""
+    result = generative_perplexity([text_of(ids, tokenizer) for ids in rows], score)
+    entropy, error = ratio(np.array([unigram_entropy(ids) for ids in rows]), np.ones(len(rows)))
+    return dict(nats=result["nats"], nats_se=result["se"], entropy=entropy, entropy_se=error)
+
+
+def qualities(args):
+    """A dict per sampler and setting: its calls per text, that is the forwards of a text's row, and `judged`."""
+    device = pick_device(args.device)
+    model, cfg = load(args.ckpt, device=device)
+    if cfg.causal:
+        fail(f"{args.ckpt}: an AR model writes from left to right, in one way")
+    names = args.samplers or [name for name in SAMPLERS if name not in SAME_LAW]
+    jobs = [(name, setting) for name in names for setting in settings(sampler_for(cfg, name), args.steps)]
+    tokenizer, score, rows, forwards = tokenizer_of(model.tokenizer), judge_of(args.judge, device), [], [0]
+    if (folder_of(cfg.data) / "meta.json").exists():
+        ids, _ = read_split(cfg.data, "val", cfg)
+        starts = np.linspace(0, max(len(ids) - cfg.seq_len, 0), args.num).astype(int)
+        real = [ids[i : i + cfg.seq_len].tolist() for i in starts]
+        rows.append(
+            dict(sampler="validation text", setting="", calls=math.nan, **judged(real, tokenizer, score))
+        )
+
+    def count(module, inputs, out):
+        forwards[0] += len(inputs[0])
+
+    model.register_forward_hook(count)
+    for name, setting in tqdm(jobs, unit="setting", leave=False, disable=args.json):
+        forwards[0] = 0
+        texts = generate(
+            model, tokenizer._replace(decode=list), cfg, args.num, batch_size=args.batch_size, sampler=name, seed=args.seed,
+            dtype=args.dtype, temperature=args.temperature, top_p=args.top_p, **setting,
+        )  # fmt: skip
+        shown = " ".join(f"{k}={v:g}" for k, v in (setting.get("own") or setting).items())
+        figures = judged(texts, tokenizer, score)
+        rows.append(dict(sampler=name, setting=shown, calls=forwards[0] / args.num, **figures))
+    return rows
+
+
+def plot(rows, path):
+    """Over network calls per text: nats per token under the judge, and entropy."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print(f"no {path}: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    labels = {"nats": "nats per token under the judge", "entropy": "entropy of a text's tokens, nats"}
+    _, panels = plt.subplots(1, 2, figsize=(12, 4.8), sharex=True, layout="constrained")
+    for panel, (key, label) in zip(panels, labels.items()):
+        for name in dict.fromkeys(row["sampler"] for row in rows):
+            of = sorted((row for row in rows if row["sampler"] == name), key=lambda row: row["calls"])
+            y, error = ([row[k] for row in of] for k in (key, f"{key}_se"))
+            if name == "validation text":
+                panel.axhline(y[0], color="black", linestyle=":", label=name)
+            else:
+                panel.errorbar([row["calls"] for row in of], y, error, label=name, capsize=2, marker=".")
+        panel.set(xscale="log", xlabel="network calls per text", ylabel=label)
+        panel.grid(alpha=0.3, which="both")
+    panels[1].legend(fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")
+    plt.savefig(path, dpi=150)
+    plt.close()
+
+
+def main(argv=None):
+    p = parser(__doc__)
+    p.add_argument("ckpt")
+    p.add_argument("--judge", required=True, help="a model of transformers or an AR checkpoint")
+    p.add_argument("--samplers", nargs="+", choices=SAMPLERS, help="default: one of each law")
+    p.add_argument("--steps", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
+    p.add_argument("--num", type=int, default=64, help="texts of each setting")
+    p.add_argument("--temperature", type=float, default=1.0)
+    p.add_argument("--top_p", type=float, default=1.0)
+    p.add_argument("--batch_size", type=int, default=8)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--png", help="the plot")
+    device_options(p)
+    p.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
+    args = p.parse_args(argv)
+    check_range(args, num=2, batch_size=1, temperature=0, seed=0)
+    if min(args.steps) < 1:
+        fail(f"--steps {min(args.steps)}: must be at least 1")
+    if not 0 < args.top_p <= 1:
+        fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    rows = qualities(args)
+    if args.png:
+        plot(rows, args.png)
+    plain = lambda v: None if v != v else v
+    print(
+        "\n".join(json.dumps({k: plain(v) for k, v in r.items()}) for r in rows) if args.json else table(rows)
+    )
+
+
+if __name__ == "__main__":
+    main()
