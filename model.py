@@ -116,6 +116,11 @@ class Block(nn.Module):
         return torch.addcmul(x, gate2, F.dropout(y, self.dropout, self.training))
 
 
+LARGE = (
+    2**24
+)  # numbers in logits that a loss does not write down; fewer are kept sooner than worked out twice
+
+
 class CrossEntropy(torch.autograd.Function):
     """-log softmax(h @ weight.T + bias)[target], h (N, d), target (N,) -> (N,) float32 nats. The (N, V) logits never
     exist: they are worked out by slices of the vocabulary that stay in a CPU's cache, and once more on the way
@@ -292,7 +297,7 @@ class DiT(nn.Module):
         return F.linear(h, *self.head_tensors()).float()
 
     def nats(self, x, t, at, target):
-        """-log p(target), (N,) nats at the positions `at`: what the logits would give, without them."""
+        """-log p(target), (N,) nats at the positions `at`: what the logits would give, without them if they are LARGE."""
         return self(x, t, at, target)
 
     def forward(self, x, t, at=None, target=None):
@@ -306,6 +311,8 @@ class DiT(nn.Module):
         h = h if at is None else h[at]  # the head runs only where it is asked
         if target is None:
             return self.logits(h)
+        if len(h) * self.outputs <= LARGE:
+            return F.cross_entropy(self.logits(h), target, reduction="none")
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
         return CrossEntropy.apply(h, *self.head_tensors(), target)
