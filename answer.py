@@ -128,7 +128,7 @@ def number(text):
     articles, spaces, commas, $ and UNITS; and a full stop at the end, which they leave. They also read LaTeX
     and do sums, of which only fractions are done here: 36/2 is 18."""
     text = re.sub(rf"an? |\\?\$|[\s,]|{UNITS}", "", text.rpartition("=")[2]).removesuffix(".")
-    return Fraction(text) if re.fullmatch(r"[+-]?\d+(\.\d+|/0*[1-9]\d*)?", text) else text
+    return Fraction(text) if re.fullmatch(r"[+-]?(\d+(\.\d+|/0*[1-9]\d*)?|\.\d+)", text) else text
 
 
 def mt_bench(record, cfg, args):

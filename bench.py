@@ -226,6 +226,7 @@ def part_of(event):
 
 def matmul_rate(device, dtype):
     """FLOP/s of one product of two square matrices."""
+    torch.set_float32_matmul_precision("high")  # as in training
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device).to(getattr(torch, dtype))
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -325,7 +325,7 @@ def categorical(log_p, u):
 
 def in_parts(function, *tensors, rows=1024):
     """function(*tensors) by parts of so many rows: in float64, a large vocabulary's are larger than the network."""
-    return torch.cat([function(*part) for part in zip(*(a.split(rows) for a in tensors))])
+    return torch.cat([function(*part) for part in zip(*(a.split(rows) for a in tensors), strict=True)])
 
 
 def denoiser(model, cfg):

@@ -37,13 +37,13 @@ def norm(cfg):
     return nn.RMSNorm(cfg.n_embd, eps=1e-5) if cfg.norm == "rms" else nn.LayerNorm(cfg.n_embd, bias=False)
 
 
-def modulated(norm, x, shift, scale):
-    """norm(x) * (1 + scale) + shift; where all rows share these they are a LayerNorm's gain and bias: one pass
+def modulated(layer, x, shift, scale):
+    """layer(x) * (1 + scale) + shift; where all rows share these they are a LayerNorm's gain and bias: one pass
     over x instead of three, and half as many on the way back."""
-    if len(scale) != 1 or not isinstance(norm, nn.LayerNorm):
-        return norm(x) * (1 + scale) + shift
-    gain = norm.weight * (1 + scale[0, 0])
-    return F.layer_norm(x, norm.normalized_shape, gain, shift[0, 0].to(gain.dtype), norm.eps)
+    if len(scale) != 1 or not isinstance(layer, nn.LayerNorm):
+        return layer(x) * (1 + scale) + shift
+    gain = layer.weight * (1 + scale[0, 0])
+    return F.layer_norm(x, layer.normalized_shape, gain, shift[0, 0].to(gain.dtype), layer.eps)
 
 
 def slow_kernel(q):
@@ -116,16 +116,29 @@ class Block(nn.Module):
         return torch.addcmul(x, gate2, F.dropout(y, self.dropout, self.training))
 
 
-LARGE = (
-    2**24
-)  # numbers in logits that a loss does not write down; fewer are kept sooner than worked out twice
+# Numbers in logits that a loss does not write down; fewer are kept sooner than worked out twice.
+LARGE = 2**24
+
+
+def logit_slices(h, weight, bias, size):
+    """(start, float32 logits (N, <= size), the rows of weight that made them in h's type) of each slice."""
+    for start in range(0, len(weight), size):
+        part = slice(start, start + size)
+        w = weight[part].to(h.dtype)
+        yield start, F.linear(h, w, None if bias is None else bias[part].to(h.dtype)).float(), w
+
+
+def column_of(target, start, x):
+    """Which targets (N,) lie in the slice x (N, n) that begins at `start`, and their columns (N, 1) in it."""
+    column = target - start
+    return (column >= 0) & (column < x.shape[1]), column.clamp(0, x.shape[1] - 1)[:, None]
 
 
 class CrossEntropy(torch.autograd.Function):
     """-log softmax(h @ weight.T + bias)[target], h (N, d), target (N,) -> (N,) float32 nats. The (N, V) logits never
     exist: they are worked out by slices of the vocabulary that stay in a CPU's cache, and once more on the way
-    back, for a third more arithmetic. Logits, their softmax and both gradients, of N V numbers each, cost more than
-    that to write down."""
+    back, for a third more arithmetic. Logits, their softmax and both gradients, of N V numbers each, cost about as
+    much to write down. On a GPU it is memory that this saves; time was not measured."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, target):
@@ -158,20 +171,6 @@ class CrossEntropy(torch.autograd.Function):
             grad_h += x @ w
             grad_weight[part] = x.T @ h
         return grad_h.to(h.dtype), grad_weight, grad_bias, None
-
-
-def logit_slices(h, weight, bias, size):
-    """(start, float32 logits (N, <= size), the rows of weight that made them in h's type) of each slice."""
-    for start in range(0, len(weight), size):
-        part = slice(start, start + size)
-        w = weight[part].to(h.dtype)
-        yield start, F.linear(h, w, None if bias is None else bias[part].to(h.dtype)).float(), w
-
-
-def column_of(target, start, x):
-    """Which targets (N,) lie in the slice x (N, n) that begins at `start`, and their columns (N, 1) in it."""
-    column = target - start
-    return (column >= 0) & (column < x.shape[1]), column.clamp(0, x.shape[1] - 1)[:, None]
 
 
 class TimeEmbedding(nn.Module):
@@ -259,18 +258,14 @@ class DiT(nn.Module):
         calls; x are then the tokens that come next."""
         start = tokens_read(past)
         c = None if self.time is None else self.time(self.time_input(t))
-        h, cos, sin = (
-            self.embed(x),
-            self.cos[start : start + x.shape[1]],
-            self.sin[start : start + x.shape[1]],
-        )
-        again = self.cfg.recompute and torch.is_grad_enabled() and past is None
+        part = slice(start, start + x.shape[1])
+        h, cos, sin = self.embed(x), self.cos[part], self.sin[part]
+        again = self.cfg.recompute and self.training and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            if again:  # keeps a block's input alone; draws the same dropout again
-                h = checkpoint(block, h, c, cos, sin, use_reentrant=False)
-            else:
-                last = i == len(self.blocks) - 1
-                h = block(h, c, cos, sin, None if past is None else past[i], pick if last else None)
+            last = i == len(self.blocks) - 1
+            args = h, c, cos, sin, None if past is None else past[i], pick if last else None
+            # again: keeps a block's input alone, and draws the same dropout again
+            h = checkpoint(block, *args, use_reentrant=False) if again else block(*args)
         if c is None:
             return self.final_norm(h)
         shift, scale = self.final_ada(c).chunk(2, -1)
@@ -348,7 +343,7 @@ def flops_per_token(cfg, masked=None):
     masked = (1 if cfg.causal or cfg.aux_ce else 0.5) if masked is None else masked
     d, f = cfg.n_embd, cfg.mlp_width or 4 * cfg.n_embd
     mlp = (3 if cfg.mlp == "swiglu" else 2) * d * f
-    matrices = cfg.n_layer * (4 * d * d + mlp)  # qkv 3, out 1; adaLN's run once per row and are left out
+    matrices = cfg.n_layer * (4 * d * d + mlp)  # qkv 3, out 1
     attention = cfg.n_layer * 2 * d * cfg.seq_len * (0.5 if cfg.causal else 1)
     passes, heads = (1, masked) if cfg.carry_over else (2, masked + 1)
     return 6 * (passes * (matrices + attention) + heads * d * cfg.vocab_size)

@@ -9,6 +9,7 @@ of the texts' tokens, without which the first means nothing. The first row is th
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -49,7 +50,7 @@ def qualities(args):
     model, cfg = load(args.ckpt, device=device)
     if cfg.causal:
         fail(f"{args.ckpt}: an AR model writes from left to right, in one way")
-    names = args.samplers or [name for name in SAMPLERS if name not in SAME_LAW]
+    names = args.samplers or [s for s in SAMPLERS if s not in SAME_LAW or s == sampler_for(cfg)]
     jobs = [(name, setting) for name in names for setting in settings(sampler_for(cfg, name), args.steps)]
     tokenizer, score, rows, forwards = tokenizer_of(model.tokenizer), judge_of(args.judge, device), [], [0]
     if (folder_of(cfg.data) / "meta.json").exists():
@@ -122,13 +123,15 @@ def main(argv=None):
         fail(f"--steps {min(args.steps)}: must be at least 1")
     if not 0 < args.top_p <= 1:
         fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    if args.png and not Path(args.png).absolute().parent.is_dir():
+        fail(f"--png {args.png}: no such folder")
     rows = qualities(args)
-    if args.png:
-        plot(rows, args.png)
     plain = lambda v: None if v != v else v
     print(
         "\n".join(json.dumps({k: plain(v) for k, v in r.items()}) for r in rows) if args.json else table(rows)
     )
+    if args.png:
+        plot(rows, args.png)
 
 
 if __name__ == "__main__":

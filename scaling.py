@@ -11,7 +11,7 @@ minimum L* at N*; log L* and log N* are then straight lines in log C. Any field 
 train.py --help, and torchrun works as with train.py. Writes to out/scaling_<config>/: a folder per run, runs.jsonl with
 a line per run, table.md and scaling.png. Runs that have their line are not run again, and one that was stopped goes on
 where it stopped; sweeps of other sizes and budgets may share the folder, one after the other or at once, and the fit is
-that of all its lines. A parabola is a parabola near its minimum only: give each budget sizes around it.
+that of all its lines. Both losses count every token of a row, the first one, too. A parabola is a parabola near its minimum only: give each budget sizes around it.
 """
 
 import json
@@ -37,17 +37,7 @@ SIZES = {  # name: (n_layer, n_head, n_embd); SMDM's have their millions of para
     **{str(size): shape for size, shape in SMDM_SIZES.items()},
 }  # fmt: skip
 INTERVAL = (2.5, 97.5)  # percentiles
-OF_A_RUN = MAY_CHANGE | {
-    "steps",
-    "seed",
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "mlp_width",
-    "warmup",
-    "loss",
-    "causal",
-}
+OF_A_RUN = MAY_CHANGE | set("steps seed n_layer n_head n_embd mlp_width warmup loss causal".split())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -112,7 +102,10 @@ def sweep(cfg, sizes, budgets, seeds, passes):
     if path.exists() and not rank and not (text := path.read_text()).endswith("\n"):
         path.write_text(text[: text.rfind("\n") + 1])  # half a line of a run that was killed: it comes again
     plan = [(sized(cfg, size, C), size, C) for C in sorted(budgets) for size in sizes]  # cheap ones first
-    done, now = lines(path), recipe(plan[0][0])
+    read = [lines(path) if not rank else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(read)  # one reading for all: they train the same runs
+    (done,), now = read, recipe(plan[0][0])
     for key, run in done.items():
         before = run.get("config", now)
         if differ := [f for f in {**before, **now} if before.get(f) != now.get(f)]:
@@ -130,7 +123,7 @@ def sweep(cfg, sizes, budgets, seeds, passes):
             if not rank and key not in lines(path):  # unless a sweep beside this one was faster
                 with open(path, "a") as f:
                     f.write(to_json(done[key]) + "\n")
-    return list(lines(path).values())
+    return list((done if rank else lines(path)).values())
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -285,7 +286,7 @@ def micro_batches(ids, meta, cfg, step, rank=0, world=1):
 
 def keep_freed_memory():
     """Linux: do not give the memory of a freed tensor back to the kernel, which would clear it page by page for the
-    next one of the same size: a tenth of a step. What a run takes at most stays the same."""
+    next one of the same size: a tenth of a step. The peak stays within a few percent."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
@@ -294,7 +295,7 @@ def keep_freed_memory():
 
 def start(cfg, meta, device, init_from=""):
     """(model, its average, optimizers) before the first step, with the weights of init_from if it is given."""
-    if device.type == "cpu":
+    if device.type == "cpu" and sys.platform == "linux":
         keep_freed_memory()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32

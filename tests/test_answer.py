@@ -232,6 +232,7 @@ RIGHT_THERE = [(" #### 6*3", "18"), (" #### \\boxed{18}", "18")]
 def test_what_an_answer_states():
     assert all(is_right(*case) for case in RIGHT + RIGHT_HERE)
     assert not any(is_right(*case) for case in WRONG + RIGHT_THERE)
+    assert is_right("#### $.50", "0.5") and not is_right("#### .", "0")
 
 
 # ---------------------------------------------------------------------------------------------------------

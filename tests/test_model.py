@@ -98,7 +98,7 @@ def test_flops_are_those_of_the_matrices(mlp, recompute, monkeypatch):
     """Against torch's own counter on both ways of a step, from the logits. In bfloat16 attention is written out, and
     so is counted. What is worked out again is not the model's: the blocks' way forward but for their last matrix."""
     cfg = replace(SMALL, cond_dim=0, n_embd=64, seq_len=32, recompute=recompute, **mlp)
-    model = awake(cfg)
+    model = awake(cfg).train()
     x, t = canvas(cfg, 4)
     at = torch.rand(x.shape) < 0.4
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
@@ -429,6 +429,10 @@ def test_the_last_block_runs_where_few_are_asked(fields):
     at[1] = True
     torch.testing.assert_close(model(x, t, at), everywhere[at])
     assert seen == [48, 5, 48]
+    again = DiT(replace(cfg, recompute=True)).eval()  # outside of training there is nothing to work out again
+    again.load_state_dict(model.state_dict())
+    few = at & (torch.arange(48) < 3)
+    assert torch.equal(again(x, t, few), model(x, t, few))
     assert model(x[:0], t[:0], at[:0]).shape == model(x, t, at & False).shape == (0, 27)
 
 

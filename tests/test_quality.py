@@ -72,6 +72,7 @@ def test_steps_are_of_samplers_that_have_them_and_values_of_the_others():
 
 @pytest.mark.parametrize("more, words", [
     (["--steps", "4", "0"], ["--steps 0", "at least 1"]),
+    (["--png", "nowhere/quality.png"], ["--png", "nowhere/quality.png", "no such folder"]),
     (["--num", "1"], ["--num 1", "at least 2"]),
     (["--top_p", "0"], ["--top_p 0"]),
     (["--samplers", "magic"], ["magic", "threshold"]),
