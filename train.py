@@ -286,7 +286,8 @@ def micro_batches(ids, meta, cfg, step, rank=0, world=1):
 
 def keep_freed_memory():
     """Linux: do not give the memory of a freed tensor back to the kernel, which would clear it page by page for the
-    next one of the same size: a tenth of a step. The peak stays within a few percent."""
+    next one of the same size: up to a tenth of a step, if the heap has room to grow. The peak stays within a few
+    percent."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too

@@ -26,6 +26,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_training_reports_speed_memory_and_work_of_every_case(capsys):
     args = ["train", *SMALL, "--vocab_size=50", "--sweep=seq_len=16,64", "--repeats=2", "--profile"]
     got = rows(capsys, *args)

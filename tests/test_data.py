@@ -410,6 +410,7 @@ def test_openwebtext_redoes_a_shard_whose_file_changed(tmp_path, refused):
 
 
 @needs_gpt2
+@pytest.mark.slow
 def test_openwebtext_from_the_hub(tmp_path, serve):
     """The real huggingface_hub against a small imitation of the hub, in a process of its own (HF_ENDPOINT)."""
     one, two = write_shards(tmp_path / "shards")

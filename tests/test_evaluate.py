@@ -368,6 +368,7 @@ def hub(texts_of, tmp_path, serve):
     return serve(files)
 
 
+@pytest.mark.slow
 def test_perplexity_over_time(tmp_path, serve, monkeypatch):
     """A model of some text, in SlimPajama's form, is at home in a dump of such text and not in a later one. Both
     come from the hub when they are needed; what they cost is `bound` of ids that a reader would write."""
