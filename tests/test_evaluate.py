@@ -153,6 +153,7 @@ def test_every_T_estimates_its_own_bound(T, schedule):
     assert abs(got["nats"] - want) < 4 * got["se"] + 1e-9 and got["se"] < 0.02
 
 
+@pytest.mark.slow
 def test_the_last_short_window_and_every_token_count():
     """10 texts and one token more: that token is a window of its own, predicted from nothing."""
     joint = random_joint()

@@ -273,6 +273,7 @@ def swept(base):
     return scaling.main(base, *SWEEP)
 
 
+@pytest.mark.slow
 def test_a_sweep_from_end_to_end(base, swept):
     out = Path(base.out_dir)
     runs = scaling.read_runs(out / "runs.jsonl")
