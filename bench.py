@@ -10,9 +10,7 @@ python bench.py evaluate out/pydocs_mdlm/ckpt.pt --repeats 30                   
 Machines are noisy: runs are interleaved, figures are medians, and what counts is the ratio within one run.
 """
 
-import argparse
 import itertools
-import json
 import math
 import multiprocessing
 import re
@@ -42,7 +40,7 @@ from diffusion import (
     stratified,
     time_of,
 )
-from evaluate import bound, report
+from evaluate import bound, report, to_json
 from model import autocast, compute_dtype, flops_per_token, load, pick_device
 from sample import sampler_for
 
@@ -375,21 +373,18 @@ def bench_train(cases, repeats, profile):
 
 
 def main_train(argv):
-    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    p.add_argument("--sweep")
-    sweep, rest = p.parse_known_args(argv)
     flags = (
         ("repeats", "rounds, of which the medians are taken", 5),
         ("profile", "also where the time of a step goes"),
         ("json", "one JSON line per row instead of the table"),
-        ("sweep", "FIELD=VALUE,VALUE,...: a case for each"),
+        ("sweep", "FIELD=VALUE,VALUE,...: a case for each", ""),
     )
-    case = lambda *more: from_cli([*rest, *more], __doc__, flags)
-    field, _, values = (sweep.sweep or "").partition("=")
+    case = lambda *more: from_cli([*argv, *more], __doc__, flags)
     cfg, args = case()
+    field, _, values = args.sweep.partition("=")
     check_range(args, repeats=1)
-    if sweep.sweep is not None and (field not in asdict(cfg) or not values):
-        fail(f"--sweep {sweep.sweep}: must be FIELD=VALUE,VALUE,... with a field of the config")
+    if args.sweep and (field not in asdict(cfg) or not values):
+        fail(f"--sweep {args.sweep}: must be FIELD=VALUE,VALUE,... with a field of the config")
     cases = (
         {f"{field}={v}": case(f"--{field}={v}")[0] for v in values.split(",")}
         if values
@@ -398,7 +393,7 @@ def main_train(argv):
     for c in cases.values():
         train.split_batch(c, 1), pick_device(c.device)  # fail here, not in every process
     for rows in filter(None, bench_train(cases, args.repeats, args.profile)):
-        print("\n".join(map(json.dumps, rows)) if args.json else table(rows) + "\n")
+        print(shown(rows, args.json) + "\n" * (not args.json))
 
 
 BENCHES = {"sample": bench_sample, "semi_ar": bench_semi_ar, "evaluate": bench_evaluate}
@@ -411,6 +406,11 @@ def table(rows):
     cells = [keys] + [[cell(row.get(k, "")) for k in keys] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
     return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in cells)  # fmt: skip
+
+
+def shown(rows, as_json):
+    """The table, or one JSON line per row."""
+    return "\n".join(map(to_json, rows)) if as_json else table(rows)
 
 
 def main(argv=None):
@@ -432,11 +432,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.length and args.what != "sample":
         fail(f"--length: not for {args.what}, whose rows are the model's seq_len long")
-    for steps in args.steps:
-        check_range(argparse.Namespace(steps=steps), steps=1)
-    check_range(args, batch_size=1, repeats=2 if args.what == "evaluate" else 1)
-    rows = BENCHES[args.what](args)
-    print("\n".join(map(json.dumps, rows)) if args.json else table(rows))
+    check_range(args, steps=1, batch_size=1, repeats=2 if args.what == "evaluate" else 1)
+    print(shown(BENCHES[args.what](args), args.json))
 
 
 if __name__ == "__main__":

@@ -78,36 +78,48 @@ def curve(cfg):
     return {r["step"]: r["val"]["bits_per_char"] for r in records if "val" in r}
 
 
+def markdown(*rows):
+    """The table whose first row is its head."""
+    head, *body = ("| " + " | ".join(row) + " |\n" for row in rows)
+    return head + "|---" * len(rows[0]) + "|\n" + "".join(body)
+
+
 COLUMNS = ("loss", "parameters", "bits/char", "minus `mdlm`'s", "lowest on the way", "perplexity per token")
 
 
 def table(cfgs, results):
     """Markdown: bits per character of each loss at the end; the difference from mdlm, paired by seed; the lowest
     of each run's own validations, which tells whether it overfits."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    rows = [COLUMNS]
     for name, runs in results.items():
         bits = [r["bits_per_char"] for r in runs]
         paired = [a - r["bits_per_char"] for a, r in zip(bits, results["mdlm"])]
         lowest = [min(curve(cfg).values()) for cfg in cfgs[name]]
         bound = "" if name == "ar" else "≤ "
-        row = (
+        rows.append((
             f"`{name}`", f"{count_parameters(cfgs[name][0]):,}", bound + cell(bits),
             "" if name == "mdlm" else cell(paired), bound + cell(lowest),
             bound + cell([r["perplexity"] for r in runs]),
-        )  # fmt: skip
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+        ))  # fmt: skip
+    return markdown(*rows)
+
+
+def pyplot(name):
+    """matplotlib's, for a picture of this name and without a screen; or None, after a hint."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print(f"no {name}: pip install matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def curves(cfgs, path):
     """Validation bits per character over training tokens, mean ± standard error over seeds."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print("no curves.png: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    if not (plt := pyplot(path.name)):
+        return
     plt.figure(figsize=(7, 4.5))
     for name, runs in cfgs.items():
         logs = [curve(cfg) for cfg in runs]

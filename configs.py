@@ -47,11 +47,12 @@ def device_options(p):
 
 
 def check_range(args, **least):
-    """Each named argument that was given must be at least this, and below 2**31."""
+    """Each named argument that was given, or each of its several values, must be at least this, and below 2**31."""
     for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < 2**31:
-            fail(f"--{name} {value}: must be at least {low} and below 2**31")
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not low <= value < 2**31:
+                fail(f"--{name} {value}: must be at least {low} and below 2**31")
 
 
 @dataclass(frozen=True)
@@ -359,12 +360,12 @@ def boolean(text):
 
 def from_cli(argv=None, doc=None, flags=(), out="out/{}", config="pydocs_mdlm"):
     """[CONFIG] [--field=value ...] [--flag ...] -> (Config, namespace of the flags). Bad input: exit 2.
-    A flag is (name, help), or (name, help, default) for one that takes a whole number.
+    A flag is (name, help), or (name, help, default) for one that takes a value of the default's type.
     With the flag --resume, fields that are not given are those of the run in out_dir."""
     p = parser(doc)
     p.add_argument("config", nargs="?", default=config, help=", ".join(CONFIGS))
     for flag, text, *default in flags:
-        kind = dict(type=int, default=default[0]) if default else dict(action="store_true")
+        kind = dict(type=type(default[0]), default=default[0]) if default else dict(action="store_true")
         p.add_argument(f"--{flag}", help=text, **kind)
     notes = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for f in fields(Config):

@@ -367,10 +367,15 @@ def cached_denoiser(model, cfg):
     return denoise
 
 
+def sides(denoise):
+    """What `shaped` has kept of a denoise; of another, itself and a shape that changes nothing."""
+    return getattr(denoise, "plain", denoise), getattr(denoise, "shape", lambda log_p, t, at: log_p)
+
+
 def shaped(denoise, shape):
     """denoise with its answers passed through shape(log_p (N, V), normalised, t (N,)). What they sum to is kept, and
-    so are both of its sides, for `by_confidence`: .plain is the network's own answer, .shape makes the rest of it."""
-    plain, inner = getattr(denoise, "plain", denoise), getattr(denoise, "shape", lambda log_p, t, at: log_p)
+    so are both of its `sides`, for `surest`: .plain is the network's own answer, .shape makes the rest of it."""
+    plain, inner = sides(denoise)
 
     def outer(log_p, t, at):
         log_p = inner(log_p, t, at)
@@ -562,8 +567,7 @@ def surest(denoise, x, t, asked, gen, score, count):
     (N, V), token (N,)) -> (N,); count(values (B, L)), which are sorted, -inf where nothing is asked, is how many of a
     row's best are kept. The ranking is a row's own, and by the network's own log_p, whatever temperature the token
     was drawn at. Not a sample from the model: sure tokens come first."""
-    plain = getattr(denoise, "plain", denoise)
-    shape = getattr(denoise, "shape", lambda log_p, t, at: log_p)
+    plain, shape = sides(denoise)
     log_p = plain(x, t, asked)
     token = categorical(shape(log_p, t, asked), uniform(asked, gen)[asked])
     value = in_parts(lambda p, v: score(F.log_softmax(p.double(), -1), v), log_p, token)

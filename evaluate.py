@@ -30,7 +30,7 @@ from data.shards import one_line
 from data.tokenizer import tokenizer_of
 from diffusion import LOSSES, OPTIONS, SAMPLERS, STEPLESS, ar, exact_count_bound, options_of
 from model import autocast, compute_dtype, load, pick_device
-from sample import generate, opening, own_of, own_options, sampler_for
+from sample import check_top_p, generate, opening, own_of, own_options, sampler_for
 
 # ---------------------------------------------------------------------------------------------------------
 # The bound
@@ -288,8 +288,24 @@ def transformers_judge(name, device):
 
 
 def judge_of(name, device):
+    """The judge of this name, which tells in a line what it cannot read."""
     ours = Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").exists()
-    return (our_judge if ours else transformers_judge)(name, device)
+    score = (our_judge if ours else transformers_judge)(name, device)
+
+    def read(texts):
+        try:
+            return score(texts)
+        except ValueError as e:
+            fail(f"judge {name}: cannot read what the model wrote: {e}")
+
+    return read
+
+
+def judged(rows, tokenizer, score):
+    """`generative_perplexity` of rows of ids, and their `unigram_entropy` with its standard error over rows."""
+    result = generative_perplexity([text_of(ids, tokenizer) for ids in rows], score)
+    entropy, error = ratio(np.array([unigram_entropy(ids) for ids in rows]), np.ones(len(rows)))
+    return result | dict(entropy=entropy, entropy_se=error)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -377,8 +393,7 @@ def zero_shot(model, cfg, args):
 def gen_ppl(model, cfg, args):
     """Samples of the model under a judge, with their unigram entropy and all that the figure depends on."""
     sampler = sampler_for(cfg, args.sampler)
-    if not 0 < args.top_p <= 1:
-        fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    check_top_p(args)
     own = options_of(SAMPLERS[sampler]) | own_of(args, sampler)
     name, device, tokenizer = args.gen_ppl, next(model.parameters()).device, tokenizer_of(model.tokenizer)
     score = judge_of(name, device)
@@ -387,16 +402,12 @@ def gen_ppl(model, cfg, args):
         model, tokenizer._replace(decode=list), cfg, args.num, batch_size=args.batch_size, seed=args.seed,
         dtype=args.dtype, own=own, **options,
     )  # fmt: skip
-    try:
-        result = generative_perplexity([text_of(ids, tokenizer) for ids in rows], score)
-    except ValueError as e:
-        fail(f"--gen_ppl {name}: cannot read what the model wrote: {e}")
-    entropy, entropy_se = ratio(np.array([unigram_entropy(ids) for ids in rows]), np.ones(len(rows)))
+    result = judged(rows, tokenizer, score)
     if sampler in STEPLESS:
         options["steps"] = None
     counted = result["tokens"] / len(rows)
     result |= options | own | {
-        "entropy": entropy, "entropy_se": entropy_se, "judge": name, "samples": len(rows), "length": cfg.seq_len,
+        "judge": name, "samples": len(rows), "length": cfg.seq_len,
         "tokens_per_sample": counted, "draws": "float64",
     }  # fmt: skip
     dtype = compute_dtype(device, args.dtype)

@@ -284,21 +284,21 @@ class DiT(nn.Module):
         return in_parts(self.hidden, x, t, *pick, rows=rows), at
 
     def head_tensors(self):
-        return (
-            (self.embed.weight[: self.outputs], None) if self.cfg.tied else (self.head.weight, self.head.bias)
-        )
+        if self.cfg.tied:
+            return self.embed.weight[: self.outputs], None
+        return self.head.weight, self.head.bias
 
     def logits(self, h):
         return F.linear(h, *self.head_tensors()).float()
 
     def nats(self, x, t, at, target):
-        """-log p(target), (N,) nats at the positions `at`: what the logits would give, without them if they are LARGE."""
+        """-log p(target), (N,) nats at the positions `at`: as from the logits, without them if they are LARGE."""
         return self(x, t, at, target)
 
     def forward(self, x, t, at=None, target=None):
         if not self.cfg.causal:
-            few = at is not None and not self.training
-            h, at = self.asked(x, t, at) if few else (self.hidden(x, t), at)
+            whole = at is None or self.training
+            h, at = (self.hidden(x, t), at) if whole else self.asked(x, t, at)
         elif self.cfg.bos:
             h = F.pad(self.hidden(x[:, :-1], t), (0, 0, 1, 0))  # nothing stands before position 0
         else:

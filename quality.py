@@ -7,21 +7,21 @@ Quality is two figures: nats per token under the judge, a model of transformers 
 of the texts' tokens, without which the first means nothing. The first row is the validation text itself.
 """
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from bench import table
+from bench import shown
+from compare import pyplot
 from configs import check_range, device_options, fail, parser
 from data.corpus import folder_of, read_split
 from data.tokenizer import tokenizer_of
 from diffusion import SAMPLERS, STEPLESS, options_of
-from evaluate import generative_perplexity, judge_of, ratio, text_of, unigram_entropy
+from evaluate import judge_of, judged
 from model import load, pick_device
-from sample import generate, sampler_for
+from sample import check_top_p, generate, sampler_for
 
 VALUES = {  # of the options by which samplers without steps trade quality for calls
     "threshold": (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99),
@@ -37,15 +37,16 @@ def settings(name, steps):
     return [dict(own={o: v}) for o in options_of(SAMPLERS[name]) for v in VALUES.get(o, ())] or [{}]
 
 
-def judged(rows, tokenizer, score):
-    """The figures of rows of ids, each with its standard error over rows."""
-    result = generative_perplexity([text_of(ids, tokenizer) for ids in rows], score)
-    entropy, error = ratio(np.array([unigram_entropy(ids) for ids in rows]), np.ones(len(rows)))
-    return dict(nats=result["nats"], nats_se=result["se"], entropy=entropy, entropy_se=error)
+def figures(rows, tokenizer, score):
+    """Nats per token and entropy of rows of ids, each with its standard error over rows."""
+    result = judged(rows, tokenizer, score)
+    return dict(
+        nats=result["nats"], nats_se=result["se"], entropy=result["entropy"], entropy_se=result["entropy_se"]
+    )
 
 
 def qualities(args):
-    """A dict per sampler and setting: its calls per text, that is the forwards of a text's row, and `judged`."""
+    """A dict per sampler and setting: its calls per text, that is the forwards of a text's row, and `figures`."""
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, device=device)
     if cfg.causal:
@@ -58,7 +59,7 @@ def qualities(args):
         starts = np.linspace(0, max(len(ids) - cfg.seq_len, 0), args.num).astype(int)
         real = [ids[i : i + cfg.seq_len].tolist() for i in starts]
         rows.append(
-            dict(sampler="validation text", setting="", calls=math.nan, **judged(real, tokenizer, score))
+            dict(sampler="validation text", setting="", calls=math.nan, **figures(real, tokenizer, score))
         )
 
     def count(module, inputs, out):
@@ -71,21 +72,16 @@ def qualities(args):
             model, tokenizer._replace(decode=list), cfg, args.num, batch_size=args.batch_size, sampler=name, seed=args.seed,
             dtype=args.dtype, temperature=args.temperature, top_p=args.top_p, **setting,
         )  # fmt: skip
-        shown = " ".join(f"{k}={v:g}" for k, v in (setting.get("own") or setting).items())
-        figures = judged(texts, tokenizer, score)
-        rows.append(dict(sampler=name, setting=shown, calls=forwards[0] / args.num, **figures))
+        varied = " ".join(f"{k}={v:g}" for k, v in (setting.get("own") or setting).items())
+        calls = forwards[0] / args.num
+        rows.append(dict(sampler=name, setting=varied, calls=calls, **figures(texts, tokenizer, score)))
     return rows
 
 
 def plot(rows, path):
     """Over network calls per text: nats per token under the judge, and entropy."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print(f"no {path}: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    if not (plt := pyplot(path)):
+        return
     labels = {"nats": "nats per token under the judge", "entropy": "entropy of a text's tokens, nats"}
     _, panels = plt.subplots(1, 2, figsize=(12, 4.8), sharex=True, layout="constrained")
     for panel, (key, label) in zip(panels, labels.items()):
@@ -118,18 +114,12 @@ def main(argv=None):
     device_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
     args = p.parse_args(argv)
-    check_range(args, num=2, batch_size=1, temperature=0, seed=0)
-    if min(args.steps) < 1:
-        fail(f"--steps {min(args.steps)}: must be at least 1")
-    if not 0 < args.top_p <= 1:
-        fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    check_range(args, steps=1, num=2, batch_size=1, temperature=0, seed=0)
+    check_top_p(args)
     if args.png and not Path(args.png).absolute().parent.is_dir():
         fail(f"--png {args.png}: no such folder")
     rows = qualities(args)
-    plain = lambda v: None if v != v else v
-    print(
-        "\n".join(json.dumps({k: plain(v) for k, v in r.items()}) for r in rows) if args.json else table(rows)
-    )
+    print(shown(rows, args.json))
     if args.png:
         plot(rows, args.png)
 

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from compare import VARIANTS, cell, seeded, trained
+from compare import VARIANTS, cell, markdown, seeded, trained
 from configs import check_range, fail, from_cli
 from data.corpus import folder_of, read_meta
 from data.tokenizer import tokenizer_of
@@ -49,8 +49,8 @@ def questions(path, tokenizer, cfg, most):
             if len(others) < OPTIONS - 1:
                 fail(f"{path}: {len(others) + 1} different answers of {kind}, fewer than {OPTIONS}")
             of.append(kind)
+            prompt = [tokenizer.bos, *tokenizer.encode(item["prompt"])]
             for answer in [item["answer"], *rng.choice(others, OPTIONS - 1, replace=False)]:
-                prompt = [tokenizer.bos, *tokenizer.encode(item["prompt"])]
                 target = tokenizer.encode(" " + str(answer), inside=True)
                 rest = cfg.seq_len - len(prompt) - len(target)
                 if rest < 0:
@@ -103,12 +103,12 @@ def main(cfg, seeds, samples, most):
         for run in runs:
             trained(run)
         results[name] = [accuracy(run, samples, most) for run in runs]
-    lines = ["| loss | " + " | ".join(QUESTIONS.values()) + " |", "|---" * (len(QUESTIONS) + 1) + "|"]
+    rows = [("loss", *QUESTIONS.values())]
     for name, of_seed in results.items():
         cells = [cell([100 * r[kind] for r in of_seed], 1) for kind in QUESTIONS]
-        lines.append(f"| `{name}` | " + " | ".join(f"{c} %" for c in cells) + " |")
-    (Path(cfg.out_dir) / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        rows.append((f"`{name}`", *(f"{c} %" for c in cells)))
+    (Path(cfg.out_dir) / "table.md").write_text(markdown(*rows))
+    print(markdown(*rows), end="")
     return results
 
 

@@ -108,6 +108,11 @@ def sampler_for(cfg, name=None):
     return name or ("ar" if cfg.causal else "ddpm_cache" if cfg.zero_masking else "ddpm")
 
 
+def check_top_p(args):
+    if not 0 < args.top_p <= 1:
+        fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
+
+
 def own_options(p):
     """Every option that some samplers have of their own, for a command line."""
     for name in OPTIONS:
@@ -204,8 +209,7 @@ def main(argv=None):
     check_range(
         args, num=1, steps=1, length=1, temperature=0, guidance=0, seed=0, batch_size=1, window=2, stride=1
     )
-    if not 0 < args.top_p <= 1:
-        fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    check_top_p(args)
     if args.infill is not None and (args.prompt or args.length):
         fail("--infill sets the whole text and its length; it excludes --prompt and --length")
 

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from compare import MAY_CHANGE, VARIANTS, final, seeded, trained
+from compare import MAY_CHANGE, VARIANTS, final, markdown, pyplot, seeded, trained
 from configs import SMDM_SIZES, Config, check_range, fail, from_cli, parser
 from data.corpus import read_meta
 from evaluate import to_json
@@ -210,11 +210,6 @@ def cell(values, digits=3):
     return f"{values[0]:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]".replace("[nan, nan]", "[?]")
 
 
-def markdown(*rows):
-    head, *body = ("| " + " | ".join(row) + " |\n" for row in rows)
-    return head + "|---" * len(rows[0]) + "|\n" + "".join(body)
-
-
 def table(laws, runs):
     """Markdown: the optima, the laws, MDLM against AR, and what to mind."""
     optima = [("loss", "C, FLOPs", "sizes", "N*", "D*", "L*, nats per token")]
@@ -250,13 +245,8 @@ def table(laws, runs):
 
 def plot(laws, path):
     """Left the loss over N with the parabolas, right L* over C with the power laws."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print("no scaling.png: pip install matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    if not (plt := pyplot(path.name)):
+        return
     _, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     budgets = sorted({C for law in laws.values() for C in law["points"]})
     color = dict(zip(budgets, plt.cm.viridis(np.linspace(0, 0.85, len(budgets)))))

@@ -65,9 +65,7 @@ def batch(ids, meta, cfg, step, rows):
     """Rows `rows` (N,) of the global batch of `step`: x0, maskable (N, L), t (N,), xt (N, L), weight (N,)."""
     x0, maskable = unpack(training_rows(ids, meta, cfg, step * cfg.batch_size + rows), meta, cfg)
     noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 4) for row in rows]
-    u = torch.from_numpy(
-        np.stack(noise)
-    )  # (N, L + 4) float64: time, positions, two for `shorten`, the prompt
+    u = torch.from_numpy(np.stack(noise))  # float64: the time, L positions, two for `shorten`, the prompt
     time = u[:, 0]
     if cfg.time_draw != "iid":  # one in each stratum of the global batch
         time = (torch.from_numpy(rows) + time) / cfg.batch_size

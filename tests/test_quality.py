@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import tiny_run
+from conftest import LETTERS, tiny_run
 from test_cli import refused
 from test_generative import save
 
@@ -81,3 +81,9 @@ def test_bad_arguments(checkpoints, capsys, more, words):
     refused(capsys, lambda: run(capsys, checkpoints, *more), *words)
     refused(capsys, lambda: quality.main([checkpoints[1], "--judge", checkpoints[1]]), "left to right")
     refused(capsys, lambda: quality.main([checkpoints[0], "--judge", checkpoints[0]]), "judge", "AR")
+
+
+def test_a_judge_that_cannot_read_the_texts(checkpoints, corpus, capsys, tmp_path):
+    ar = replace(tiny_run(corpus), loss="ar", causal=True, cond_dim=0)
+    judge = str(save(tmp_path / "capitals.pt", ar, {"kind": "char", "characters": LETTERS.upper()}))
+    refused(capsys, lambda: run(capsys, (checkpoints[0], judge)), "capitals.pt: cannot read", "vocabulary")
