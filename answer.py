@@ -237,7 +237,7 @@ def main(argv=None):
         fail("mt_bench: needs --input question.jsonl")
 
     device = pick_device(args.device)
-    model, cfg = load(args.ckpt, ema=not args.no_ema, device=device)
+    model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
     tokenizer, length = tokenizer_of(model.tokenizer), args.length or cfg.seq_len
     if tokenizer.eos is None:
         fail(f"{args.ckpt}: its tokenizer has no end-of-text, so the model cannot end an answer")

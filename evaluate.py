@@ -467,7 +467,7 @@ def main(argv=None):
             fail(f"--{option}: {misplaced}")
 
     device, args.partial = pick_device(args.device), []
-    model, cfg = load(args.ckpt, ema=not args.no_ema, device=device)
+    model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
     result, text = mode(model, cfg, args)
     result |= {
         "ckpt": args.ckpt, "step": model.step, "seed": args.seed, "ema": not args.no_ema,

@@ -316,7 +316,7 @@ def main(argv=None):
     from lm_eval.utils import make_table
 
     device = pick_device(args.device)
-    model, cfg = load(args.ckpt, ema=not args.no_ema, device=device)
+    model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
     sampler_for(cfg, args.sampler)
     if cfg.causal and args.guidance:
         fail("--guidance: not for an AR model")

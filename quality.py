@@ -48,7 +48,7 @@ def figures(rows, tokenizer, score):
 def qualities(args):
     """A dict per sampler and setting: its calls per text, that is the forwards of a text's row, and `figures`."""
     device = pick_device(args.device)
-    model, cfg = load(args.ckpt, device=device)
+    model, cfg = load(args.ckpt, device=device, dtype=args.dtype)
     if cfg.causal:
         fail(f"{args.ckpt}: an AR model writes from left to right, in one way")
     names = args.samplers or [s for s in SAMPLERS if s not in SAME_LAW or s == sampler_for(cfg)]

@@ -213,7 +213,7 @@ def main(argv=None):
     if args.infill is not None and (args.prompt or args.length):
         fail("--infill sets the whole text and its length; it excludes --prompt and --length")
 
-    model, cfg = load(args.ckpt, ema=not args.no_ema, device=pick_device(args.device))
+    model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
     tokenizer = tokenizer_of(model.tokenizer)
     window = args.window or cfg.seq_len
     if args.guidance and (args.semi_ar or cfg.causal):

@@ -11,12 +11,10 @@ A run lives in out/<config>/: ckpt.pt (last), best.pt (lowest validation bound),
 
 import contextlib
 import copy
-import ctypes
 import json
 import math
 import os
 import signal
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -42,6 +40,7 @@ from model import (
     compute_dtype,
     count_parameters,
     flops_per_token,
+    keep_freed_memory,
     load,
     pick_device,
     read_checkpoint,
@@ -282,19 +281,9 @@ def micro_batches(ids, meta, cfg, step, rank=0, world=1):
     return batches
 
 
-def keep_freed_memory():
-    """Linux: do not give the memory of a freed tensor back to the kernel, which would clear it page by page for the
-    next one of the same size: up to a tenth of a step, if the heap has room to grow. The peak stays within a few
-    percent."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def start(cfg, meta, device, init_from=""):
     """(model, its average, optimizers) before the first step, with the weights of init_from if it is given."""
-    if device.type == "cpu" and sys.platform == "linux":
+    if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32

@@ -10,7 +10,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import configs
 from configs import CONFIGS, Config
 from diffusion import alpha
-from model import CrossEntropy, DiT, count_parameters, flops_per_token, rotary_tables, rotate
+from model import (
+    CrossEntropy,
+    DiT,
+    autocast,
+    count_parameters,
+    flops_per_token,
+    rotary_tables,
+    rotate,
+    rounded,
+)
 
 SMALL = Config(vocab_size=11, seq_len=16, n_layer=2, n_head=2, n_embd=16, cond_dim=8)
 AR = dict(loss="ar", causal=True, cond_dim=0)
@@ -449,3 +458,29 @@ def test_rows_go_by_parts_of_about_512_tokens_on_a_cpu(bf16, sizes):
         torch.testing.assert_close(got, model(x, t)[at])
         model.train()(x, t, at)
     assert seen == [*sizes, 5, 5]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, dict(tied=True, bias=False), dict(norm="rms", mlp="swiglu", cond_dim=0), dict(time_cond=True), AR],
+    ids=["default", "tied", "smdm", "time", "ar"],
+)
+def test_matrices_rounded_once_give_the_logits_of_those_rounded_in_every_call(change):
+    """To the bit. And in float32 nothing is rounded."""
+    cfg = replace(SMALL, **change)
+    model, (x, t), cpu = awake(cfg).requires_grad_(False), canvas(cfg), torch.device("cpu")
+    x = x.clamp(max=cfg.vocab_size - 1) if cfg.causal else x
+
+    def logits():
+        with autocast(cpu, "bfloat16"):
+            return model(x, t), model.next_logits(
+                x[:, :5], [[] for _ in model.blocks]
+            ) if cfg.causal else None
+
+    before = logits()
+    assert all(p.dtype == torch.float32 for p in rounded(model, cpu, "float32").parameters())
+    rounded(model, cpu, "bfloat16")
+    assert {p.dtype for b in model.blocks for p in b.parameters() if p.ndim == 2} == {torch.bfloat16}
+    for a, b in zip(before, logits()):
+        assert a is b is None or torch.equal(a, b)
+    assert model.embed.weight.dtype == torch.float32 == model.final_norm.weight.dtype
