@@ -10,6 +10,7 @@ python bench.py evaluate out/pydocs_mdlm/ckpt.pt --repeats 30                   
 Machines are noisy: runs are interleaved, figures are medians, and what counts is the ratio within one run.
 """
 
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -81,7 +82,7 @@ def bench_sample(args):
     """Seconds, calls and head rows of samplers for one batch, from the same weights, for each number of steps and
     each length of rows; how many times faster each is than the first there."""
     device = pick_device(args.device)
-    model, cfg = load(args.ckpt, device=device)
+    model, cfg = load(args.ckpt, device=device, dtype=args.dtype)
     names = args.samplers or (["ar"] if cfg.causal else list(SAMPLERS))
     lengths = args.length or [cfg.seq_len]
     if not 1 <= min(lengths) <= max(lengths) <= cfg.seq_len:
@@ -109,7 +110,7 @@ def bench_semi_ar(args):
         if len(getattr(args, name) or ()) > 1:
             fail(f"--{name} {' '.join(map(str, getattr(args, name)))}: semi_ar takes one")
     device = pick_device(args.device)
-    model, cfg = load(args.ckpt, device=device)
+    model, cfg = load(args.ckpt, device=device, dtype=args.dtype)
     L, sampler = cfg.seq_len, SAMPLERS[sampler_for(cfg, *(args.samplers or []))]
     plain = lambda denoise, x, gen: sampler(denoise, x, args.steps[0], cfg, gen)
     run = lambda sampling, canvas: timed(sampling, model, cfg, canvas, args.dtype)
@@ -138,7 +139,7 @@ def bench_evaluate(args):
     """Scatter of the bound of one split over repeated estimates, one forward per window each:
     iid t, MDLM's t (stratified within a batch, at least 1e-3), and our exact counts."""
     device = pick_device(args.device)
-    model, cfg = load(args.ckpt, device=device)
+    model, cfg = load(args.ckpt, device=device, dtype=args.dtype)
     if cfg.causal or not cfg.zero_masking:
         fail(
             f"{args.ckpt}: the estimators are of a continuous-time bound, which loss={cfg.loss} does not have"
@@ -300,51 +301,64 @@ def training(pipe, cfg, threads):
     pool.shutdown()
 
 
-def attempt(pipe, *args):
-    """`training`, which tells in a line what it cannot do: above all, not enough memory."""
+def attempt(target, pipe, *args):
+    """target(pipe, *args), which tells in a line what it cannot do: above all, not enough memory."""
     try:
-        training(pipe, *args)
-    except RuntimeError as e:
+        target(pipe, *args)
+    except (RuntimeError, ImportError) as e:
         pipe.send(str(e).splitlines()[0])
     except EOFError:  # another case failed
         pass
+
+
+@contextlib.contextmanager
+def children(target, cases):
+    """For cases {name: arguments}, each in a process of its own that runs target(pipe, *arguments, threads): the
+    function ask(name, n), which sends a case n and returns its answer. At the end all are sent 0."""
+    spawn, pipes = multiprocessing.get_context("spawn"), {}
+    for name, args in cases.items():
+        here, there = spawn.Pipe()
+        args = (target, there, *args, torch.get_num_threads())
+        child = spawn.Process(target=attempt, args=args, daemon=True)
+        child.start()
+        there.close()
+        pipes[name] = here, child
+
+    def ask(name, n):
+        here, child = pipes[name]
+        try:
+            here.send(n)
+            answer = here.recv()
+        except (EOFError, OSError):
+            child.join()
+            memory = " (memory?)" * (child.exitcode == -9)
+            fail(f"{name}: its process ended with exit code {child.exitcode}{memory}")
+        return fail(f"{name}: {answer}") if isinstance(answer, str) else answer
+
+    yield ask
+    for here, child in pipes.values():
+        here.send(0)
+        child.join()
 
 
 def bench_train(cases, repeats, profile):
     """Rows of {name: Config}: the step of each in turn, medians. tflops are those of flops_per_token, for the
     fraction of tokens that were masked; `of_peak` is their share of the fastest product of two matrices, between the
     rounds, in the dtype that the config computes in (peak_*, TFLOP/s). MB is what the case's process took at most."""
-    spawn, children = multiprocessing.get_context("spawn"), {}
-    for name, cfg in cases.items():
-        here, there = spawn.Pipe()
-        child = spawn.Process(target=attempt, args=(there, cfg, torch.get_num_threads()), daemon=True)
-        child.start()
-        there.close()
-        children[name] = here, child
-
-    def ask(name, n):
-        here, child = children[name]
-        try:
-            here.send(n)
-            answer = here.recv()
-        except (EOFError, OSError):
-            child.join()
-            fail(
-                f"{name}: its process ended with exit code {child.exitcode}"
-                + " (memory?)" * (child.exitcode == -9)
-            )
-        return fail(f"{name}: {answer}") if isinstance(answer, str) else answer
-
-    runs, n = {name: [] for name in cases}, {}
-    for name in cases:
-        ask(name, 1)  # warm-up, and compilation
-        n[name] = max(1, round(0.2 / ask(name, 1)[0]))  # so many steps that the clock's own time is nothing
-    peak, device = Counter(), pick_device(next(iter(cases.values())).device)
-    for _ in tqdm(range(repeats), unit="repeat", leave=False):
+    runs, spent, peak = {name: [] for name in cases}, {}, Counter()
+    device = pick_device(next(iter(cases.values())).device)
+    with children(training, {name: (cfg,) for name, cfg in cases.items()}) as ask:
+        n = {}  # so many steps at once that the clock's own time is nothing
         for name in cases:
-            runs[name].append(ask(name, n[name]))
-        for dtype in ("float32", "bfloat16"):
-            peak[dtype] = max(peak[dtype], matmul_rate(device, dtype))
+            ask(name, 1)  # warm-up, and compilation
+            n[name] = max(1, round(0.2 / ask(name, 1)[0]))
+        for _ in tqdm(range(repeats), unit="repeat", leave=False):
+            for name in cases:
+                runs[name].append(ask(name, n[name]))
+            for dtype in ("float32", "bfloat16"):
+                peak[dtype] = max(peak[dtype], matmul_rate(device, dtype))
+        for name in cases if profile else ():
+            spent[name] = ask(name, None)
     rows = []
     for name, cfg in cases.items():
         seconds = statistics.median(r[0] for r in runs[name])
@@ -360,15 +374,11 @@ def bench_train(cases, repeats, profile):
             rows[-1] |= dict(
                 times_ms=rows[-1]["ms"] / rows[0]["ms"], times_gflop=flops / 1e9 / rows[0]["gflop"]
             )
-    parts = []
-    for name in cases if profile else ():
-        spent = ask(name, None)
-        whole = sum(spent.values())
-        parts += [dict(case=name, part=part, ms=ms, share=ms / whole)
-                  for part, ms in sorted(spent.items(), key=lambda item: -item[1])]  # fmt: skip
-    for here, child in children.values():
-        here.send(0)
-        child.join()
+    parts = [
+        dict(case=name, part=part, ms=ms, share=ms / sum(of.values()))
+        for name, of in spent.items()
+        for part, ms in sorted(of.items(), key=lambda item: -item[1])
+    ]
     return rows, parts
 
 
