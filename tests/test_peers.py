@@ -1,0 +1,137 @@
+"""The driver of upstream's code, on a project that has MDLM's names and does next to nothing, and, where they have
+been cloned, on the real ones."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peers
+
+MDLM = """
+import time
+import torch
+import hydra.utils, lightning as L, torchmetrics, transformers, dataloader
+import flash_attn.layers.rotary
+from timm.scheduler import CosineLRScheduler
+
+class Ema:
+    def update(self, parameters):
+        self.seen = len(list(parameters))
+    def copy_to(self, parameters):
+        for p in parameters:
+            p.data.zero_()
+
+class Loss:
+    pass
+
+class Net(torch.nn.Module):
+    def __init__(self, V):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(V + 1))
+    def forward(self, x, sigma):
+        return self.bias.expand(*x.shape, -1)
+
+class Diffusion(L.LightningModule):
+    def __init__(self, config, tokenizer):
+        super().__init__()
+        self.config, self.V = config, tokenizer.vocab_size
+        self.backbone, self.noise, self.ema = Net(self.V), torch.nn.Module(), Ema()
+    def _loss(self, x, mask):
+        time.sleep(0.02)
+        assert mask.shape == x.shape and x.max() < self.V
+        loss = Loss()
+        loss.loss = -self.backbone(x, None).log_softmax(-1).gather(-1, x[..., None]).mean()
+        return loss
+    def _sample(self):
+        x = torch.zeros(self.config.loader.eval_batch_size, self.config.model.length).long()
+        for _ in range(self.config.sampling.steps // (2 if self.config.sampling.predictor == "ddpm_cache" else 1)):
+            self.backbone(x, None)
+        time.sleep(0.1)
+        return x
+"""
+SMALL = "--vocab_size 27 --seq_len 32 --n_layer 1 --batch_size 2".split()
+
+
+@pytest.fixture
+def clones(tmp_path):
+    (tmp_path / "mdlm").mkdir()
+    (tmp_path / "mdlm" / "diffusion.py").write_text(MDLM)  # a name that ours has, too
+    return tmp_path
+
+
+def rows(clones, what, *args):
+    """In a process of its own: `learn` leaves only upstream's modules behind."""
+    command = [
+        sys.executable,
+        peers.__file__,
+        what,
+        "--clones",
+        str(clones),
+        *SMALL,
+        *map(str, args),
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_training_in_turns(clones):
+    ours, theirs = rows(clones, "train", "--sides", "mdlm", "--dtype", "float32", "--repeats", 2)
+    assert (ours["side"], theirs["side"]) == ("ours float32", "mdlm float32")
+    assert theirs["seconds"] > 0.02 and theirs["tokens_per_s"] == pytest.approx(64 / theirs["seconds"])
+    assert ours["over_ours_float32"] == 1 and ours["MB"] > 0
+    assert theirs["over_ours_float32"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+
+
+@pytest.mark.slow
+def test_sampling_in_turns(clones):
+    got = {r["side"]: r for r in rows(clones, "sample", "--steps", 40, "--dtype", "float32", "--repeats", 1)}
+    assert got.keys() == {"ours float32", "ddpm_cache float32", "ddpm float32"}
+    assert got["ddpm float32"]["calls"] == 40 and got["ddpm_cache float32"]["calls"] == 20
+    assert 0 < got["ours float32"]["calls"] <= 32 and got["ddpm float32"]["seconds"] > 0.1
+
+
+def test_learning_ends_after_its_seconds_and_is_measured_by_our_bound(clones, corpus):
+    (row,) = rows(clones, "learn", "--data", corpus, "--seconds", 1, "--lr", 0.1, "--dtype", "float32")
+    assert 1 <= row["seconds"] < 2 and 5 < row["steps"] <= 50 and row["data"] == str(corpus)
+    uniform = math.log2(27)  # its average, put back, answers every letter alike
+    assert row["average"] == pytest.approx(uniform, abs=1e-5) and row["last"] < uniform - 0.2
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["train"], "has no folder mdlm"),
+        (["train", "--sides", "nanodd"], "has no folder nanodd"),
+        (["train", "--n_layer", "0"], "n_layer=0"),
+        (["sample", "--steps", "0"], "--steps 0"),
+        (["learn", "--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_ends_in_one_line(args, words, clones, tmp_path, capsys):
+    at = tmp_path if args[0] != "train" or "--n_layer" in args else tmp_path / "mdlm"
+    for name in ("nanodd", "sedd", "smdm") if "--n_layer" in args else ():
+        (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit) as e:
+        peers.main([*args, "--clones", str(at)])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_real_projects():
+    """Every one trains: its loss after two warm-up steps and one more begins near that of a guess."""
+    at = Path(os.environ.get("NANOMDLM_CLONES", Path(peers.__file__).parents[1]))
+    missing = [name for name in peers.PROJECTS if not (at / name).is_dir()]
+    if missing:
+        pytest.skip(f"no clone of {', '.join(missing)} in {at}; NANOMDLM_CLONES=DIR says where they are")
+    got = {r["side"]: r for r in rows(at, "train", "--repeats", 1)}
+    assert len(got) == 10 and all(r["seconds"] > 0 and r["MB"] > 0 for r in got.values())
+    got = {r["side"]: r for r in rows(at, "sample", "--repeats", 1, "--steps", 20)}
+    assert got["ddpm float32"]["calls"] == 21 >= got["ddpm_cache float32"]["calls"] > 1
