@@ -57,7 +57,7 @@ def trained(cfg):
 
 def final(cfg, passes):
     """The report on the whole validation split of the averaged weights."""
-    model, _ = load(cfg.out_dir, device=train.local_device(cfg))
+    model, _ = load(cfg.out_dir, device=train.local_device(cfg), dtype=cfg.dtype)
     ids, meta = read_split(cfg.data, "val", cfg)
     result = bound(
         model, ids, meta, cfg, f"{cfg.data}/val.bin", cfg.T, 1 if cfg.causal else passes,
@@ -160,7 +160,7 @@ def main(cfg, seeds, passes):
     curves(cfgs, out / "curves.png")
     texts = {}
     for name, (c, *_) in cfgs.items():
-        model, _ = load(c.out_dir, device=train.local_device(c))
+        model, _ = load(c.out_dir, device=train.local_device(c), dtype=c.dtype)
         try:
             texts[name] = generate(model, tokenizer_of(model.tokenizer), c, dtype=c.dtype)[0]
         except ValueError as e:  # nothing to begin a text with

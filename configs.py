@@ -55,6 +55,16 @@ def check_range(args, **least):
                 fail(f"--{name} {value}: must be at least {low} and below 2**31")
 
 
+def options_of_mode(args, modes, mode, misplaced):
+    """Options that some modes {mode: {option: default}} have, and that are None when not given: those of this mode get
+    their defaults; another mode's fails with --OPTION: misplaced."""
+    for option in sorted({option for own in modes.values() for option in own}):
+        if getattr(args, option) is None:
+            setattr(args, option, modes[mode].get(option))
+        elif option not in modes[mode]:
+            fail(f"--{option}: {misplaced}")
+
+
 @dataclass(frozen=True)
 class Config:
     # data

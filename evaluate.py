@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configs import check_range, device_options, fail, parser
+from configs import check_range, device_options, fail, options_of_mode, parser
 from data.corpus import folder_of, read_meta, read_split, take, unpack
 from data.shards import one_line
 from data.tokenizer import tokenizer_of
@@ -170,7 +170,7 @@ def identity(model, **settings):
     another one is not gone on with."""
     digest = hashlib.sha256(json.dumps([asdict(model.cfg), settings], sort_keys=True).encode())
     for tensor in model.state_dict().values():
-        digest.update(tensor.flatten()[:: tensor.numel() // 64 or 1].cpu().numpy().tobytes())
+        digest.update(tensor.flatten()[:: tensor.numel() // 64 or 1].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -460,11 +460,7 @@ def main(argv=None):
     check_range(args, T=0, passes=1, num=1, steps=1, temperature=0, batch_size=1, seed=0)
     mode = zero_shot if args.zero_shot is not None else gen_ppl if args.gen_ppl is not None else one_split
     misplaced = "only with --gen_ppl" if mode is one_split else f"not with --{mode.__name__}"
-    for option in sorted({option for own in MODES.values() for option in own}):
-        if getattr(args, option) is None:
-            setattr(args, option, MODES[mode].get(option))
-        elif option not in MODES[mode]:
-            fail(f"--{option}: {misplaced}")
+    options_of_mode(args, MODES, mode, misplaced)
 
     device, args.partial = pick_device(args.device), []
     model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)

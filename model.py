@@ -359,7 +359,7 @@ def keep_freed_memory():
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt if sys.platform == "linux" else lambda *_: None
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def pick_device(name):
@@ -392,8 +392,8 @@ def autocast(device, dtype):
 
 
 def rounded(model, device, dtype):
-    """The model with its matrices in what `autocast` multiplies in: the same numbers, but not rounded anew in every
-    call. For inference; under another dtype it no longer runs."""
+    """The model with its linear layers in what `autocast` multiplies in: the same numbers, but not rounded anew in
+    every call. For inference; under another dtype it no longer runs."""
     if compute_dtype(device, dtype) == "bfloat16":
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
@@ -425,9 +425,7 @@ def load(path, ema=True, device="cpu", dtype="float32"):
     """The only way a checkpoint becomes a model: (model in eval mode, its Config). model.tokenizer is the
     spec of its data's tokenizer (data/tokenizer.py), model.step the number of optimiser steps. dtype: that of the
     `autocast` in which it will be called, see `rounded`."""
-    if (device := torch.device(device)).type == "cpu":
-        keep_freed_memory()
-    ckpt = read_checkpoint(path, device)
+    ckpt, device = read_checkpoint(path, device), torch.device(device)
     cfg = from_dict(ckpt["config"], path)
     model = DiT(cfg).to(device)
     try:
@@ -435,4 +433,6 @@ def load(path, ema=True, device="cpu", dtype="float32"):
     except RuntimeError as e:
         fail(f"{path}: tensors do not fit its config ({str(e).splitlines()[1].strip()})")
     model.tokenizer, model.step = ckpt["tokenizer"], ckpt["step"]
+    if device.type == "cpu":
+        keep_freed_memory()  # but not that of the checkpoint
     return rounded(model.eval().requires_grad_(False), device, dtype), cfg

@@ -1,20 +1,22 @@
 """Upstream's own code beside ours on this machine, a CPU: seconds and memory of a training step, seconds of a batch of
 samples, and the bound that MDLM reaches in so many seconds of training.
 
-git clone https://github.com/kuleshov-group/mdlm ../mdlm                              # README's figures: c112c52
-git clone https://github.com/flukeskywalker/nanoDD ../nanodd                          # b656fc6
-git clone https://github.com/louaaron/Score-Entropy-Discrete-Diffusion ../sedd        # 0605786
-git clone https://github.com/ML-GSAI/SMDM ../smdm                                     # 583aa47
-pip install einops ema_pytorch
+git clone https://github.com/kuleshov-group/mdlm ../mdlm                         # README has figures of c112c52,
+git clone https://github.com/flukeskywalker/nanoDD ../nanodd                     # b656fc6,
+git clone https://github.com/louaaron/Score-Entropy-Discrete-Diffusion ../sedd   # 0605786
+git clone https://github.com/ML-GSAI/SMDM ../smdm                                # and 583aa47
+pip install einops==0.8.2 ema_pytorch==0.8.3
 python peers.py train --clones .. --vocab_size 50257 --batch_size 8
 python peers.py sample --clones .. --vocab_size 27 --steps 1000 --batch_size 8
 python peers.py learn --clones .. --vocab_size 2048 --batch_size 16 --data pydocs --seconds 270 --lr 1e-3
 
-One network of 4 blocks, 256 wide. Every side is a process of its own that does a step, or draws a
-batch, when it is told to, in turns with the others; figures are medians. What needs a GPU is replaced: flash-attn by torch's
-attention, its rotary kernel and xformers' SwiGLU by what they compute. Packages that a step does not use are left empty. Lightning's loop and its
-metrics are left out, in MDLM's favour. Theirs compute in float32, since their autocasts are CUDA's, or, with
---dtype bfloat16, under the same autocast of CPUs as ours.
+One shape, 4 blocks of width 256, in each project's own network; ours is always MDLM's. In `train` and `sample` every side
+is a process of its own that does a step, or draws a batch, when it is told to, in turns with the others. `learn` runs MDLM
+alone, to be held against `python train.py` of as many seconds. What needs a GPU is replaced: flash-attn by torch's
+scaled_dot_product_attention (ours writes attention out where that is faster, in bfloat16 training), rotary and RMSNorm
+kernels and xformers' SwiGLU by what they compute. Other packages that a step does not use are empty; Lightning's loop and
+metrics, gradient scaling and DDP are left out, in their favour; that freed memory is kept is ours alone. Their autocasts
+are CUDA's, so theirs compute in float32 or, with --dtype bfloat16, in the same autocast of CPUs as ours.
 """
 
 import importlib.abc
@@ -37,15 +39,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from bench import children, empty, resident, shown, timed, training
-from configs import Config, check_range, fail, parser
-from data.corpus import read_split
+from configs import Config, check_range, fail, options_of_mode, parser
+from data.corpus import read_split, training_rows, unpack
 from diffusion import SAMPLERS
 from evaluate import bound, report
-from model import DiT, autocast, rounded
+from model import DiT, autocast, compute_dtype, keep_freed_memory, rounded
 
 CPU = torch.device("cpu")
-EMPTY = """hydra lightning torchmetrics transformers huggingface_hub omegaconf fsspec timm dataloader datasets tokenizers
-    mamba_ssm causal_conv1d triton models.dimamba lightning_utilities dropout_layer_norm""".split()
+EMPTY = """hydra lightning lightning_utilities torchmetrics transformers huggingface_hub omegaconf fsspec timm dataloader
+    models.dimamba dropout_layer_norm xentropy_cuda_lib""".split()
 
 
 class Empty(types.ModuleType):
@@ -77,23 +79,19 @@ def packed_attention(qkv, cu_seqlens, length, dropout, causal=False):
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
 
 
-def turned(x, cos, sin):
-    """The two halves of x's last dimension, turned by the tables."""
-    a, b = x.chunk(2, -1)
-    return a * cos - b * sin, b * cos + a * sin
-
-
 def turn_packed(qkv, cos, sin):
     """flash_attn.layers.rotary.apply_rotary_emb_qkv_, but out of place: qkv (B, L, 3, H, D)."""
-    q_and_k = torch.cat(turned(qkv[:, :, :2], cos[:, None, None], sin[:, None, None]), -1)
-    return torch.cat((q_and_k, qkv[:, :, 2:]), 2)
+    a, b = qkv[:, :, :2].chunk(2, -1)
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    return torch.cat((torch.cat((a * cos - b * sin, b * cos + a * sin), -1), qkv[:, :, 2:]), 2)
 
 
 def turn_into(a, b, cos, sin, out_a, out_b, conjugate):
     """rotary_emb.apply_rotary: in float32, or backwards."""
-    x = torch.cat((a, b), -1).float()
-    for out, value in zip((out_a, out_b), turned(x, cos.float(), -sin.float() if conjugate else sin.float())):
-        out.copy_(value)
+    cos, sin = cos.float(), -sin.float() if conjugate else sin.float()
+    a, b = a.float(), b.float()  # the outputs may be the inputs
+    out_a.copy_(a * cos - b * sin)
+    out_b.copy_(b * cos + a * sin)
 
 
 class SwiGLU(torch.nn.Module):
@@ -116,12 +114,6 @@ def module(name, **names):
     return found
 
 
-def package(name):
-    """A folder of the clone as a package, without what its __init__ imports."""
-    sys.modules[name] = found = types.ModuleType(name)
-    found.__path__ = [f"{sys.path[0]}/{name}"]
-
-
 def enter(clone):
     """From here on this process imports a clone's modules, several of which have the names of ours."""
     ours = Path(__file__).resolve().parent
@@ -129,13 +121,13 @@ def enter(clone):
         folder = Path(getattr(found, "__file__", None) or "/").resolve().parent
         if folder in (ours, ours / "data") and "main__" not in name:
             del sys.modules[name]
-    sys.path[:] = [str(clone)] + [p for p in sys.path if Path(p).resolve() != ours]
+    sys.path[:] = [str(clone.resolve())] + [p for p in sys.path if Path(p).resolve() != ours]
     sys.meta_path.insert(0, Finder())
     warnings.filterwarnings("ignore")
+    torch.set_float32_matmul_precision("high")  # as nanoDD, SMDM and ours have it
     rotary = module("flash_attn.layers.rotary", apply_rotary_emb_qkv_=turn_packed)
-    flash = Fields(flash_attn_varlen_qkvpacked_func=packed_attention)
-    module("flash_attn.flash_attn_interface", **vars(flash))
-    module("flash_attn", flash_attn_interface=flash, layers=Fields(rotary=rotary), flash_attn_func=None)
+    flash = module("flash_attn.flash_attn_interface", flash_attn_varlen_qkvpacked_func=packed_attention)
+    module("flash_attn", flash_attn_interface=flash, layers=Fields(rotary=rotary))
     module("flash_attn.layers", rotary=rotary)
     module("huggingface_hub", PyTorchModelHubMixin=type("PyTorchModelHubMixin", (), {}))
     torch.manual_seed(0)
@@ -200,7 +192,7 @@ def nanodd(cfg):
     from ema_pytorch import EMA
 
     model, rows = (
-        D3PMAbsorbing(cfg.vocab_size, cfg.n_embd, cfg.n_head, cfg.n_layer, 128, 0.0, 1000, 0.05),
+        D3PMAbsorbing(cfg.vocab_size, cfg.n_embd, cfg.n_head, cfg.n_layer, cfg.cond_dim, 0.0, 1000, 0.05),
         made_up(cfg),
     )
     ema = EMA(
@@ -233,7 +225,6 @@ def nanodd(cfg):
 
 
 def sedd(cfg):
-    package("model")
     import graph_lib
     import losses
     import noise_lib
@@ -265,16 +256,8 @@ def sedd(cfg):
 def smdm(cfg):
     """Its own network, without adaLN; the loop is that of its pretrain/train_mdm.py."""
 
-    class Missing:
-        __init__ = lambda self, *_: None
-        __bool__ = lambda self: False
-
-    module("lightning_utilities.core.imports", RequirementCache=Missing)
-    module("lightning.fabric.loggers", CSVLogger=object)
     module("xformers.ops", SwiGLU=SwiGLU)
     module("rotary_emb", apply_rotary=turn_into)
-    package("lit_gpt")
-    importlib.import_module("lit_gpt.model")  # before its config: they import each other
     from lit_gpt import diffmodel
     from lit_gpt.config import Config as Settings
     from lit_gpt.fused_rotary_embedding import ApplyRotaryEmb
@@ -283,7 +266,7 @@ def smdm(cfg):
     diffmodel.apply_rotary_emb_func = lambda x, cos, sin, *_: ApplyRotaryEmb.apply(x, cos, sin, False, False)
     settings = Settings.from_name(
         "Diff_LLaMA_6M", _norm_class="RMSNorm", n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, block_size=cfg.seq_len,
-        vocab_size=cfg.vocab_size, padded_vocab_size=cfg.vocab_size, padding_multiple=1, intermediate_size=4 * cfg.n_embd,
+        vocab_size=cfg.vocab_size, padded_vocab_size=cfg.vocab_size, intermediate_size=4 * cfg.n_embd,
     )  # fmt: skip
     net, rows = diffmodel.TransEncoder(settings), made_up(cfg)
     net.apply(partial(net._init_weights, n_layer=cfg.n_layer))
@@ -315,54 +298,54 @@ PROJECTS = {"mdlm": mdlm, "nanodd": nanodd, "sedd": sedd, "smdm": smdm}
 # ---------------------------------------------------------------------------------------------------------
 
 
-def steps_of(pipe, project, clone, cfg, threads):
-    """The process of a training side, as `bench.training`: so many steps -> (seconds per step, None, peak MB)."""
+def steps(pipe, project, clone, cfg, threads):
+    """The process of a training side. Whatever it is sent, it does a step: (seconds, loss, peak MB). Ours, which is
+    `bench.training`, tells the share of masked tokens instead of the loss."""
     if project == "ours":
         return training(pipe, cfg, threads)
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr  # some tell how large they are
     enter(clone)
-    before, step, number = resident(), None, itertools.count()
-    while (n := pipe.recv()) != 0:
-        step = step or PROJECTS[project](cfg)
+    PROJECTS[project](replace(cfg, vocab_size=2, n_layer=1))  # imports are not its memory
+    before, step, number = resident(), PROJECTS[project](cfg), itertools.count()
+    while pipe.recv() != 0:
         start = time.perf_counter()
-        for _ in range(n):
-            step(next(number))
-        pipe.send(((time.perf_counter() - start) / n, None, resident() - before))
+        loss = step(next(number))
+        pipe.send((time.perf_counter() - start, loss, resident() - before))
 
 
-def chains_of(pipe, side, clone, cfg, steps, threads):
-    """The process of a sampling side: whatever it is sent, it draws a batch and sends back (seconds, calls)."""
+def batches(pipe, side, clone, cfg, T, threads):
+    """The process of a sampling side. Whatever it is sent, it draws a batch in T steps: (seconds, calls)."""
     torch.set_num_threads(threads)
     if side == "ours":
         model = rounded(DiT(cfg).eval().requires_grad_(False), CPU, cfg.dtype)
-        sampling = lambda denoise, x, gen: SAMPLERS["ddpm_cache"](denoise, x, steps, cfg, gen)
+        keep_freed_memory()  # as `load` does
+        sampling = lambda denoise, x, gen: SAMPLERS["ddpm_cache"](denoise, x, T, cfg, gen)
         canvas = empty(cfg, CPU, cfg.batch_size, cfg.seq_len)
         draw = lambda: timed(sampling, model, cfg, canvas, cfg.dtype)[:2]
     else:
         enter(clone)
-        d, calls = mdlm_model(cfg, side, steps).eval().requires_grad_(False), [0]
+        d, calls = mdlm_model(cfg, side.removeprefix("mdlm "), T).eval(), [0]
         network = d.backbone.forward
 
         def counted(*args, **kwargs):
             calls[0] += 1
             return network(*args, **kwargs)
 
-        d.backbone.forward = counted
-
         def draw():
             start, calls[0] = time.perf_counter(), 0
-            with torch.no_grad(), autocast(CPU, cfg.dtype):
+            with torch.no_grad(), autocast(CPU, cfg.dtype):  # which rounds its matrices once, as ours are
                 d._sample()
             return time.perf_counter() - start, calls[0]
 
+        d.backbone.forward = counted
     while pipe.recv() != 0:
         pipe.send(draw())
 
 
-def side_by_side(target, sides, args, cfg, warm, *more):
-    """(rows, answers of all rounds by row) of sides {name: clone} in every dtype, in turns: median seconds, and how many
-    times those of ours in each dtype."""
+def in_turns(target, sides, args, cfg, warm, *more):
+    """(rows, answers of all rounds by row) of sides {name: clone} in every dtype: medians of seconds, and of how many
+    times those of ours in the same round, in each dtype."""
     cases = {
         f"{name} {dtype}": (name, clone, replace(cfg, dtype=dtype), *more)
         for dtype in args.dtype
@@ -374,54 +357,63 @@ def side_by_side(target, sides, args, cfg, warm, *more):
             for name in cases:
                 answer = ask(name, 1)
                 runs[name] += [answer] * (r >= warm)
-    seconds = {name: statistics.median(answer[0] for answer in of) for name, of in runs.items()}
-    over = lambda name: {
-        f"over_ours_{dtype}": seconds[name] / seconds[f"ours {dtype}"] for dtype in args.dtype
-    }
-    return [dict(side=name, seconds=seconds[name], **over(name)) for name in cases], list(runs.values())
+
+    def row(name):
+        times = lambda dtype: [a[0] / b[0] for a, b in zip(runs[name], runs[f"ours {dtype}"])]
+        seconds = statistics.median(answer[0] for answer in runs[name])
+        over = {f"over_ours_{dtype}": statistics.median(times(dtype)) for dtype in args.dtype}
+        return dict(side=name, seconds=seconds) | over
+
+    return [row(name) for name in cases], list(runs.values())
 
 
 def train(args, cfg):
-    """Seconds of a step. MB: the most memory of the side's process, beyond what it had before the network was made."""
+    """Seconds of a step. MB: what the side's process took at most, beyond what it had before the network was made."""
     sides = {"ours": None} | {name: args.clones / name for name in args.sides}
-    rows, runs = side_by_side(steps_of, sides, args, cfg, 2)
+    rows, runs = in_turns(steps, sides, args, cfg, 2)
     tokens = cfg.batch_size * cfg.seq_len
-    return [row | dict(tokens_per_s=tokens / row["seconds"], MB=of[-1][2]) for row, of in zip(rows, runs)]
+    return [
+        row | dict(tokens_per_s=tokens / row["seconds"], MB=of[-1][2])
+        | ({} if row["side"].startswith("ours") else dict(loss=of[-1][1]))
+        for row, of in zip(rows, runs)
+    ]  # fmt: skip
 
 
 def sample(args, cfg):
-    """Seconds of a batch and calls of the network, with MDLM's two samplers and our `ddpm_cache`."""
-    sides = {"ours": None, "ddpm_cache": args.clones / "mdlm", "ddpm": args.clones / "mdlm"}
-    rows, runs = side_by_side(chains_of, sides, args, cfg, 1, args.steps)
-    return [row | dict(calls=of[-1][1]) for row, of in zip(rows, runs)]
+    """Seconds of a batch and calls of the network, of MDLM's two samplers and our `ddpm_cache`."""
+    clone = args.clones / "mdlm"
+    sides = {"ours": None, "mdlm ddpm_cache": clone, "mdlm ddpm": clone}
+    rows, runs = in_turns(batches, sides, args, cfg, 1, args.steps)
+    return [row | dict(calls=statistics.median(calls for _, calls in of)) for row, of in zip(rows, runs)]
 
 
 def learn(args, cfg):
-    """MDLM's validation bound by our estimator, 4 forwards per window in float32, after so many seconds of steps:
-    of its last weights, and of their average."""
-    cfg = replace(cfg, data=args.data, dtype=args.dtype[-1])
+    """MDLM's validation bound by our estimator, 4 forwards per window in float32, after so many seconds of steps, the
+    first 100 a warm-up: of its last weights, and of their average."""
+    cfg = replace(cfg, data=args.data, seed=args.seed)
     (ids, meta), (val, _) = (read_split(args.data, split, cfg) for split in ("train", "val"))
-    rng, L = np.random.default_rng(args.seed), cfg.seq_len
-
-    def rows(i):
-        starts = rng.integers(len(ids) - L, size=cfg.batch_size)
-        return torch.from_numpy(np.stack([ids[j : j + L] for j in starts]).astype(np.int64))
-
+    if meta["given"] or meta["pad"] is not None:
+        fail(f"{args.data}: has given tokens or padding, which MDLM's step is not told of here")
+    numbers = np.arange(cfg.batch_size)
+    rows = lambda i: unpack(training_rows(ids, meta, cfg, i * cfg.batch_size + numbers), meta, cfg)[0]
+    rows(0)  # what is wrong with the data shows now
     enter(args.clones / "mdlm")
     torch.manual_seed(args.seed)
-    step, start = mdlm(cfg, rows, warmup=100), time.perf_counter()
-    with tqdm(
-        total=args.seconds, unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s {postfix}"
-    ) as bar:
-        for i in itertools.count():
-            if (spent := time.perf_counter() - start) >= args.seconds:
-                break
-            bar.set_postfix_str(f"step {i}, loss {step(i):.2f}")
-            bar.update(min(time.perf_counter() - start, args.seconds) - bar.n)
+    try:
+        step = mdlm(cfg, rows, warmup=100)
+    except ImportError as e:
+        fail(str(e))
+    number, spent, start = 0, 0.0, time.perf_counter()
+    with tqdm(total=args.seconds, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s {postfix}") as bar:
+        while spent < args.seconds:
+            loss, number = step(number), number + 1
+            before, spent = spent, time.perf_counter() - start
+            bar.set_postfix_str(f"step {number}, loss {loss:.2f}", refresh=False)
+            bar.update(spent - before)
     d = step.model.eval()
 
     class Answers(torch.nn.Module):
-        """MDLM's network as bound() wants it."""
+        """MDLM's network as `bound` wants it."""
 
         def __init__(self):
             super().__init__()
@@ -433,48 +425,54 @@ def learn(args, cfg):
     bits = lambda: report(bound(Answers(), val, meta, cfg, "val.bin", passes=4), meta, "val")["bits_per_char"]
     last = bits()
     d.ema.copy_to(d.backbone.parameters())
-    return [dict(data=args.data, lr=cfg.lr, seed=args.seed, n_layer=cfg.n_layer, batch_size=cfg.batch_size, dtype=cfg.dtype,
-                 steps=i, seconds=spent, last=last, average=bits())]  # fmt: skip
+    return [dict(data=args.data, lr=cfg.lr, seed=args.seed, dtype=cfg.dtype, steps=number, seconds=spent, last=last,
+                 average=bits())]  # fmt: skip
+
+
+BOTH = ["float32", "bfloat16"]
+MODES = {  # what it measures: the options that it has of its own
+    train: dict(sides=list(PROJECTS), dtype=BOTH, repeats=5),
+    sample: dict(steps=1000, dtype=BOTH, repeats=5),
+    learn: dict(data="pydocs", lr=1e-3, seconds=270.0, seed=1, dtype=[compute_dtype(CPU, "auto")]),
+}
 
 
 def main(argv=None):
     p = parser(__doc__)
-    p.add_argument("what", choices=("train", "sample", "learn"))
-    p.add_argument(
-        "--clones", type=Path, default=Path(".."), help="the folder that holds mdlm, nanodd, sedd, smdm"
-    )
-    p.add_argument("--sides", nargs="*", choices=PROJECTS, default=list(PROJECTS), help="train: beside ours")
-    p.add_argument(
-        "--dtype",
-        nargs="+",
-        choices=("float32", "bfloat16"),
-        default=["float32", "bfloat16"],
-        help="learn: the last",
-    )
+    p.add_argument("what", choices=[mode.__name__ for mode in MODES])
+    p.add_argument("--clones", type=Path, default=Path(".."), help="holds mdlm, nanodd, sedd, smdm")
     p.add_argument("--vocab_size", type=int, default=50257)
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--seq_len", type=int, default=256)
     p.add_argument("--n_layer", type=int, default=4)
-    p.add_argument("--steps", type=int, default=1000, help="sample: diffusion steps")
-    p.add_argument("--repeats", type=int, default=5, help="rounds")
-    p.add_argument("--data", default="pydocs", help="learn: made by data/prepare.py")
-    p.add_argument("--lr", type=float, default=3e-4)
-    p.add_argument("--seconds", type=float, default=270, help="learn")
-    p.add_argument("--seed", type=int, default=1, help="learn")
+    p.add_argument(
+        "--dtype", nargs="+", choices=BOTH, help="learn: one, [bfloat16 where the CPU multiplies in it]"
+    )
+    p.add_argument("--sides", nargs="+", choices=PROJECTS, help="train: beside ours [all]")
+    p.add_argument("--repeats", type=int, help="train, sample: rounds [5]")
+    p.add_argument("--steps", type=int, help="sample: diffusion steps [1000]")
+    p.add_argument("--data", help="learn: what data/prepare.py made [pydocs]")
+    p.add_argument("--lr", type=float, help="learn: [1e-3]")
+    p.add_argument("--seconds", type=float, help="learn: of training [270]")
+    p.add_argument("--seed", type=int, help="learn: [1]")
     p.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
     args = p.parse_args(argv)
+    (mode,) = (mode for mode in MODES if mode.__name__ == args.what)
+    options_of_mode(args, MODES, mode, f"not for {args.what}")
     check_range(args, steps=1, repeats=1, seconds=0, seed=0)
-    for name in args.sides if args.what == "train" else ["mdlm"]:
+    if mode is learn and len(args.dtype) > 1:
+        fail(f"--dtype {' '.join(args.dtype)}: learn takes one")
+    for name in args.sides or ["mdlm"]:
         if not (args.clones / name).is_dir():
             fail(f"--clones {args.clones}: has no folder {name}; --help has the addresses")
     try:
-        shape = {
-            name: getattr(args, name) for name in ("vocab_size", "seq_len", "n_layer", "batch_size", "lr")
-        }
-        cfg = Config(**shape, micro_batch=args.batch_size, warmup=2500, t_min=1e-3, steps=10**6, device="cpu")
+        cfg = Config(
+            vocab_size=args.vocab_size, seq_len=args.seq_len, n_layer=args.n_layer, batch_size=args.batch_size, device="cpu",
+            micro_batch=args.batch_size, lr=3e-4 if args.lr is None else args.lr, t_min=1e-3, dtype=args.dtype[0],
+        )  # fmt: skip
     except ValueError as e:
         fail(f"--{e}")
-    print(shown({"train": train, "sample": sample, "learn": learn}[args.what](args, cfg), args.json))
+    print(shown(mode(args, cfg), args.json))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def costs(model, cfg, x0, maskable, samples, batch_size=512):
 def accuracy(cfg, samples, most):
     """{kind: share of its questions whose true answer is the likeliest of the options} of a trained run."""
     device = train.local_device(cfg)
-    model, _ = load(cfg.out_dir, device=device)
+    model, _ = load(cfg.out_dir, device=device, dtype=cfg.dtype)
     tokenizer = tokenizer_of(model.tokenizer)
     x0, maskable, of = questions(folder_of(cfg.data) / "test.jsonl", tokenizer, cfg, most)
     torch.manual_seed(0)
