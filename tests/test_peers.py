@@ -97,6 +97,7 @@ def test_sampling_in_turns(clones):
     assert 0 < got["ours float32"]["calls"] <= 32 and got["mdlm ddpm float32"]["seconds"] > 0.1
 
 
+@pytest.mark.slow
 def test_learning_ends_after_its_seconds_and_is_measured_by_our_bound(clones, corpus):
     (row,) = rows(clones, "learn", "--data", corpus, "--seconds", 1, "--lr", 0.1, "--dtype", "float32")
     assert 1 <= row["seconds"] < 2 and 5 < row["steps"] <= 50 and row["data"] == str(corpus)
