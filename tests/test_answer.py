@@ -84,7 +84,7 @@ def run(monkeypatch, capsys):
         path = "ckpt.pt" if isinstance(model, torch.nn.Module) else str(model)
         with monkeypatch.context() as patch:
             if isinstance(model, torch.nn.Module):
-                patch.setattr(answer, "load", lambda path, ema, device: (model, model.cfg))
+                patch.setattr(answer, "load", lambda *a: (model, model.cfg))
             capsys.readouterr()
             answer.main([task, path, "--device", "cpu", "--json", *map(str, argv)])
         return json.loads(capsys.readouterr().out)
