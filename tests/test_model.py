@@ -109,7 +109,7 @@ def test_flops_are_those_of_the_matrices(mlp, recompute, monkeypatch):
     cfg = replace(SMALL, cond_dim=0, n_embd=64, seq_len=32, recompute=recompute, **mlp)
     model = awake(cfg).train()
     x, t = canvas(cfg, 4)
-    at = torch.rand(x.shape) < 0.4
+    at = torch.rand(x.shape).view(-1).argsort().view(x.shape) < 48  # a multiple of 8: nothing is padded
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         model(x, t, at).sum().backward()
     ours = flops_per_token(cfg, at.double().mean().item()) * x.numel()
@@ -484,3 +484,43 @@ def test_matrices_rounded_once_give_the_logits_of_those_rounded_in_every_call(ch
     for a, b in zip(before, logits()):
         assert a is b is None or torch.equal(a, b)
     assert model.embed.weight.dtype == torch.float32 == model.final_norm.weight.dtype
+
+
+def test_the_head_meets_few_sizes_and_answers_as_without_padding(monkeypatch):
+    """Numbers of tokens around 1,000, as from batch to batch in training: two sizes instead of forty. Logits, losses and
+    all gradients are those of the tokens that were asked, with logits and without."""
+    sizes, plain = set(), F.linear
+    cfg = replace(SMALL, seq_len=300)
+    model, (x, t) = awake(cfg), canvas(cfg, 4)
+    weight = model.head.weight
+    for n in [*range(1000, 1040), 1, 7, 9]:
+        at = torch.zeros(x.numel(), dtype=torch.bool)
+        at[torch.randperm(x.numel())[:n]] = True
+        at = at.view(x.shape)
+
+        def seen(h, w, *bias):
+            if w.data_ptr() == weight.data_ptr():
+                sizes.add(len(h))
+            return plain(h, w, *bias)
+
+        monkeypatch.setattr(F, "linear", seen)
+        got = model(x, t, at)
+        monkeypatch.setattr(F, "linear", plain)
+        want = model(x, t)[at]
+        assert got.shape == want.shape == (n, 11)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert sizes == {1024, 1088, 8, 16}
+    target = torch.randint(11, (n,))
+    gradients = []
+    for large in (2**24, 0, None):
+        monkeypatch.setattr("model.LARGE", large)
+        loss = (
+            F.cross_entropy(model(x, t)[at], target, reduction="none")
+            if large is None
+            else model.nats(x, t, at, target)
+        )
+        assert loss.shape == (n,)
+        gradients.append(torch.autograd.grad((loss * torch.arange(1, n + 1)).sum(), list(model.parameters())))
+    for a, b, c in zip(*gradients):
+        torch.testing.assert_close(a, c, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(b, c, rtol=1e-3, atol=1e-5)
