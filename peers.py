@@ -127,8 +127,7 @@ def enter(clone):
     torch.set_float32_matmul_precision("high")  # as nanoDD, SMDM and ours have it
     rotary = module("flash_attn.layers.rotary", apply_rotary_emb_qkv_=turn_packed)
     flash = module("flash_attn.flash_attn_interface", flash_attn_varlen_qkvpacked_func=packed_attention)
-    module("flash_attn", flash_attn_interface=flash, layers=Fields(rotary=rotary))
-    module("flash_attn.layers", rotary=rotary)
+    module("flash_attn", flash_attn_interface=flash, layers=module("flash_attn.layers", rotary=rotary))
     module("huggingface_hub", PyTorchModelHubMixin=type("PyTorchModelHubMixin", (), {}))
     torch.manual_seed(0)
 
@@ -191,19 +190,12 @@ def nanodd(cfg):
     from d3pm_absorbing import D3PMAbsorbing
     from ema_pytorch import EMA
 
-    model, rows = (
-        D3PMAbsorbing(cfg.vocab_size, cfg.n_embd, cfg.n_head, cfg.n_layer, cfg.cond_dim, 0.0, 1000, 0.05),
-        made_up(cfg),
+    rows, shape = made_up(cfg), (cfg.vocab_size, cfg.n_embd, cfg.n_head, cfg.n_layer, cfg.cond_dim)
+    model = D3PMAbsorbing(*shape, dropout=0.0, T=1000, lambda_ce=0.05)
+    settings = dict(
+        update_after_step=100, update_every=1, inv_gamma=1.0, power=1.0, include_online_model=False
     )
-    ema = EMA(
-        model,
-        beta=0.9999,
-        update_after_step=100,
-        update_every=1,
-        inv_gamma=1.0,
-        power=1.0,
-        include_online_model=False,
-    )
+    ema = EMA(model, beta=0.9999, **settings)
     groups = [
         dict(params=[p for p in model.parameters() if (p.dim() >= 2) == decays], weight_decay=0.1 * decays)
         for decays in (True, False)
@@ -255,7 +247,6 @@ def sedd(cfg):
 
 def smdm(cfg):
     """Its own network, without adaLN; the loop is that of its pretrain/train_mdm.py."""
-
     module("xformers.ops", SwiGLU=SwiGLU)
     module("rotary_emb", apply_rotary=turn_into)
     from lit_gpt import diffmodel
