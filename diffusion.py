@@ -173,13 +173,14 @@ def corrupt(x0, maskable, cfg, t, xt):
 
 def spread(values, at):
     """values (N,) at the N positions of `at` (B, L), zero elsewhere."""
-    return torch.zeros(at.shape, dtype=values.dtype, device=at.device).masked_scatter(at, values)
+    zeros = torch.zeros(at.numel(), dtype=values.dtype, device=at.device)
+    return zeros.index_copy(0, at.flatten().nonzero()[:, 0], values).view(at.shape)
 
 
 def nll(model, x0, xt, t, at):
     """-log p(x0 | xt) in nats, (B, L) float32, zero outside `at`. The head runs on `at` only."""
     if hasattr(model, "nats"):  # a DiT: without the logits
-        return spread(model.nats(xt, t.float(), at, x0[at]), at)
+        return spread(model.nats(xt, t.float(), at, x0), at)
     return spread(F.cross_entropy(model(xt, t.float(), at), x0[at], reduction="none"), at)
 
 
@@ -444,10 +445,15 @@ def with_guidance(denoise, given, w, cfg):
 # their own. What a sampler's signature has behind `gen` are options of its own: --NAME where its name is in OPTIONS.
 
 
+def mass(log_p):
+    """What p^ of the rows of log_p (N, V) sums to, (N,) float64."""
+    return in_parts(lambda part: part.double().exp().sum(-1), log_p)
+
+
 def by_steps(denoise, x, steps, cfg, gen, chance):
     """One call for each of `steps` steps from t to s = t - 1 / steps: a masked position is revealed with probability
-    chance(t, s, mass), mass (N,) the sum of its p^. What is still masked after that is revealed at t = 0. Kept
-    literal: a token is drawn for every mask, and nearly all are thrown away."""
+    chance(t, s, log_p), one for all or (N,). What is still masked after that is revealed at t = 0. Kept literal: a
+    token is drawn for every mask, and nearly all are thrown away."""
     grid = torch.arange(steps + 1, dtype=torch.float64, device=x.device) / steps
     for n in range(steps, -1, -1):
         masked = x == cfg.mask_id
@@ -455,9 +461,8 @@ def by_steps(denoise, x, steps, cfg, gen, chance):
             return
         log_p = denoise(x, grid[n].expand(len(x)), masked)
         token = x.masked_scatter(masked, categorical(log_p, uniform(masked, gen)[masked]))
-        mass = in_parts(lambda part: part.double().exp().sum(-1), log_p)
-        p = chance(grid[n], grid[n - 1], mass).expand_as(mass) if n else torch.ones_like(mass)
-        x = torch.where(masked & (uniform(masked, gen) < spread(p, masked)), token, x)
+        p = chance(grid[n], grid[n - 1], log_p) if n else grid[-1]
+        x = torch.where(masked & (uniform(masked, gen) < spread(p.expand(len(log_p)), masked)), token, x)
         yield x
 
 
@@ -466,11 +471,11 @@ def ddpm(denoise, x, steps, cfg, gen=None):
     A network that answers MASK with probability 1 - mass reveals less often: that is D3PM's posterior, see
     `posterior_kl`. (MDLM's code drops the MASK probability of such a network.)"""
 
-    def chance(t, s, mass):
+    def chance(t, s, log_p):
         if cfg.zero_masking:
             return reveal_chance(t, s, cfg)
-        alpha_t, alpha_s = alpha(cfg.schedule, t), alpha(cfg.schedule, s)
-        return (alpha_s - alpha_t) * mass / (1 - alpha_t * mass)
+        alpha_t, alpha_s, answered = alpha(cfg.schedule, t), alpha(cfg.schedule, s), mass(log_p)
+        return (alpha_s - alpha_t) * answered / (1 - alpha_t * answered)
 
     yield from by_steps(denoise, x, steps, cfg, gen, chance)
 
@@ -479,12 +484,13 @@ def analytic(denoise, x, steps, cfg, gen=None):
     """SEDD's analytic sampler (Tweedie tau-leaping, section 4 of SEDD). Its staggered score times its transposed
     transition row, written out for a masked position of the absorbing graph, is r p^(y) for each y and 1 - r mass
     for MASK: `ddpm` when the scores are normalised."""
-    yield from by_steps(denoise, x, steps, cfg, gen, lambda t, s, mass: reveal_chance(t, s, cfg) * mass)
+    yield from by_steps(denoise, x, steps, cfg, gen, lambda t, s, log_p: reveal_chance(t, s, cfg) * mass(log_p))
 
 
 def euler(denoise, x, steps, cfg, gen=None):
     """SEDD's Euler steps (tau-leaping): the reverse rate -alpha' / (1 - alpha) p^(y), held from t to s."""
-    yield from by_steps(denoise, x, steps, cfg, gen, lambda t, s, mass: (t - s) * reveal_rate(t, cfg) * mass)
+    chance = lambda t, s, log_p: (t - s) * reveal_rate(t, cfg) * mass(log_p)
+    yield from by_steps(denoise, x, steps, cfg, gen, chance)
 
 
 def reveal_at(denoise, x, time, cfg, gen):

@@ -300,25 +300,27 @@ class DiT(nn.Module):
     def logits(self, h):
         return F.linear(h, *self.head_tensors()).float()
 
-    def nats(self, x, t, at, target):
-        """-log p(target), (N,) nats at the positions `at`: as from the logits, without them if they are LARGE."""
-        return self(x, t, at, target)
+    def nats(self, x, t, at, x0):
+        """-log p(x0), (N,) nats at the positions `at`: as from the logits, without them if they are LARGE."""
+        return self(x, t, at, x0)
 
-    def forward(self, x, t, at=None, target=None):
+    def forward(self, x, t, at=None, x0=None):
+        made = at
         if not self.cfg.causal:
             whole = at is None or self.training
-            h, at = (self.hidden(x, t), at) if whole else self.asked(x, t, at)
+            h, made = (self.hidden(x, t), at) if whole else self.asked(x, t, at)
         elif self.cfg.bos:
             h = F.pad(self.hidden(x[:, :-1], t), (0, 0, 1, 0))  # nothing stands before position 0
         else:
             h = self.hidden(self.shifted(x)[:, :-1], t)
         if at is None:
             return self.logits(h)
-        h = h[at]  # the head runs only where it is asked
-        n = len(h)
+        where = made.flatten().nonzero()[:, 0]  # here a GPU is waited for, once the trunk is on its way
+        h, n = h.flatten(0, 1).index_select(0, where), len(where)  # the head runs only where it is asked
         h = F.pad(h, (0, 0, 0, few_sizes(n) - n))
-        if target is None:
+        if x0 is None:
             return self.logits(h)[:n]
+        target = x0[at]
         if len(h) * self.outputs <= LARGE:
             return F.cross_entropy(self.logits(h)[:n], target, reduction="none")
         if torch.is_autocast_enabled(h.device.type):

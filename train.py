@@ -300,13 +300,14 @@ def train_step(net, optimizers, batches, step, cfg, device):
     """One update from a list of micro-batches: (mean loss in nats per token, gradient norm), on the device.
     The mean is over the tokens of the global batch, so that no split of it changes anything."""
     total = torch.zeros((), device=device)
-    tokens = sum(maskable.sum() for _, maskable, *_ in batches).to(device)
+    send = partial(torch.Tensor.to, device=device, non_blocking=True)  # does not wait for what a GPU has to do
+    tokens = send(sum(maskable.sum() for _, maskable, *_ in batches))
     world = 1
     if dist.is_initialized():
         dist.all_reduce(tokens)
         world = dist.get_world_size()
     for i, tensors in enumerate(batches):
-        x0, maskable, t, xt, weight = (a.to(device) for a in tensors)
+        x0, maskable, t, xt, weight = map(send, tensors)
         net.require_backward_grad_sync = i == len(batches) - 1  # for DDP: average once
         with autocast(device, cfg.dtype):
             nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt)  # (B, L)
@@ -318,7 +319,7 @@ def train_step(net, optimizers, batches, step, cfg, device):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, cfg) / cfg.lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients are views of its buckets, and stay so
     return total, norm
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LETTERS, make_corpus, tiny_run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from configs import CONFIGS, Config, as_ar, as_d3pm, as_sedd
@@ -450,6 +451,40 @@ def test_learning_rates_are_upstreams():
     assert [train.lr_at(s, nanodd) for s in (0, 2500, middle, 500_000)] == pytest.approx(want)
     wsd = Config(lr=1, lr_decay="linear", warmup=10, steps=100, decay_steps=20, min_lr=0.1)
     assert [train.lr_at(s, wsd) for s in (5, 10, 80, 90, 100)] == pytest.approx([0.5, 1, 1, 0.55, 0.1])
+
+
+class Waits(TorchDispatchMode):
+    """Notes in `seen` every operator whose result the host has to know: there a GPU is waited for."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        lists = [a for a in args if isinstance(a, (list, tuple))]  # of indices, for "index" and "index_put" in its forms
+        by_mask = "index" in name and any(getattr(i, "dtype", 0) == torch.bool for a in lists for i in a)
+        if by_mask or name in ("nonzero", "masked_select", "masked_scatter_backward", "_local_scalar_dense"):
+            self.seen.append("wait")
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("large", [2**24, 0])
+@pytest.mark.parametrize("make", [lambda cfg: cfg, as_sedd, as_ar])
+def test_a_step_waits_for_the_device_between_trunk_and_head_alone(cfg, make, large, monkeypatch):
+    """So that a GPU always has something to do: for how many tokens are masked, once the trunk is on its way."""
+    monkeypatch.setattr("model.LARGE", large)
+    cfg, device, seen = make(replace(cfg, muon_lr=0.01)), torch.device("cpu"), []
+    ids, meta = read_split(cfg.data, "train", cfg)
+    model, ema, optimizers = train.start(cfg, meta, device)
+    batches = train.micro_batches(ids, meta, cfg, 0)
+    model.blocks[-1].register_forward_hook(lambda *_: seen.append("trunk"))
+    back = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: back(loss, seen.append("back")))
+    with Waits(seen):
+        train.train_step(model, optimizers, batches, 0, cfg, device)
+        train.update_ema(ema, model, 1, cfg)
+    assert seen == ["trunk", "wait", "wait", "wait", "back"]
 
 
 def test_ema_rules_are_upstreams():
