@@ -198,16 +198,16 @@ def pydocs_mdlm():
         n_layer=1, n_head=4, n_embd=256, cond_dim=0,
         loss="mdlm", T=0, time_law="bell",
         steps=2400, batch_size=16, micro_batch=16,
-        lr=2e-3, muon_lr=0.014, lr_decay="linear", warmup=20,
+        lr=2e-3, muon_lr=0.014, lr_decay="constant", warmup=20,
         seed=1, eval_every=400, eval_windows=0, save_every=400,
     )  # fmt: skip
 
 
 def reversal_mdlm():
-    """The demo's recipe for reversal.py: a fact per row, from scratch."""
+    """The demo's recipe for reversal.py, with decay: a fact per row, from scratch."""
     return replace(
         pydocs_mdlm(), data="reversal", seq_len=64, bos=True, steps=1000, batch_size=64, micro_batch=64, samples=0,
-        eval_every=500, save_every=500,
+        lr_decay="linear", eval_every=500, save_every=500,
     )  # fmt: skip
 
 
