@@ -53,8 +53,8 @@ def parameters(cfg):
 
 def sized(cfg, size, budget):
     """cfg at one of SIZES, for as many steps as `budget` FLOPs pay for: C / (6 N tokens of a step), rounded down.
-    The warm-up is SMDM's, a hundredth of the steps and at least 100, but at most a tenth; the rate decays until the
-    last step."""
+    The warm-up is SMDM's, a hundredth of the steps and at least 100, but at most a tenth; a rate that decays does
+    so until the last step."""
     n_layer, n_head, n_embd = SIZES[size]
     shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, mlp_width=1600 if size == "75" else 0)
     cfg = replace(cfg, **shape, decay_steps=0, samples=0)

@@ -137,6 +137,8 @@ def make_optimizers(model, cfg):
 @torch.no_grad()
 def update_ema(ema, model, n, cfg):
     """Average the weights after update n = 1, 2, ...; the decay warms up so that early weights fade."""
+    if ema is model:
+        return
     m = max(n - cfg.ema_start, 0)
     decay = min(cfg.ema, m / (m + cfg.ema_warmup)) if m else 0.0
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -282,7 +284,8 @@ def micro_batches(ids, meta, cfg, step, rank=0, world=1):
 
 
 def start(cfg, meta, device, init_from=""):
-    """(model, its average, optimizers) before the first step, with the weights of init_from if it is given."""
+    """(model, its average, optimizers) before the first step, with the weights of init_from if it is given. With
+    ema=0 the average is the model."""
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(cfg.seed)
@@ -290,7 +293,7 @@ def start(cfg, meta, device, init_from=""):
     model = DiT(cfg).to(device)
     if init_from:
         begin_with(model, init_from, meta)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else model
     if device.type == "cuda" and cfg.compile:
         model.hidden = torch.compile(model.hidden)  # the trunk: its shapes are static, the head's are not
     return model, ema, make_optimizers(model, cfg)
@@ -300,7 +303,9 @@ def train_step(net, optimizers, batches, step, cfg, device):
     """One update from a list of micro-batches: (mean loss in nats per token, gradient norm), on the device.
     The mean is over the tokens of the global batch, so that no split of it changes anything."""
     total = torch.zeros((), device=device)
-    send = partial(torch.Tensor.to, device=device, non_blocking=True)  # does not wait for what a GPU has to do
+    send = partial(
+        torch.Tensor.to, device=device, non_blocking=True
+    )  # does not wait for what a GPU has to do
     tokens = send(sum(maskable.sum() for _, maskable, *_ in batches))
     world = 1
     if dist.is_initialized():
@@ -364,7 +369,7 @@ def run(cfg, resume, overwrite, at_end):
             fail(f"{cfg.out_dir}: the processes see checkpoints of steps {steps}; they must share the folder")
     net = model  # two names from here on: `model` is saved and averaged, `net` is called
     if world > 1:
-        net = DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        net = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
         net.nats = net.__call__  # DDP averages the gradients of what goes through its own call alone
 
     pool = ThreadPoolExecutor(1)  # the next batch is made while this one trains
@@ -402,7 +407,8 @@ def run(cfg, resume, overwrite, at_end):
     def validate(windows):
         """The report on `windows` windows of the validation split (0: all), which all ranks share."""
         where = f"{cfg.data}/val.bin"
-        result = bound(ema, val_ids, meta, cfg, where, cfg.T, 1, windows, micro, dtype=cfg.dtype)
+        result = bound(ema.eval(), val_ids, meta, cfg, where, cfg.T, 1, windows, micro, dtype=cfg.dtype)
+        model.train()
         return report(result, meta, "val")
 
     bar = tqdm(total=cfg.steps, initial=step, disable=rank > 0, unit="step", dynamic_ncols=True)
@@ -460,7 +466,7 @@ def run(cfg, resume, overwrite, at_end):
     if rank == 0:
         say(f"\nvalidation: {figure(val, 'bits_per_char', 3)} bits per character, perplexity "
             f"{figure(val, 'perplexity', 1)} per token, after {trained:.0f} s of training")  # fmt: skip
-        for text in generate(ema, tokenizer, cfg, cfg.samples, canvas) if cfg.samples else ():
+        for text in generate(ema.eval(), tokenizer, cfg, cfg.samples, canvas) if cfg.samples else ():
             say(f"\n--- sample\n{text}")
         say(f"\nNext:\n  python sample.py {out}/ckpt.pt --watch\n  python evaluate.py {out}/ckpt.pt")
     return val

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import LETTERS, make_corpus, tiny_run
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from configs import CONFIGS, Config, as_ar, as_d3pm, as_sedd
 from data.corpus import GIVEN, finish, partial_of, read_split, training_rows
 from diffusion import LOSSES, alpha
+from evaluate import bound
 from model import DiT, load, read_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -382,6 +384,7 @@ def torchrun(cfg, *extra):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*launch, *command(cfg, *extra)], cwd=ROOT, env=environment(), capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert b"FutureWarning" not in done.stderr
 
 
 def close(a, b):
@@ -462,7 +465,9 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.overloadpacket.__name__
-        lists = [a for a in args if isinstance(a, (list, tuple))]  # of indices, for "index" and "index_put" in its forms
+        lists = [
+            a for a in args if isinstance(a, (list, tuple))
+        ]  # of indices, for "index" and "index_put" in its forms
         by_mask = "index" in name and any(getattr(i, "dtype", 0) == torch.bool for a in lists for i in a)
         if by_mask or name in ("nonzero", "masked_select", "masked_scatter_backward", "_local_scalar_dense"):
             self.seen.append("wait")
@@ -485,6 +490,48 @@ def test_a_step_waits_for_the_device_between_trunk_and_head_alone(cfg, make, lar
         train.train_step(model, optimizers, batches, 0, cfg, device)
         train.update_ema(ema, model, 1, cfg)
     assert seen == ["trunk", "wait", "wait", "wait", "back"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_compiles_the_trunk_once(cfg, recompute):
+    """There and back, whatever number of tokens the head answers, and to the same weights."""
+    torch._dynamo.reset()
+    cfg, device, counter = (
+        replace(cfg, recompute=recompute),
+        torch.device("cpu"),
+        CompileCounterWithBackend("aot_eager"),
+    )
+    ids, meta = read_split(cfg.data, "train", cfg)
+    trained = []
+    for compiled in (False, True):
+        model, _, optimizers = train.start(cfg, meta, device)
+        if compiled:
+            model.hidden = torch.compile(model.hidden, backend=counter, fullgraph=True)
+        for step in range(4):
+            train.train_step(model, optimizers, train.micro_batches(ids, meta, cfg, step), step, cfg, device)
+        trained.append(list(model.parameters()))
+    assert counter.frame_count == 1
+    torch.testing.assert_close(*trained)
+
+
+def test_without_an_average_there_is_no_second_model_and_validation_changes_nothing(cfg, tmp_path):
+    """Dropout, which a model left in evaluation would no longer have, is on again after a validation."""
+    cfg = replace(cfg, ema=0.0, dropout=0.5, eval_every=4, save_every=12)
+    ids, meta = read_split(cfg.data, "train", cfg)
+    model, ema, _ = train.start(cfg, meta, torch.device("cpu"))
+    assert ema is model
+    report = train.main(cfg)
+    train.main(rare := replace(cfg, eval_every=12, out_dir=str(tmp_path / "rare")))
+    assert same(weights(cfg), weights(rare))
+    saved = weights(cfg)
+    assert all(
+        torch.equal(t, saved["ema" + k.removeprefix("model")]) for k, t in saved.items() if k[0] == "m"
+    )
+    model, _ = load(cfg.out_dir)
+    val, meta = read_split(cfg.data, "val", cfg)
+    assert bound(model, val, meta, cfg, "val", batch_size=8)["nats"] == pytest.approx(
+        report["nats"], rel=1e-6
+    )
 
 
 def test_ema_rules_are_upstreams():
