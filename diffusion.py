@@ -484,9 +484,8 @@ def analytic(denoise, x, steps, cfg, gen=None):
     """SEDD's analytic sampler (Tweedie tau-leaping, section 4 of SEDD). Its staggered score times its transposed
     transition row, written out for a masked position of the absorbing graph, is r p^(y) for each y and 1 - r mass
     for MASK: `ddpm` when the scores are normalised."""
-    yield from by_steps(
-        denoise, x, steps, cfg, gen, lambda t, s, log_p: reveal_chance(t, s, cfg) * mass(log_p)
-    )
+    chance = lambda t, s, log_p: reveal_chance(t, s, cfg) * mass(log_p)
+    yield from by_steps(denoise, x, steps, cfg, gen, chance)
 
 
 def euler(denoise, x, steps, cfg, gen=None):

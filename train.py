@@ -303,9 +303,8 @@ def train_step(net, optimizers, batches, step, cfg, device):
     """One update from a list of micro-batches: (mean loss in nats per token, gradient norm), on the device.
     The mean is over the tokens of the global batch, so that no split of it changes anything."""
     total = torch.zeros((), device=device)
-    send = partial(
-        torch.Tensor.to, device=device, non_blocking=True
-    )  # does not wait for what a GPU has to do
+    # not waiting for what a GPU still has to do
+    send = partial(torch.Tensor.to, device=device, non_blocking=True)
     tokens = send(sum(maskable.sum() for _, maskable, *_ in batches))
     world = 1
     if dist.is_initialized():
