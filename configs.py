@@ -115,7 +115,7 @@ class Config:
     eps: float = 1e-8
     weight_decay: float = 0.0  # on tensors of two or more dimensions
     grad_clip: float = 1.0
-    ema: float = 0.9999  # decay of update n: m / (m + ema_warmup), at most ema, with m = n - ema_start
+    ema: float = 0.9999  # decay of update n: m / (m + ema_warmup), at most ema; m = n - ema_start; 0: none
     ema_start: int = -1  # -1 and 9: MDLM's (1 + n) / (10 + n)
     ema_warmup: int = 9
     # run

@@ -380,8 +380,8 @@ def shaped(denoise, shape):
 
     def outer(log_p, t, at):
         log_p = inner(log_p, t, at)
-        mass = log_p.logsumexp(-1, keepdim=True)
-        return shape(log_p - mass, t[:, None].expand(at.shape)[at]) + mass
+        log_mass = log_p.logsumexp(-1, keepdim=True)
+        return shape(log_p - log_mass, t[:, None].expand(at.shape)[at]) + log_mass
 
     both = lambda x, t, at: outer(plain(x, t, at), t, at)
     both.plain, both.shape = plain, outer
@@ -461,7 +461,7 @@ def by_steps(denoise, x, steps, cfg, gen, chance):
             return
         log_p = denoise(x, grid[n].expand(len(x)), masked)
         token = x.masked_scatter(masked, categorical(log_p, uniform(masked, gen)[masked]))
-        p = chance(grid[n], grid[n - 1], log_p) if n else grid[-1]
+        p = chance(grid[n], grid[n - 1], log_p) if n else torch.ones_like(grid[n])
         x = torch.where(masked & (uniform(masked, gen) < spread(p.expand(len(log_p)), masked)), token, x)
         yield x
 

@@ -305,7 +305,7 @@ class DiT(nn.Module):
         return self(x, t, at, x0)
 
     def forward(self, x, t, at=None, x0=None):
-        made = at
+        made = at  # `asked` may make of h only a few positions of a row
         if not self.cfg.causal:
             whole = at is None or self.training
             h, made = (self.hidden(x, t), at) if whole else self.asked(x, t, at)

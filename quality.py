@@ -1,4 +1,4 @@
-"""What faster sampling costs: the quality of texts against the network calls that they took, for every sampler.
+"""What faster sampling costs: the quality of texts against the network calls that they took, for a sampler of each law.
 
 python quality.py out/pydocs_mdlm/ckpt.pt --judge out/compare_pydocs_mdlm/ar_1/ckpt.pt --png quality.png
 python quality.py out/owt_mdlm/ckpt.pt --judge gpt2-large --samplers ddpm_cache remdm_cap --steps 128 1024 --top_p 0.9

@@ -1,7 +1,7 @@
 """Scaling laws from IsoFLOP curves, as SMDM's (Nie et al., arXiv 2410.18514, section 3): AR against masked diffusion.
 
 python data/prepare.py text --input LIB/*.py --tokenizer char --out stdlib     # LIB: the folder of Python's os.py
-python scaling.py --data=stdlib --seq_len=128 --batch_size=8                   # half an hour of a CPU core
+python scaling.py --data=stdlib --seq_len=128 --batch_size=8 --lr_decay=linear # half an hour of a CPU core
 python scaling.py smdm_170 --data=slimpajama --sizes 19 34 66 113 170 231 --budgets 6e18 1e19 3e19    # SMDM's recipe
 python scaling.py --fit assets/scaling.jsonl --out_dir=out/fit   # no training: runs with loss, N, C and nats a line
 

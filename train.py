@@ -137,7 +137,7 @@ def make_optimizers(model, cfg):
 @torch.no_grad()
 def update_ema(ema, model, n, cfg):
     """Average the weights after update n = 1, 2, ...; the decay warms up so that early weights fade."""
-    if ema is model:
+    if not cfg.ema:
         return
     m = max(n - cfg.ema_start, 0)
     decay = min(cfg.ema, m / (m + cfg.ema_warmup)) if m else 0.0
@@ -285,7 +285,7 @@ def micro_batches(ids, meta, cfg, step, rank=0, world=1):
 
 def start(cfg, meta, device, init_from=""):
     """(model, its average, optimizers) before the first step, with the weights of init_from if it is given. With
-    ema=0 the average is the model."""
+    ema=0 the average has the model's own tensors."""
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(cfg.seed)
@@ -293,7 +293,7 @@ def start(cfg, meta, device, init_from=""):
     model = DiT(cfg).to(device)
     if init_from:
         begin_with(model, init_from, meta)
-    ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else model
+    ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else copy.copy(model)
     if device.type == "cuda" and cfg.compile:
         model.hidden = torch.compile(model.hidden)  # the trunk: its shapes are static, the head's are not
     return model, ema, make_optimizers(model, cfg)
@@ -303,7 +303,7 @@ def train_step(net, optimizers, batches, step, cfg, device):
     """One update from a list of micro-batches: (mean loss in nats per token, gradient norm), on the device.
     The mean is over the tokens of the global batch, so that no split of it changes anything."""
     total = torch.zeros((), device=device)
-    # not waiting for what a GPU still has to do
+    # which need not wait for a GPU
     send = partial(torch.Tensor.to, device=device, non_blocking=True)
     tokens = send(sum(maskable.sum() for _, maskable, *_ in batches))
     world = 1
