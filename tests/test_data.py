@@ -138,6 +138,7 @@ def test_tokenizer_errors_are_one_line_that_names_the_culprit():
 # pydocs
 
 
+@pytest.mark.slow
 def test_pydocs(tmp_path, capsys):
     meta, ids = make("pydocs", "--out", tmp_path / "a")
     assert "python train.py pydocs_mdlm --data=" in capsys.readouterr().out

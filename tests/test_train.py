@@ -104,6 +104,7 @@ def test_training_learns_and_reports(cfg):
     assert not model.training and json.loads((Path(cfg.out_dir) / "config.json").read_text())["lr"] == 3e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [as_ar, as_sedd, as_d3pm, lambda cfg: replace(as_ar(cfg), bos=True)])
 def test_every_baseline_trains_evaluates_and_samples(cfg, change, capsys):
     """Better than single characters, as above; the given first character is none that sampling could know."""
