@@ -303,8 +303,7 @@ def train_step(net, optimizers, batches, step, cfg, device):
     """One update from a list of micro-batches: (mean loss in nats per token, gradient norm), on the device.
     The mean is over the tokens of the global batch, so that no split of it changes anything."""
     total = torch.zeros((), device=device)
-    # which need not wait for a GPU
-    send = partial(torch.Tensor.to, device=device, non_blocking=True)
+    send = partial(torch.Tensor.to, device=device, non_blocking=True)  # need not wait for a GPU
     tokens = send(sum(maskable.sum() for _, maskable, *_ in batches))
     world = 1
     if dist.is_initialized():
