@@ -202,7 +202,7 @@ def bench_evaluate(args):
 # Training. Every case is a process of its own, so that its memory is its own, and does a step when it is told to.
 
 PARTS = {  # of a step: what an operation, or one that it is part of, is called; the first that fits
-    "head and loss": ("CrossEntropy", "_log_softmax", "nll_loss", "cross_entropy"),
+    "head and loss": ("Costs", "_log_softmax", "LogSoftmax", "gather", "Gather"),
     "optimizer": ("Optimizer.",),
     "average": ("aten::lerp", "_foreach_lerp"),
     "clipping": ("linalg_vector_norm", "_foreach_norm", "_foreach_mul_"),

@@ -14,7 +14,7 @@ the missing tokens. Generating is the way back: from all MASK at t = 1 to a text
 Contracts
     model(x, t, at)    -> (N, V) float32 logits, one row per True of `at` in row-major order; V outputs, so
                           "the answer is never MASK" is a shape and not a minus infinity (a D3PM without
-                          zero_masking has one more, MASK, at the end)
+                          zero_masking has one more, MASK, at the end); `costs_of` says what a method `costs` adds
     denoise(x, t, at)  -> (N, V) log-probabilities; guidance, temperature, top-p and a greedy end wrap it
     loss(model, x0, maskable, cfg, t=None, xt=None)  -> (B, L) nats, never reduced, zero where nothing is lost
     sampler(denoise, x, steps, cfg, gen=None)        -> yields (B, L) canvases, each a new tensor
@@ -167,21 +167,41 @@ def corrupt(x0, maskable, cfg, t, xt):
 #   If it is masked, q reveals it with probability r = (alpha_s - alpha_t) / (1 - alpha_t), as x0, and leaves
 #   MASK with probability 1 - r. The model never answers MASK, so p leaves MASK with the same probability, and
 #   reveals v with probability r p(v | xt). The MASK terms cancel: KL = r log(r / (r p(x0 | xt))).
-# So KL = -r log p(x0 | xt): nothing of size (B, L, V) is needed but the logits, and those at masks only. One
-# random step instead of the sum costs a factor T; as T grows, T r becomes -alpha' / (1 - alpha): that is MDLM.
+# So KL = -r log p(x0 | xt): nothing of size (B, L, V) is needed, and answers at masks only. One random
+# step instead of the sum costs a factor T; as T grows, T r becomes -alpha' / (1 - alpha): that is MDLM.
 
 
-def spread(values, at):
-    """values (N,) at the N positions of `at` (B, L), zero elsewhere."""
-    zeros = torch.zeros(at.numel(), dtype=values.dtype, device=at.device)
-    return zeros.index_copy(0, at.flatten().nonzero()[:, 0], values).view(at.shape)
+def places(at):
+    """Where `at` (B, L) is True in the flattened canvas, (N,): the one thing that a loss waits for on a GPU."""
+    return at.flatten().nonzero()[:, 0]
+
+
+def spread(values, at, where=None):
+    """values (N, ...) at the N positions of `at` (B, L), zero elsewhere: (B, L, ...). where: its `places`, if known."""
+    zeros = values.new_zeros(at.numel(), *values.shape[1:])
+    zeros = zeros.index_copy(0, places(at) if where is None else where, values)
+    return zeros.view(*at.shape, *values.shape[1:])
+
+
+def costs(logits, tokens):
+    """All that a loss takes from logits (N, V), for tokens (N, k): -log p(tokens), (N, k) nats, and log Z, (N,),
+    where Z is the mean of exp(logits): for networks whose answers do not sum to one (`sedd`)."""
+    nats = -F.log_softmax(logits, -1).gather(-1, tokens)
+    total = nats[:, 0] + logits.gather(-1, tokens[:, :1])[:, 0]  # the log of their sum, in no pass of its own
+    return nats, total - math.log(logits.shape[-1])
+
+
+def costs_of(model, xt, t, at, tokens):
+    """`costs` of tokens (B, L, k) given xt: (B, L, k) and (B, L) float32, zero outside `at`. A DiT has its own
+    way, which does not write large logits down."""
+    if hasattr(model, "costs"):
+        return model.costs(xt, t.float(), at, tokens)
+    return [spread(values, at) for values in costs(model(xt, t.float(), at), tokens[at])]
 
 
 def nll(model, x0, xt, t, at):
-    """-log p(x0 | xt) in nats, (B, L) float32, zero outside `at`. The head runs on `at` only."""
-    if hasattr(model, "nats"):  # a DiT: without the logits
-        return spread(model.nats(xt, t.float(), at, x0), at)
-    return spread(F.cross_entropy(model(xt, t.float(), at), x0[at], reduction="none"), at)
+    """-log p(x0 | xt) in nats, (B, L) float32, zero outside `at`."""
+    return costs_of(model, xt, t, at, x0[..., None])[0][..., 0]
 
 
 def reveal_rate(t, cfg):
@@ -235,15 +255,14 @@ def d3pm(model, x0, maskable, cfg, t=None, xt=None):
 def posterior_kl(model, x0, maskable, cfg, t, xt):
     """T x D3PM's KL of step n = T t for a network that may answer MASK, (B, L) nats, zero where xt is visible."""
     masked = maskable & (xt == cfg.mask_id)
-    log_p = F.log_softmax(model(xt, t.float(), masked), -1)
-    m, correct = log_p[:, -1].double().exp(), log_p.gather(-1, x0[masked][:, None])[:, 0].double()
-    at_masks = lambda of_row: of_row[:, None].expand(x0.shape)[masked]  # (B,) -> (N,)
-    s = t.double() - 1 / cfg.T
-    alpha_t, alpha_s = at_masks(alpha(cfg.schedule, t)), at_masks(alpha(cfg.schedule, s))
-    r = at_masks(reveal_chance(t, s, cfg))
-    a_t = torch.log1p(m * alpha_t / (1 - alpha_t))
+    tokens = torch.stack((x0, torch.full_like(x0, cfg.mask_id)), -1)  # MASK is the last output, too
+    nats, mask_nats = costs_of(model, xt, t, masked, tokens)[0].double().unbind(-1)
+    m, t = (-mask_nats).exp(), t.double()[:, None]
+    s = t - 1 / cfg.T
+    r, alpha_t, alpha_s = reveal_chance(t, s, cfg), alpha(cfg.schedule, t), alpha(cfg.schedule, s)
+    a_t = torch.log1p(m * alpha_t / (1 - alpha_t).clamp(min=1e-12))
     rest = torch.special.xlog1py(1 - r, m * alpha_s / (1 - alpha_s).clamp(min=1e-12))  # 0 at s = 0, as 1 - r
-    return spread((cfg.T * (a_t - r * correct - rest)).float(), masked)
+    return torch.where(masked, cfg.T * (a_t + r * nats - rest), 0).float()
 
 
 # SEDD learns ratios instead ("concrete scores"): s(y) = p_t(x with y at a masked position) / p_t(x), which is
@@ -254,10 +273,9 @@ def posterior_kl(model, x0, maskable, cfg, t, xt):
 
 
 def score_entropy(model, x0, xt, t, at):
-    """Z - 1 - log p^(x0) in nats, (B, L) float32, zero outside `at`."""
-    logits = model(xt, t.float(), at)
-    log_p = logits - math.log(logits.shape[-1])
-    return spread(log_p.exp().sum(-1) - 1 - log_p.gather(-1, x0[at][:, None])[:, 0], at)
+    """-log p(x0) + Z - 1 - log Z in nats, (B, L) float32, zero outside `at`."""
+    nats, log_z = costs_of(model, xt, t, at, x0[..., None])
+    return nats[..., 0] + log_z.expm1() - log_z
 
 
 def sedd(model, x0, maskable, cfg, t=None, xt=None):

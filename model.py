@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from configs import fail, from_dict
-from diffusion import alpha, in_parts
+from diffusion import alpha, costs, in_parts, places, spread
 
 
 def rotary_tables(length, head_dim, base=10_000):
@@ -132,9 +132,9 @@ def logit_slices(h, weight, bias, size):
 
 
 def column_of(target, start, x):
-    """Which targets (N,) lie in the slice x (N, n) that begins at `start`, and their columns (N, 1) in it."""
+    """Which targets (N, k) lie in the slice x (N, n) that begins at `start`, and their columns (N, k) in it."""
     column = target - start
-    return (column >= 0) & (column < x.shape[1]), column.clamp(0, x.shape[1] - 1)[:, None]
+    return (column >= 0) & (column < x.shape[1]), column.clamp(0, x.shape[1] - 1)
 
 
 def few_sizes(n):
@@ -143,36 +143,38 @@ def few_sizes(n):
     return n + -n % (64 if n > 512 else 8)
 
 
-class CrossEntropy(torch.autograd.Function):
-    """-log softmax(h @ weight.T + bias)[target], h (N, d), target (N,) -> (N,) float32 nats. The (N, V) logits never
-    exist: they are worked out by slices of the vocabulary that stay in a CPU's cache, and once more on the way
-    back, for a third more arithmetic. Logits, their softmax and both gradients, of N V numbers each, cost about as
-    much to write down. On a GPU it is memory that this saves; time was not measured."""
+class Costs(torch.autograd.Function):
+    """`diffusion.costs` of the logits h @ weight.T + bias, h (N, d), target (N, k), in float32. The (N, V) logits
+    never exist: they are worked out by slices of the vocabulary that stay in a CPU's cache, and once more on the
+    way back, for a third more arithmetic. Logits, their softmax and both gradients, of N V numbers each, cost
+    about as much to write down. On a GPU it is memory that this saves; time was not measured."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, target):
         ctx.size = max((2**26 if h.is_cuda else 2**20) // max(len(h), 1) // 64, 4) * 64
         top = torch.full((len(h),), -math.inf, device=h.device)
-        total, own = torch.zeros(2, len(h), device=h.device)  # sum of exp(logit - top), the target's logit
+        total = torch.zeros_like(top)  # sum of exp(logit - top)
+        own = torch.zeros(target.shape, device=h.device)  # the targets' logits
         for start, x, *_ in logit_slices(h, weight, bias, ctx.size):
             inside, column = column_of(target, start, x)
-            own = torch.where(inside, x.gather(1, column)[:, 0], own)
+            own = torch.where(inside, x.gather(1, column), own)
             before, top = top, torch.maximum(top, x.amax(-1))
             total = total * (before - top).exp() + x.sub_(top[:, None]).exp_().sum(-1)
         log_total = top + total.log()
         ctx.save_for_backward(h, weight, bias, target, log_total)
-        return log_total - own
+        return log_total[:, None] - own, log_total - math.log(len(weight))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, grad_z):
         h, weight, bias, target, log_total = ctx.saved_tensors
+        all_grad = (grad.sum(-1) + grad_z)[:, None]
         grad_h = torch.zeros_like(h, dtype=torch.float32)
         grad_weight = torch.empty_like(weight)
         grad_bias = None if bias is None else torch.empty_like(bias)
         for start, x, w in logit_slices(h, weight, bias, ctx.size):
-            x = x.sub_(log_total[:, None]).exp_().mul_(grad[:, None])  # now the logits' gradients
+            x = x.sub_(log_total[:, None]).exp_().mul_(all_grad)  # now the logits' gradients
             inside, column = column_of(target, start, x)
-            x.scatter_add_(1, column, torch.where(inside, -grad, 0)[:, None])
+            x.scatter_add_(1, column, torch.where(inside, -grad, 0))
             part = slice(start, start + len(w))
             if bias is not None:
                 grad_bias[part] = x.sum(0)
@@ -203,7 +205,7 @@ def tokens_read(past):
 
 class DiT(nn.Module):
     """model(x, t, at) -> (N, V) logits for the N True positions of `at` (B, L), row by row; (B, L, V) without
-    `at`. Without zero_masking there is one more output, MASK. A causal network (loss=ar) answers position i
+    `at`; what they cost tokens instead of the logits: see `costs`. Without zero_masking there is one more output, MASK. A causal network (loss=ar) answers position i
     from the tokens before i: its input is shifted by one, with MASK as the start symbol, unless cfg.bos gives
     the first token.
 
@@ -300,11 +302,12 @@ class DiT(nn.Module):
     def logits(self, h):
         return F.linear(h, *self.head_tensors()).float()
 
-    def nats(self, x, t, at, x0):
-        """-log p(x0), (N,) nats at the positions `at`: as from the logits, without them if they are LARGE."""
-        return self(x, t, at, x0)
+    def costs(self, x, t, at, tokens):
+        """`diffusion.costs` of tokens (B, L, k) at the positions `at`: (B, L, k) and (B, L), zero elsewhere. As from
+        the logits, but without them if they are LARGE."""
+        return self(x, t, at, tokens)
 
-    def forward(self, x, t, at=None, x0=None):
+    def forward(self, x, t, at=None, tokens=None):
         made = at  # `asked` may make of h only a few positions of a row
         if not self.cfg.causal:
             whole = at is None or self.training
@@ -315,17 +318,20 @@ class DiT(nn.Module):
             h = self.hidden(self.shifted(x)[:, :-1], t)
         if at is None:
             return self.logits(h)
-        where = made.flatten().nonzero()[:, 0]  # here a GPU is waited for, once the trunk is on its way
+        where = places(made)  # here a GPU is waited for, once the trunk is on its way
         h, n = h.flatten(0, 1).index_select(0, where), len(where)  # the head runs only where it is asked
         h = F.pad(h, (0, 0, 0, few_sizes(n) - n))
-        if x0 is None:
+        if tokens is None:
             return self.logits(h)[:n]
-        target = x0[at]
+        where = where if made is at else places(at)  # in the canvas again
+        target = tokens.flatten(0, 1).index_select(0, where)
         if len(h) * self.outputs <= LARGE:
-            return F.cross_entropy(self.logits(h)[:n], target, reduction="none")
-        if torch.is_autocast_enabled(h.device.type):
-            h = h.to(torch.get_autocast_dtype(h.device.type))
-        return CrossEntropy.apply(h, *self.head_tensors(), F.pad(target, (0, len(h) - n)))[:n]
+            both = costs(self.logits(h)[:n], target)
+        else:
+            if torch.is_autocast_enabled(h.device.type):
+                h = h.to(torch.get_autocast_dtype(h.device.type))
+            both = Costs.apply(h, *self.head_tensors(), F.pad(target, (0, 0, 0, len(h) - n)))
+        return [spread(values[:n], at, where) for values in both]
 
     def shifted(self, x):
         """What a causal network reads: the tokens, after the start symbol if it has one."""

@@ -368,7 +368,7 @@ def run(cfg, resume, overwrite, at_end):
     net = model  # two names from here on: `model` is saved and averaged, `net` is called
     if world > 1:
         net = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
-        net.nats = net.__call__  # DDP averages the gradients of what goes through its own call alone
+        net.costs = net.__call__  # DDP averages the gradients of what goes through its own call alone
 
     pool = ThreadPoolExecutor(1)  # the next batch is made while this one trains
     at_end.callback(pool.shutdown, cancel_futures=True)

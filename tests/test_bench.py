@@ -52,7 +52,7 @@ def test_training_reports_speed_memory_and_work_of_every_case(capsys):
     "names, part",
     [
         (
-            ["aten::mm", "CrossEntropyBackward", "autograd::engine::evaluate_function: CrossEntropyBackward"],
+            ["aten::mm", "CostsBackward", "autograd::engine::evaluate_function: CostsBackward"],
             "head and loss",
         ),
         (["aten::mm", "MmBackward0"], "matrices"),

@@ -1,5 +1,6 @@
 """The network: sizes against upstream's, and what each switch promises."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import configs
 from configs import CONFIGS, Config
-from diffusion import alpha
+from diffusion import LOSSES, alpha, costs, draw
 from model import (
-    CrossEntropy,
+    Costs,
     DiT,
     autocast,
     count_parameters,
@@ -119,7 +120,7 @@ def test_flops_are_those_of_the_matrices(mlp, recompute, monkeypatch):
     for large, again in ((2**24, 0), (0, head / 3)):  # logits that are kept, and that are worked out twice
         monkeypatch.setattr("model.LARGE", large)
         with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
-            model.nats(x, t, at, x.clamp(max=10)).sum().backward()
+            model.costs(x, t, at, x.clamp(max=10)[..., None])[0].sum().backward()
         assert counter.get_total_flops() == pytest.approx(ours + recompute * blocks + again, rel=1e-12)
 
 
@@ -167,49 +168,84 @@ def test_recomputing_blocks_changes_memory_and_no_bit_of_a_gradient(kind):
 
 @pytest.mark.parametrize("V", [11, 5000])
 @pytest.mark.parametrize("kind", [dict(), dict(tied=True), dict(bias=False)])
-def test_the_loss_without_logits_is_the_loss_with_them(V, kind, monkeypatch):
+def test_the_costs_without_logits_are_those_with_them(V, kind, monkeypatch):
     """Of one slice of the vocabulary and of many; values and every gradient, in float32 and, to its precision,
     bfloat16, where sure answers are not lost in rounding; and no (N, V) numbers are kept."""
     cfg = replace(SMALL, vocab_size=V, **kind)
     model, (x, t) = awake(cfg), canvas(cfg, 80)
     at = torch.rand(x.shape) < 0.5
-    x0 = torch.randint(0, V, x.shape)
-    target = x0[at]
-    monkeypatch.setattr("model.LARGE", len(target) * V - 1)
-    weight = torch.rand(len(target)) * 2 - 0.5  # of any sign, and of none
+    tokens = torch.randint(0, V, (*x.shape, 2))
+    N = int(at.sum())
+    monkeypatch.setattr("model.LARGE", N * V - 1)
+    weight = torch.rand(N, 3) * 2 - 0.5  # of any sign, and of none
     weight[:5] = 0
     for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         values, gradients, memory = [], [], []
         for way in (
-            lambda: F.cross_entropy(model(x, t, at), target, reduction="none"),
-            lambda: model.nats(x, t, at, x0),
+            lambda: costs(model(x, t, at), tokens[at]),
+            lambda: [cost[at] for cost in model.costs(x, t, at, tokens)],
         ):
             model.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                nats, kept = saved_bytes(way)
-            (nats * weight).sum().backward()
+                (nats, log_z), kept = saved_bytes(way)
+            cost = torch.cat((nats, log_z[:, None]), 1)
+            (cost * weight).sum().backward()
             memory.append(kept)
-            values.append(nats.detach())
+            values.append(cost.detach())
             gradients.append([p.grad for p in model.parameters()])
         torch.testing.assert_close(*values)
         for a, b in zip(*gradients):
             assert (a - b).norm() <= close * a.norm()
-        if V > 11:  # but for one number per token
-            assert memory[0] - memory[1] > 3.9 * V * len(target)
+        if V > 11:  # but for a few numbers per token
+            assert memory[0] - memory[1] > 3.9 * V * N
     with torch.no_grad():
-        assert model.nats(x, t, torch.zeros_like(at), x0).shape == (0,)
+        nats, log_z = model.costs(x, t, torch.zeros_like(at), tokens)
+        assert nats.shape == (*x.shape, 2) and not nats.any() and not log_z.any()
 
 
-def test_the_loss_without_logits_stands_large_logits_and_sure_answers():
+def test_the_costs_without_logits_stand_large_logits_and_sure_answers():
     """Logits of hundreds, whose exponentials overflow; the gradient of a sure answer is 0, not bfloat16's rounding."""
     h, y = torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2)
     for size in (300.0, -300.0):
         weight = torch.nn.Parameter(size * torch.eye(4, 4))
-        nats = CrossEntropy.apply(h, weight, None, y)
-        torch.testing.assert_close(nats, F.cross_entropy(h @ weight.T, y, reduction="none"))
+        nats, log_z = Costs.apply(h, weight, None, y[:, None])
+        logits = h @ weight.T
+        torch.testing.assert_close(nats[:, 0], F.cross_entropy(logits, y, reduction="none"))
+        torch.testing.assert_close(log_z, logits.logsumexp(-1) - math.log(4))
         nats.sum().backward()
         if size > 0:
             assert not weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(),
+        dict(loss="sedd"),
+        AR,
+        dict(loss="d3pm", T=9),
+        dict(loss="d3pm", T=9, aux_ce=0.1),
+        dict(loss="d3pm", T=9, zero_masking=False),
+    ],
+)
+def test_no_loss_writes_large_logits_down(fields, monkeypatch):
+    """Whatever it is made of: the same loss and gradients, and no (N, V) tensor kept for the way back."""
+    V = 5000
+    cfg = replace(SMALL, vocab_size=V, **fields)
+    model, x0, got = awake(cfg).train(), torch.randint(0, V, (80, 16)), []
+    maskable = torch.ones(x0.shape, dtype=torch.bool)
+    t, xt, _ = draw(x0, maskable, cfg, torch.rand(80), torch.rand(x0.shape))
+    for large in (2**40, 0):
+        monkeypatch.setattr("model.LARGE", large)
+        model.zero_grad()
+        nats, kept = saved_bytes(lambda: LOSSES[cfg.loss](model, x0, maskable, cfg, t, xt))
+        nats.mean().backward()
+        got.append((nats.detach(), torch.cat([p.grad.flatten() for p in model.parameters()]), kept))
+    (nats, grad, kept), (nats2, grad2, kept2) = got
+    torch.testing.assert_close(nats, nats2, rtol=1e-4, atol=1e-4)
+    assert (grad - grad2).norm() < 1e-4 * grad.norm()
+    logits = 4 * V * (x0.numel() if cfg.causal or cfg.aux_ce else int((xt == V).sum()))
+    assert kept > logits and kept - kept2 > 0.8 * logits
 
 
 def test_adaln_that_rows_share_is_the_norms_own_gain_and_bias():
@@ -518,7 +554,7 @@ def test_the_head_meets_few_sizes_and_answers_as_without_padding(monkeypatch):
         loss = (
             F.cross_entropy(model(x, t)[at], x0[at], reduction="none")
             if large is None
-            else model.nats(x, t, at, x0)
+            else model.costs(x, t, at, x0[..., None])[0][at][:, 0]
         )
         assert loss.shape == (n,)
         gradients.append(torch.autograd.grad((loss * torch.arange(1, n + 1)).sum(), list(model.parameters())))
