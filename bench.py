@@ -46,8 +46,9 @@ from model import autocast, compute_dtype, flops_per_token, load, pick_device
 from sample import sampler_for
 
 
-def timed(sampling, model, cfg, canvas, dtype):
-    """(seconds, calls, rows through the head) of sampling(denoise, canvas, gen), a generator of canvases."""
+def timed(sampling, model, cfg, canvas, dtype, first=0):
+    """(seconds, calls, rows through the head) of sampling(denoise, canvas, gen), a generator of canvases, for the
+    texts from number `first` on: when a text's tokens are revealed, and so its calls, depends on its number."""
     count, plain = [0, 0], (cached_denoiser if cfg.causal else denoiser)(model, cfg)
 
     def counted(x, t, at):
@@ -57,7 +58,7 @@ def timed(sampling, model, cfg, canvas, dtype):
 
     start = time.perf_counter()
     with autocast(canvas.device, dtype):
-        for x in sampling(counted, canvas, row_generators(0, range(len(canvas)))):
+        for x in sampling(counted, canvas, row_generators(0, range(first, first + len(canvas)))):
             x.sum().item()  # waits for the device, as a reader of the frames would
     return time.perf_counter() - start, *count
 
@@ -113,13 +114,13 @@ def bench_semi_ar(args):
     model, cfg = load(args.ckpt, device=device, dtype=args.dtype)
     L, sampler = cfg.seq_len, SAMPLERS[sampler_for(cfg, *(args.samplers or []))]
     plain = lambda denoise, x, gen: sampler(denoise, x, args.steps[0], cfg, gen)
-    run = lambda sampling, canvas: timed(sampling, model, cfg, canvas, args.dtype)
+    run = lambda sampling, canvas, first=0: timed(sampling, model, cfg, canvas, args.dtype, first)
     long = lambda stride: run(
         lambda denoise, x, gen: semi_ar(denoise, x, args.steps[0], cfg, gen, sampler, stride=stride),
         empty(cfg, device, 1, 16 * L),
     )
     alone = lambda: [
-        sum(column) for column in zip(*(run(plain, empty(cfg, device, 1, L)) for _ in range(16)))
+        sum(column) for column in zip(*(run(plain, empty(cfg, device, 1, L), i) for i in range(16)))
     ]
     jobs = {
         "16 texts, one batch": partial(run, plain, empty(cfg, device, 16, L)),

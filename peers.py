@@ -313,7 +313,8 @@ def batches(pipe, side, clone, cfg, T, threads):
         keep_freed_memory()  # as `load` does
         sampling = lambda denoise, x, gen: SAMPLERS["ddpm_cache"](denoise, x, T, cfg, gen)
         canvas = empty(cfg, CPU, cfg.batch_size, cfg.seq_len)
-        draw = lambda: timed(sampling, model, cfg, canvas, cfg.dtype)[:2]
+        first = itertools.count(step=cfg.batch_size)  # other texts every time, as theirs
+        draw = lambda: timed(sampling, model, cfg, canvas, cfg.dtype, next(first))[:2]
     else:
         enter(clone)
         d, calls = mdlm_model(cfg, side.removeprefix("mdlm "), T).eval(), [0]
