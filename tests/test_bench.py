@@ -152,6 +152,17 @@ def test_semi_ar_counts_the_calls_of_its_windows(checkpoint, capsys):
     assert all(r["calls"] == 16 * 32 == r["tokens"] for r in strides)  # each token is revealed once
 
 
+def test_one_by_one_the_texts_are_those_of_the_batch(checkpoint, capsys, monkeypatch):
+    """And not one text sixteen times: how often the network is called depends on a text's number."""
+    seen, plain = [], bench.row_generators
+    monkeypatch.setattr(
+        bench, "row_generators", lambda seed, rows: seen.append(list(rows)) or plain(seed, rows)
+    )
+    rows(capsys, "semi_ar", checkpoint, "--steps", 2, "--repeats", 1)
+    _, batch, *alone = seen[:18]  # after the warm-up
+    assert batch == list(range(16)) and alone == [[i] for i in range(16)]
+
+
 def test_ar_models_are_measured_with_their_own_sampler(corpus, tmp_path, capsys):
     cfg = replace(as_ar(tiny_run(corpus)), bos=True, samples=0, out_dir=str(tmp_path / "ar"))
     train.main(cfg)
