@@ -14,7 +14,7 @@ the missing tokens. Generating is the way back: from all MASK at t = 1 to a text
 Contracts
     model(x, t, at)    -> (N, V) float32 logits, one row per True of `at` in row-major order; V outputs, so
                           "the answer is never MASK" is a shape and not a minus infinity (a D3PM without
-                          zero_masking has one more, MASK, at the end); `costs_of` says what a method `costs` adds
+                          zero_masking has one more, MASK, at the end). Losses take them through `costs_of`
     denoise(x, t, at)  -> (N, V) log-probabilities; guidance, temperature, top-p and a greedy end wrap it
     loss(model, x0, maskable, cfg, t=None, xt=None)  -> (B, L) nats, never reduced, zero where nothing is lost
     sampler(denoise, x, steps, cfg, gen=None)        -> yields (B, L) canvases, each a new tensor

@@ -205,9 +205,9 @@ def tokens_read(past):
 
 class DiT(nn.Module):
     """model(x, t, at) -> (N, V) logits for the N True positions of `at` (B, L), row by row; (B, L, V) without
-    `at`; what they cost tokens instead of the logits: see `costs`. Without zero_masking there is one more output, MASK. A causal network (loss=ar) answers position i
-    from the tokens before i: its input is shifted by one, with MASK as the start symbol, unless cfg.bos gives
-    the first token.
+    `at`; `costs` tells what they cost, without them. Without zero_masking there is one more output, MASK. A causal
+    network (loss=ar) answers position i from the tokens before i: its input is shifted by one, with MASK as the
+    start symbol, unless cfg.bos gives the first token.
 
     Initialisation (init="smdm": that of SMDM's code, see `smdm_init`): torch's own for linear layers, except
         embedding        uniform +-1/sqrt(d) (MDLM, SEDD); tied: normal 1/sqrt(d), cut at 3 sigma (nanoDD)
