@@ -205,7 +205,7 @@ def tokens_read(past):
 
 class DiT(nn.Module):
     """model(x, t, at) -> (N, V) logits for the N True positions of `at` (B, L), row by row; (B, L, V) without
-    `at`; `costs` tells what they cost, without them. Without zero_masking there is one more output, MASK. A causal
+    `at`; `costs` gives a loss what it wants of them. Without zero_masking there is one more output, MASK. A causal
     network (loss=ar) answers position i from the tokens before i: its input is shifted by one, with MASK as the
     start symbol, unless cfg.bos gives the first token.
 
