@@ -372,8 +372,7 @@ def flops_per_token(cfg, masked=None):
 
 def keep_freed_memory():
     """Linux: do not give the memory of a freed tensor back to the kernel, which would clear it page by page for the
-    next one of the same size: up to a tenth of a step and a quarter of sampling, if the heap has room to grow. The peak
-    stays within a few percent."""
+    next one: up to a tenth of a step and a quarter of sampling. The peak stays within a few percent."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt if sys.platform == "linux" else lambda *_: None
         mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
