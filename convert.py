@@ -343,7 +343,7 @@ def from_smdm(path, weights, step, loss=None, vocab=None):
     The number of heads is that of the size in SMDM's table: no tensor tells it. An AR network gets a row of
     zeros for MASK, which it never reads: with bos=True its first token is given. Upstream always rounds its
     rotary cos and sin to bfloat16, we only under autocast to it. In float32 nothing else differs, and that by
-    up to 2e-3 in the logits of untrained weights (tests/test_convert.py), more where attention is sharp."""
+    up to 2e-3 in the logits of untrained weights, 1e-3 in tests/test_convert.py, more where attention is sharp."""
     (rows, d), V = weights["transformer.wte.weight"].shape, 32000
     if rows not in (V, V + 1):
         fail(f"{path}: an embedding of {rows} rows, but SMDM's have {V + 1}, or {V} if AR")
