@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -13,10 +14,13 @@ import torch
 from conftest import make_corpus, tiny_run
 
 import evaluate
+import model
 import sample
 import train
 from configs import CONFIGS, Config, from_cli
 from model import read_checkpoint
+
+HERE = Path(__file__).parents[1]
 
 
 def refused(capsys, call, *words):
@@ -221,6 +225,7 @@ def test_batches_that_do_not_divide(run, capsys, monkeypatch):
 def test_a_device_that_is_not_there(run, capsys):
     refused(capsys, lambda: train.main(replace(run, device="cuda:9")), "device=cuda:9")
     refused(capsys, lambda: train.main(replace(run, device="abacus")), "device=abacus")
+    refused(capsys, lambda: train.main(replace(run, device="mps")), "device=mps", "float64", "--device=cpu")
     refused(capsys, lambda: train.main(replace(run, device="meta")), "device=meta", "cuda:N")
 
 
@@ -417,3 +422,38 @@ def test_the_readme_names_files_that_exist_with_their_sizes():
         assert (root / name).exists(), name
     for name in CONFIGS:
         assert f"`{name}`" in readme or re.fullmatch(r"smdm_\d+(_ar)?", name)
+
+
+def test_bfloat16_on_a_cpu_that_emulates_it_warns_in_one_line(capfd, monkeypatch):
+    model.warn_once.cache_clear()
+    cpu = torch.device("cpu")
+    for capability, lines in (("avx512_bf16", 0), ("avx2", 1)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capability: {c: True})
+        assert [model.compute_dtype(cpu, "bfloat16") for _ in range(3)] == ["bfloat16"] * 3
+        assert model.compute_dtype(cpu, "auto") == ("float32" if lines else "bfloat16")
+        assert model.compute_dtype(cpu, "float32") == "float32"
+        err = capfd.readouterr().err
+        assert err.count("\n") == lines and ("slower than float32" in err) == bool(lines)
+
+
+def test_train_names_what_is_missing_before_it_imports_torch(tmp_path):
+    """Run as a newcomer would, with a package hidden: one line, the pip command, exit code 2, and quickly."""
+    for package in ("numpy", "tokenizers", "tqdm", "torch"):
+        code = f"""
+import runpy, sys
+sys.modules[{package!r}] = None  # as if it were not installed
+try:
+    runpy.run_path("train.py")
+finally:
+    assert sys.modules.get("torch") is None
+"""
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"error: {package} is missing: pip install -r requirements.txt\n"
+
+
+def test_train_names_the_python_it_needs():
+    """`sys.version_info` is what an old interpreter would say; the lines that check it are old syntax, too."""
+    code = "import sys; sys.version_info = (3, 10, 4); import runpy; runpy.run_path('train.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: Python 3.11 or later is needed; this is 3.10\n"

@@ -557,6 +557,57 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(cfg):
         assert len(muon) == (4 * cfg.n_layer if muon_lr else 0)  # qkv, attn_out, mlp_in, mlp_out
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_muon_in_bfloat16_is_torchs_to_the_bit(shape, monkeypatch):
+    monkeypatch.setattr(train, "compute_dtype", lambda device, dtype: "bfloat16")
+    ours, theirs = (
+        torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in "ab"
+    )
+    optimizers = (
+        train.Muon([ours], lr=0.02, weight_decay=0.1),
+        torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1),
+    )
+    for step in range(5):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step + 2))
+        for p, optimizer in zip((ours, theirs), optimizers):
+            p.grad = gradient.clone()
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+    assert torch.equal(*(o.state_dict()["state"][0]["momentum_buffer"] for o in optimizers))
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_in_float32_orthogonalises(shape):
+    """Same singular vectors as the gradient's; its five steps bring singular values to 0.68 .. 1.14."""
+    u, s, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    s = torch.linspace(1, 0.05, len(s), dtype=torch.float64)
+    rotated = u.T @ train.orthogonalize(u @ s.diag() @ vh, torch.float32).double() @ vh.T
+    values = rotated.diagonal()
+    assert 0.6 < values.min() and values.max() < 1.25
+    assert (rotated - values.diag()).abs().max() < 1e-4
+    a, b, c = 3.4445, -4.7750, 2.0315  # each step maps a singular value x to a x + b x^3 + c x^5
+    x = s / s.norm()
+    for _ in range(5):
+        x = a * x + b * x**3 + c * x**5
+    assert (values - x).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "capability, dtype",
+    [("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx2", torch.float32)],
+)
+def test_muon_multiplies_in_what_the_cpu_has_instructions_for(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    seen, orthogonalize = [], train.orthogonalize
+    monkeypatch.setattr(
+        train, "orthogonalize", lambda g, dtype: seen.append(dtype) or orthogonalize(g, dtype)
+    )
+    p = torch.nn.Parameter(torch.randn(4, 4))
+    p.grad = torch.randn(4, 4)
+    train.Muon([p]).step()
+    assert seen == [dtype]
+
+
 def test_wandb_gets_the_log_offline(cfg, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
