@@ -204,7 +204,7 @@ def pydocs_mdlm():
 
 
 def reversal_mdlm():
-    """The demo's recipe for reversal.py, with decay: a fact per row, from scratch."""
+    """The demo's recipe for tasks/reversal.py, with decay: a fact per row, from scratch."""
     return replace(
         pydocs_mdlm(), data="reversal", seq_len=64, bos=True, steps=1000, batch_size=64, micro_batch=64, samples=0,
         lr_decay="linear", eval_every=500, save_every=500,

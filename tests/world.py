@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from collections import deque
 
 import numpy as np
 import torch
 
 from configs import Config
-from diffusion import LOSSES, alpha
+from diffusion import LOSSES, alpha, time_at
 
 L, V = 3, 3
 MASK = V
@@ -176,3 +177,20 @@ def expected_loss(loss, model, text, cfg, nodes=400):
     xt = x0.masked_fill(SUBSETS.repeat(len(t), 1), MASK)
     nats = LOSSES[loss](model, x0, ones(x0), cfg, t.repeat_interleave(len(SUBSETS)), xt).double().sum(-1)
     return (nats.view(len(t), -1) * probability * dt[:, None]).sum().item()
+
+
+def last(frames):
+    return deque(frames, maxlen=1).pop()
+
+
+def left_to_right_law(model, canvas, schedule, steps):
+    state = {tuple(canvas.tolist()): 1.0}
+    for i in range(L):
+        t = time_at(schedule, torch.tensor((L - i) / L)).item()
+        p, after = answers(model, t).exp(), {}
+        for x, chance in state.items():
+            for v in range(V) if x[i] == MASK else [x[i]]:
+                q = p[index(torch.tensor(x)), i, v].item() if x[i] == MASK else 1
+                after[x[:i] + (v,) + x[i + 1 :]] = chance * q
+        state = after
+    return torch.tensor([state.get(tuple(x), 0.0) for x in TEXTS.tolist()], dtype=torch.float64)

@@ -12,23 +12,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_run
+from conftest import SHARED, tiny_run
 from test_cli import refused
-from test_data import ROOT
 from test_generative import save
 from test_pretraining_data import OURS
 
-import answer
 import train
-from answer import complete, dialogues, is_right
 from configs import Config, as_ar
 from data.corpus import read_split, take, unpack
 from data.finetune import SYSTEM
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer, train_bpe
 from model import load
+from tasks import answer
+from tasks.answer import complete, dialogues, is_right
 
-QUESTIONS = ROOT.parent / "shared" / "data" / "mt_bench" / "question.jsonl"
+QUESTIONS = SHARED / "data" / "mt_bench" / "question.jsonl"
 
 
 class Memory(torch.nn.Module):

@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_samplers import last, left_to_right_law
 from world import (
     MASK,
     TEXTS,
@@ -18,18 +17,20 @@ from world import (
     expected_loss,
     hostile_model,
     hostile_scores,
+    last,
+    left_to_right_law,
     random_joint,
     tiny,
     tiny_ar,
 )
 
-import harness
 from configs import Config
 from data.tokenizer import load_tokenizer
 from diffusion import alpha, ar, reveal_rate, time_at
-from harness import Request, batches, chain, fit, is_greedy, mc, split, write
 from model import DiT
 from sample import frames
+from tasks import harness
+from tasks.harness import Request, batches, chain, fit, is_greedy, mc, split, write
 
 EVERY = [
     Request(text[:p], text[p:]) for p in range(L + 1) for text in TEXTS.tolist()

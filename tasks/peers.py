@@ -6,9 +6,9 @@ git clone https://github.com/flukeskywalker/nanoDD ../nanodd                    
 git clone https://github.com/louaaron/Score-Entropy-Discrete-Diffusion ../sedd   # 0605786
 git clone https://github.com/ML-GSAI/SMDM ../smdm                                # and 583aa47
 pip install einops==0.8.2 ema_pytorch==0.8.3
-python peers.py train --clones .. --vocab_size 50257 --batch_size 8
-python peers.py sample --clones .. --vocab_size 27 --steps 1000 --batch_size 8
-python peers.py learn --clones .. --vocab_size 2048 --batch_size 16 --data pydocs --seconds 270 --lr 1e-3
+python -m tasks.peers train --clones .. --vocab_size 50257 --batch_size 8
+python -m tasks.peers sample --clones .. --vocab_size 27 --steps 1000 --batch_size 8
+python -m tasks.peers learn --clones .. --vocab_size 2048 --batch_size 16 --data pydocs --seconds 270 --lr 1e-3
 
 One shape, 4 blocks of width 256, in each project's own network; ours is always MDLM's. In `train` and `sample` every side
 is a process of its own that does a step, or draws a batch, when it is told to, in turns with the others. `learn` runs MDLM
@@ -38,12 +38,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from bench import children, empty, resident, shown, timed, training
 from configs import Config, check_range, fail, options_of_mode, parser
 from data.corpus import read_split, training_rows, unpack
 from diffusion import SAMPLERS
 from evaluate import bound, report
 from model import DiT, autocast, compute_dtype, keep_freed_memory, rounded
+from tasks.bench import children, empty, resident, shown, timed, training
 
 CPU = torch.device("cpu")
 EMPTY = """hydra lightning lightning_utilities torchmetrics transformers huggingface_hub omegaconf fsspec timm dataloader
@@ -116,10 +116,10 @@ def module(name, **names):
 
 def enter(clone):
     """From here on this process imports a clone's modules, several of which have the names of ours."""
-    ours = Path(__file__).resolve().parent
+    ours = Path(__file__).resolve().parents[1]
     for name, found in list(sys.modules.items()):
         folder = Path(getattr(found, "__file__", None) or "/").resolve().parent
-        if folder in (ours, ours / "data") and "main__" not in name:
+        if folder in (ours, ours / "data", ours / "tasks") and "main__" not in name:
             del sys.modules[name]
     sys.path[:] = [str(clone.resolve())] + [p for p in sys.path if Path(p).resolve() != ours]
     sys.meta_path.insert(0, Finder())

@@ -1,11 +1,11 @@
 """Measure: training speed and memory, seconds and network calls of the samplers, noise of the estimators.
 
-python bench.py train owt_mdlm --batch_size 8 --micro_batch 8                   # tokens/s, share of the peak, memory
-python bench.py train --n_layer 4 --sweep seq_len=128,256,512,1024,2048,4096    # how cost grows; any field
-python bench.py train --n_layer 4 --sweep dtype=float32,bfloat16 --profile      # and where the time goes
-python bench.py sample out/pydocs_mdlm/ckpt.pt --steps 64 1000 --length 64 256  # each sampler, same weights
-python bench.py semi_ar out/pydocs_mdlm/ckpt.pt                                 # long texts, window by window
-python bench.py evaluate out/pydocs_mdlm/ckpt.pt --repeats 30                   # error per forward
+python -m tasks.bench train owt_mdlm --batch_size 8 --micro_batch 8                   # tokens/s, share of the peak, memory
+python -m tasks.bench train --n_layer 4 --sweep seq_len=128,256,512,1024,2048,4096    # how cost grows; any field
+python -m tasks.bench train --n_layer 4 --sweep dtype=float32,bfloat16 --profile      # and where the time goes
+python -m tasks.bench sample out/pydocs_mdlm/ckpt.pt --steps 64 1000 --length 64 256  # each sampler, same weights
+python -m tasks.bench semi_ar out/pydocs_mdlm/ckpt.pt                                 # long texts, window by window
+python -m tasks.bench evaluate out/pydocs_mdlm/ckpt.pt --repeats 30                   # error per forward
 
 Machines are noisy: runs are interleaved, figures are medians, and what counts is the ratio within one run.
 """

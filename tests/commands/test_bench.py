@@ -10,10 +10,10 @@ import torch
 from conftest import tiny_run
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import train
 from configs import Config, as_ar, as_d3pm, as_sedd
 from model import flops_per_token
+from tasks import bench
 
 
 def rows(capsys, *args):

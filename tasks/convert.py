@@ -1,12 +1,12 @@
 """Checkpoints of other projects into ours, and any of them out to the Hugging Face hub's layout.
 
-python convert.py kuleshov-group/mdlm-owt out/mdlm/ckpt.pt        # from the hub, a folder or a file
-python convert.py sedd.ckpt out/sedd/ckpt.pt                      # MDLM's Lightning files, baselines too
-python convert.py louaaron/sedd-small out/sedd_small/ckpt.pt      # SEDD's; also the folder of one of its runs
-python convert.py rupspace/nanoDD-D3PM-text8 out/nanodd/ckpt.pt   # nanoDD's ckpt.pt
-python convert.py nieshen/SMDM:mdm_safetensors/mdm-170M-100e18.safetensors out/smdm.pt   # one file of a repo
-python convert.py out/owt_mdlm/ckpt.pt hub/mine --push ME/mine    # to a folder for the hub, and up
-python convert.py ME/mine out/back/ckpt.pt                        # and back; or hub/mine, the folder
+python -m tasks.convert kuleshov-group/mdlm-owt out/mdlm/ckpt.pt        # from the hub, a folder or a file
+python -m tasks.convert sedd.ckpt out/sedd/ckpt.pt                      # MDLM's Lightning files, baselines too
+python -m tasks.convert louaaron/sedd-small out/sedd_small/ckpt.pt      # SEDD's; also the folder of one of its runs
+python -m tasks.convert rupspace/nanoDD-D3PM-text8 out/nanodd/ckpt.pt   # nanoDD's ckpt.pt
+python -m tasks.convert nieshen/SMDM:mdm_safetensors/mdm-170M-100e18.safetensors out/smdm.pt   # one file of a repo
+python -m tasks.convert out/owt_mdlm/ckpt.pt hub/mine --push ME/mine    # to a folder for the hub, and up
+python -m tasks.convert ME/mine out/back/ckpt.pt                        # and back; or hub/mine, the folder
 
 What SOURCE holds decides how it is read. OUT is a checkpoint if it ends in .pt, with the raw and the averaged
 weights where the source has both, else a folder that transformers loads with trust_remote_code=True.
@@ -343,7 +343,7 @@ def from_smdm(path, weights, step, loss=None, vocab=None):
     The number of heads is that of the size in SMDM's table: no tensor tells it. An AR network gets a row of
     zeros for MASK, which it never reads: with bos=True its first token is given. Upstream always rounds its
     rotary cos and sin to bfloat16, we only under autocast to it. In float32 nothing else differs, and that by
-    up to 2e-3 in the logits of untrained weights, 1e-3 in tests/test_convert.py, more where attention is sharp."""
+    up to 2e-3 in the logits of untrained weights, 1e-3 in tests/commands/test_convert.py, more where attention is sharp."""
     (rows, d), V = weights["transformer.wte.weight"].shape, 32000
     if rows not in (V, V + 1):
         fail(f"{path}: an embedding of {rows} rows, but SMDM's have {V + 1}, or {V} if AR")
@@ -481,7 +481,7 @@ logits = model(input_ids).logits  # (B, L, {outputs}); the id {mask} is MASK
 `model(input_ids, timesteps)` takes a t in [0, 1] per row, 0 for a clean text and 1 for nothing but MASK; by
 default that of the row's masked fraction. {note}The tokenizer is {tokenizer}.
 
-For samples, with nanoMDLM: `python convert.py {name} ckpt.pt`, then `python sample.py ckpt.pt`.
+For samples, with nanoMDLM: `python -m tasks.convert {name} ckpt.pt`, then `python sample.py ckpt.pt`.
 
 | field | value |
 |---|---|
@@ -509,7 +509,7 @@ def write_folder(out, state, cfg, name, ema=True):
         table="\n".join(f"| {field} | {getattr(cfg, field)} |" for field in shown),
     )  # fmt: skip
     wrapper = textwrap.dedent(inspect.getsource(hub_classes).split('"""\n', 1)[1])
-    doc = '"""A network of nanoMDLM for transformers, with trust_remote_code=True. Written by convert.py."""'
+    doc = '"""A network of nanoMDLM for transformers, with trust_remote_code=True. Written by tasks/convert.py."""'
     needed, classes = wrapper.split("\nclass ", 1)
     imports, definitions = source_of(classes := "\nclass " + classes)
     code = f"{doc}\n\n{imports}\n{needed}\n{definitions}\n\n{classes}"

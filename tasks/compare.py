@@ -1,8 +1,8 @@
 """AR, MDLM, SEDD and D3PM on the same data in the same order, for the same steps, with the same network.
 
-python compare.py                                          # the demo's network and data, 3 seeds
-python compare.py --data=mine --steps=600 --seeds 5        # any field of any config
-torchrun --nproc_per_node=8 compare.py owt_mdlm --seeds 1
+python -m tasks.compare                                          # the demo's network and data, 3 seeds
+python -m tasks.compare --data=mine --steps=600 --seeds 5        # any field of any config
+torchrun --nproc_per_node=8 -m tasks.compare owt_mdlm --seeds 1
 
 Writes to out/compare_<config>/: a folder per run, table.md, curves.png and samples.txt. Runs that are complete are
 not run again, and one that was stopped goes on where it stopped.

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import deque
 from functools import cache, partial
 
 import pytest
@@ -21,6 +20,8 @@ from world import (
     hostile_model,
     hostile_scores,
     index,
+    last,
+    left_to_right_law,
     random_joint,
     remasking_states,
     step_law,
@@ -59,10 +60,6 @@ CANVASES = {  # all masks, prompt, suffix, hole, two holes
     "holes": [MASK, 1, MASK],
 }
 N = 20_000
-
-
-def last(frames):
-    return deque(frames, maxlen=1).pop()
 
 
 def staggered_row(p, alpha_s, alpha_t):
@@ -208,19 +205,6 @@ OPTION_LAWS = {  # sampler: the law for a value of its option
     "remdm_cap": lambda eta: remdm_law(lambda most: min(eta, most)),
     "remdm_rescale": lambda eta: remdm_law(lambda most: eta * most),
 }
-
-
-def left_to_right_law(model, canvas, schedule, steps):
-    state = {tuple(canvas.tolist()): 1.0}
-    for i in range(L):
-        t = time_at(schedule, torch.tensor((L - i) / L)).item()
-        p, after = answers(model, t).exp(), {}
-        for x, chance in state.items():
-            for v in range(V) if x[i] == MASK else [x[i]]:
-                q = p[index(torch.tensor(x)), i, v].item() if x[i] == MASK else 1
-                after[x[:i] + (v,) + x[i + 1 :]] = chance * q
-        state = after
-    return torch.tensor([state.get(tuple(x), 0.0) for x in TEXTS.tolist()], dtype=torch.float64)
 
 
 @cache  # seconds for each, and no number of steps to depend on

@@ -24,7 +24,7 @@ from diffusion import LOSSES, alpha
 from evaluate import bound
 from model import DiT, load, read_checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import tiny_run
 
-import reversal
 from configs import as_ar
 from data.corpus import read_meta
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
 from diffusion import ar
 from model import DiT
+from tasks import reversal
 
 PEOPLE = [
     f"{first} {last}" for first in ("Ann", "Bob", "Cy") for last in ("Ash", "Birch", "Cedar", "Dogwood")

@@ -1,9 +1,9 @@
 """What a fine-tuned checkpoint answers: to GSM8K's problems, which are scored, and to MT-Bench's questions,
 for FastChat's judge. Answers are written as they come, and a run that was cut short goes on.
 
-python answer.py gsm8k out/gsm8k/ckpt.pt                    # the problems in test.jsonl of its data
-python answer.py gsm8k smdm_gsm8k.pt --data gsm8k --length 256 --dtype auto
-python answer.py mt_bench out/sharegpt/ckpt.pt --input question.jsonl --out model_answer/mine.jsonl
+python -m tasks.answer gsm8k out/gsm8k/ckpt.pt                    # the problems in test.jsonl of its data
+python -m tasks.answer gsm8k smdm_gsm8k.pt --data gsm8k --length 256 --dtype auto
+python -m tasks.answer mt_bench out/sharegpt/ckpt.pt --input question.jsonl --out model_answer/mine.jsonl
 
 Texts are put together as in data/finetune.py, and each goes on from the ids that the model wrote, not from
 their text. A row has --length tokens; all that is behind its prompt is masked, and read up to the first

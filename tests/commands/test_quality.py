@@ -11,9 +11,9 @@ from test_cli import refused
 from test_generative import save
 
 import evaluate
-import quality
 from data.corpus import read_split
 from diffusion import SAMPLERS, STEPLESS, options_of
+from tasks import quality
 
 ARGS = ["--num", "3", "--steps", "2", "5", "--batch_size", "2", "--device", "cpu"]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import tiny_run
 
-import compare
 import evaluate
 from configs import as_ar, as_d3pm, as_sedd
 from model import load
+from tasks import compare
 
 
 @pytest.fixture(scope="module")

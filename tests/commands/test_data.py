@@ -21,7 +21,7 @@ from configs import Config
 from data.corpus import read_meta, read_split, training_rows
 from data.tokenizer import load_tokenizer, train_bpe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GPT2 = ROOT.parent / "shared" / "tiktoken"  # GPT-2's vocabulary, where tests must not download it
 if GPT2.exists():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(GPT2))

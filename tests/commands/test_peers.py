@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import peers
+from tasks import peers
 
 MDLM = """
 import time
@@ -68,7 +68,8 @@ def rows(clones, what, *args):
     """In a process of its own: `learn` leaves only upstream's modules behind."""
     command = [
         sys.executable,
-        peers.__file__,
+        "-m",
+        "tasks.peers",
         what,
         "--clones",
         str(clones),
@@ -76,7 +77,9 @@ def rows(clones, what, *args):
         *map(str, args),
         "--json",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=Path(peers.__file__).parents[1], capture_output=True, text=True, check=True
+    )
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -132,7 +135,7 @@ def test_what_cannot_be_ends_in_one_line(args, words, clones, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_real_projects():
     """Every one trains, and its loss after three steps of warm-up is near that of a guess among 27 letters."""
-    at = Path(os.environ.get("NANOMDLM_CLONES", Path(peers.__file__).parents[1]))
+    at = Path(os.environ.get("NANOMDLM_CLONES", Path(peers.__file__).parents[2]))
     missing = [name for name in peers.PROJECTS if not (at / name).is_dir()]
     if missing:
         pytest.skip(f"no clone of {', '.join(missing)} in {at}; NANOMDLM_CLONES=DIR says where they are")

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-import convert
 from configs import Config
 from data.tokenizer import load_tokenizer
 from model import DiT, load, read_checkpoint
+from tasks import convert
 from train import save
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Scaling laws from IsoFLOP curves, as SMDM's (Nie et al., arXiv 2410.18514, section 3): AR against masked diffusion.
 
 python data/prepare.py text --input LIB/*.py --tokenizer char --out stdlib     # LIB: the folder of Python's os.py
-python scaling.py --data=stdlib --seq_len=128 --batch_size=8 --lr_decay=linear # half an hour of a CPU core
-python scaling.py smdm_170 --data=slimpajama --sizes 19 34 66 113 170 231 --budgets 6e18 1e19 3e19    # SMDM's recipe
-python scaling.py --fit assets/scaling.jsonl --out_dir=out/fit   # no training: runs with loss, N, C and nats a line
+python -m tasks.scaling --data=stdlib --seq_len=128 --batch_size=8 --lr_decay=linear # half an hour of a CPU core
+python -m tasks.scaling smdm_170 --data=slimpajama --sizes 19 34 66 113 170 231 --budgets 6e18 1e19 3e19    # SMDM's recipe
+python -m tasks.scaling --fit assets/scaling.jsonl --out_dir=out/fit   # no training: runs with loss, N, C and nats a line
 
 Every size is trained with every budget C = 6 N D in FLOPs, where N counts the parameters without embedding and head
 and D the tokens seen, masked or not, as an MDLM and as its AR twin. Per budget, a parabola of the loss in log N has its
@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 
 import train
-from compare import MAY_CHANGE, VARIANTS, final, markdown, pyplot, seeded, trained
 from configs import SMDM_SIZES, Config, check_range, fail, from_cli, parser
 from data.corpus import read_meta
 from evaluate import to_json
 from model import DiT
+from tasks.compare import MAY_CHANGE, VARIANTS, final, markdown, pyplot, seeded, trained
 
 SIZES = {  # name: (n_layer, n_head, n_embd); SMDM's have their millions of parameters for a name
     "13k": (1, 1, 32), "28k": (1, 2, 48), "50k": (1, 2, 64), "111k": (1, 3, 96), "198k": (1, 4, 128),

@@ -1,7 +1,7 @@
 """The reversal curse (Berglund et al., arXiv 2309.12288): who has read "A is B", and is asked who B is?
 
 python data/prepare.py reversal --input FOLDER/all_prompts_train.jsonl FOLDER/*_prompts_test.jsonl --tokenizer bpe
-python reversal.py                               # an MDLM and its AR twin, 3 seeds each
+python -m tasks.reversal                               # an MDLM and its AR twin, 3 seeds each
 
 Both are trained from scratch on the facts, each of which is told in one direction only. Then every test prompt, of
 which no wording was seen, is put with its true answer and nine that other facts have to the same wording (another's
@@ -19,12 +19,12 @@ import torch
 from tqdm import tqdm
 
 import train
-from compare import VARIANTS, cell, markdown, seeded, trained
 from configs import check_range, fail, from_cli
 from data.corpus import folder_of, read_meta
 from data.tokenizer import tokenizer_of
 from diffusion import ar, exact_count_bound
 from model import autocast, load
+from tasks.compare import VARIANTS, cell, markdown, seeded, trained
 
 OPTIONS = 10
 WORDINGS = 10  # of a question about a fact, which stand together and in one order

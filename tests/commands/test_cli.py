@@ -20,7 +20,7 @@ import train
 from configs import CONFIGS, Config, from_cli
 from model import read_checkpoint
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parents[2]
 
 
 def refused(capsys, call, *words):

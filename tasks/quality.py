@@ -1,7 +1,7 @@
 """What faster sampling costs: the quality of texts against the network calls that they took, for a sampler of each law.
 
-python quality.py out/pydocs_mdlm/ckpt.pt --judge out/compare_pydocs_mdlm/ar_1/ckpt.pt --png quality.png
-python quality.py out/owt_mdlm/ckpt.pt --judge gpt2-large --samplers ddpm_cache remdm_cap --steps 128 1024 --top_p 0.9
+python -m tasks.quality out/pydocs_mdlm/ckpt.pt --judge out/compare_pydocs_mdlm/ar_1/ckpt.pt --png quality.png
+python -m tasks.quality out/owt_mdlm/ckpt.pt --judge gpt2-large --samplers ddpm_cache remdm_cap --steps 128 1024 --top_p 0.9
 
 Quality is two figures: nats per token under the judge, a model of transformers or an AR checkpoint, and the entropy
 of the texts' tokens, without which the first means nothing. The first row is the validation text itself.
@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from bench import shown
-from compare import pyplot
 from configs import check_range, device_options, fail, parser
 from data.corpus import folder_of, read_split
 from data.tokenizer import tokenizer_of
@@ -22,6 +20,8 @@ from diffusion import SAMPLERS, STEPLESS, options_of
 from evaluate import judge_of, judged
 from model import load, pick_device
 from sample import check_top_p, generate, sampler_for
+from tasks.bench import shown
+from tasks.compare import pyplot
 
 VALUES = {  # of the options by which samplers without steps trade quality for calls
     "threshold": (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99),

@@ -1,9 +1,9 @@
 """Tasks of the LM Evaluation Harness for a checkpoint: likelihoods by Monte Carlo or by the chain rule, greedy answers
 and free text, all batched across requests. Needs: pip install lm_eval==0.4.13
 
-python harness.py out/owt_mdlm/ckpt.pt --tasks lambada_standard hellaswag --limit 200
-python harness.py smdm_1028.pt --tasks openbookqa --estimator chain --guidance 1.6 --json
-python harness.py out/pydocs_mdlm/ckpt.pt --tasks my_task --include_path my_tasks   # a folder of yaml files
+python -m tasks.harness out/owt_mdlm/ckpt.pt --tasks lambada_standard hellaswag --limit 200
+python -m tasks.harness smdm_1028.pt --tasks openbookqa --estimator chain --guidance 1.6 --json
+python -m tasks.harness out/pydocs_mdlm/ckpt.pt --tasks my_task --include_path my_tasks   # a folder of yaml files
 """
 
 import math
@@ -256,7 +256,7 @@ def adapter(model, cfg, tokenizer, estimator, w=0.0, dtype="float32", writing=No
 def packages_only():
     """For tasks, some of which import the package `evaluate`: it must not be our evaluate.py that they get."""
     ours, path = sys.modules.pop("evaluate", None), sys.path
-    sys.path = [p for p in path if Path(p).resolve() != Path(__file__).resolve().parent]
+    sys.path = [p for p in path if Path(p).resolve() != Path(__file__).resolve().parents[1]]
     try:
         yield
     finally:
@@ -312,7 +312,7 @@ def main(argv=None):
     try:
         import lm_eval
     except ImportError:
-        fail("harness.py needs the LM Evaluation Harness: pip install lm_eval==0.4.13")
+        fail("tasks.harness needs the LM Evaluation Harness: pip install lm_eval==0.4.13")
     from lm_eval.utils import make_table
 
     device = pick_device(args.device)

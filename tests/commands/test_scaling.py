@@ -12,9 +12,9 @@ import pytest
 from conftest import tiny_run
 
 import evaluate
-import scaling
 from configs import CONFIGS, as_ar, smdm
 from model import count_parameters
+from tasks import scaling
 
 BUDGETS = (1e18, 4e18, 1e19)
 WORLD = dict(mdlm=(-0.06, 3.9, 0.6, -7.5), ar=(-0.064, 3.8, 0.5, -2.5))  # alpha, beta, b, log a

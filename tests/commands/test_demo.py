@@ -11,7 +11,7 @@ import pytest
 from data.corpus import ROOT, read_meta
 from data.tokenizer import load_tokenizer
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

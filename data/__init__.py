@@ -1,0 +1,1 @@
+"""Corpora and tokenizers; `prepare.py` is the command."""

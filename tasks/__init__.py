@@ -1,0 +1,1 @@
+"""Further tasks, a file each: python -m tasks.compare, python -m tasks.bench, and so on."""
