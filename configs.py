@@ -8,61 +8,22 @@ import argparse
 import inspect
 import json
 import re
-import sys
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
+from common import DTYPES, boolean, fail, parser
 from diffusion import LOSSES, SCHEDULES, TIME_DRAWS, TIME_LAWS
 
 LR_DECAYS = ("constant", "cosine", "linear")
 TIME_INPUTS = ("sigma", "step")
 NORMS, MLPS, INITS = ("layer", "rms"), ("gelu", "swiglu"), ("zero", "smdm")
-DTYPES = ("auto", "float32", "bfloat16")
-AT_LEAST_ONE = (
-    "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every save_every".split()
-)
+CHOICES = dict(
+    loss=LOSSES, schedule=SCHEDULES, time_law=TIME_LAWS, time_draw=TIME_DRAWS, lr_decay=LR_DECAYS,
+    time_input=TIME_INPUTS, dtype=DTYPES, norm=NORMS, mlp=MLPS, init=INITS,
+)  # fmt: skip
+AT_LEAST_ONE = "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every save_every".split()
 BELOW_ONE = ("prompt_dropout", "t_min", "short_rows", "dropout", "ema", "beta1", "beta2")
-
-
-def fail(message):
-    """Every bad input ends here: one line on stderr, exit code 2, nothing written."""
-    sys.stderr.write(f"error: {message}\n")  # one write: torchrun's processes share the terminal
-    raise SystemExit(2)
-
-
-def parser(doc):
-    """The argparse parser of every script: its docstring is the help, a mistake is one line."""
-    p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.error = fail
-    return p
-
-
-def device_options(p):
-    """--device and --dtype, of every script that runs a trained network."""
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="float32", choices=DTYPES)
-
-
-def check_range(args, **least):
-    """Each named argument that was given, or each of its several values, must be at least this, and below 2**31."""
-    for name, low in least.items():
-        given = getattr(args, name)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and not low <= value < 2**31:
-                fail(f"--{name} {value}: must be at least {low} and below 2**31")
-
-
-def options_of_mode(args, modes, mode, misplaced):
-    """Options that some modes {mode: {option: default}} have, and that are None when not given: those of this mode get
-    their defaults; another mode's fails with --OPTION: misplaced."""
-    for option in sorted({option for own in modes.values() for option in own}):
-        if getattr(args, option) is None:
-            setattr(args, option, modes[mode].get(option))
-        elif option not in modes[mode]:
-            fail(f"--{option}: {misplaced}")
 
 
 @dataclass(frozen=True)
@@ -77,14 +38,18 @@ class Config:
     n_embd: int = 256
     cond_dim: int = 128  # width of the adaLN conditioning; 0: plain pre-norm blocks, no adaLN
     time_cond: bool = False  # False: adaLN sees a constant, as in MDLM's released model
-    time_input: str = "sigma"  # what the time embedding reads: sigma(t) (MDLM, SEDD) or 1000 t (nanoDD)
+    time_input: str = (
+        "sigma"  # what the time embedding reads: sigma(t) (MDLM, SEDD) or 1000 t (nanoDD)
+    )
     norm: str = "layer"  # LayerNorm without bias (MDLM), or rms: RMSNorm (SMDM)
     mlp: str = "gelu"  # GELU (MDLM), or swiglu (SMDM)
     mlp_width: int = 0  # hidden width of the MLP; 0: 4 n_embd
     bias: bool = True  # in the MLP and the head
     init: str = "zero"  # every block starts as the identity (MDLM), or smdm: normal, as in SMDM
     tied: bool = False  # the head is the first V rows of the embedding, without bias (nanoDD)
-    causal: bool = False  # loss=ar: position i sees, and is predicted from, the tokens before it alone
+    causal: bool = (
+        False  # loss=ar: position i sees, and is predicted from, the tokens before it alone
+    )
     zero_masking: bool = True  # False: d3pm's network may answer MASK (V + 1 outputs)
     dropout: float = 0.0
     # diffusion
@@ -95,27 +60,39 @@ class Config:
     short_rows: float = 0.0  # share of the rows that are cut into rows of a random length (SMDM)
     prompt_dropout: float = 0.0  # share of the rows whose given tokens are masked, for guidance
     t_min: float = 0.0  # smallest t drawn in continuous-time training
-    time_draw: str = "stratified"  # over the global batch; iid, importance (log-uniform t), counts (exact)
-    time_law: str = "uniform"  # of the times drawn in training; bell: Beta(2, 2), dwells on half-masked text
+    time_draw: str = (
+        "stratified"  # over the global batch; iid, importance (log-uniform t), counts (exact)
+    )
+    time_law: str = (
+        "uniform"  # of the times drawn in training; bell: Beta(2, 2), dwells on half-masked text
+    )
     aux_ce: float = 0.0  # d3pm: weight of nanoDD's auxiliary cross-entropy over every token
-    carry_over: bool = True  # False: d3pm's network has to copy what it sees (the reconstruction term)
+    carry_over: bool = (
+        True  # False: d3pm's network has to copy what it sees (the reconstruction term)
+    )
     # optimisation
     steps: int = 1000
     batch_size: int = 16  # sequences per optimiser step, all GPUs together
     micro_batch: int = 16  # most sequences per GPU per forward: changes memory, not the gradient
-    recompute: bool = False  # work out a block's inner values again on the way back: less memory, more time
+    recompute: bool = (
+        False  # work out a block's inner values again on the way back: less memory, more time
+    )
     lr: float = 1e-3
     min_lr: float = 0.0  # where cosine and linear decay end
     lr_decay: str = "constant"  # constant, cosine or linear
     warmup: int = 100
     decay_steps: int = 0  # cosine, linear: the last so many steps decay; 0: all after the warm-up
-    muon_lr: float = 0.0  # > 0: torch.optim.Muon at this rate for the blocks' matrices, AdamW for the rest
+    muon_lr: float = (
+        0.0  # > 0: torch.optim.Muon at this rate for the blocks' matrices, AdamW for the rest
+    )
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0  # on tensors of two or more dimensions
     grad_clip: float = 1.0
-    ema: float = 0.9999  # decay of update n: m / (m + ema_warmup), at most ema; m = n - ema_start; 0: none
+    ema: float = (
+        0.9999  # decay of update n: m / (m + ema_warmup), at most ema; m = n - ema_start; 0: none
+    )
     ema_start: int = -1  # -1 and 9: MDLM's (1 + n) / (10 + n)
     ema_warmup: int = 9
     # run
@@ -137,13 +114,11 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError with one line that names the field and what is allowed."""
-        choices = dict(
-            loss=LOSSES, schedule=SCHEDULES, time_law=TIME_LAWS, time_draw=TIME_DRAWS, lr_decay=LR_DECAYS,
-            time_input=TIME_INPUTS, dtype=DTYPES, norm=NORMS, mlp=MLPS, init=INITS,
-        )  # fmt: skip
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}"
+                )
         for f in fields(self):
             value = getattr(self, f.name)
             least = 1 if f.name in AT_LEAST_ONE else -1 if f.name == "ema_start" else 0
@@ -153,37 +128,34 @@ class Config:
                 raise ValueError(f"{f.name}={value}: must be below 1")
             if f.name in ("lr", "eps") and not value > 0:
                 raise ValueError(f"{f.name}={value}: must be above 0")
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr}: must be at most lr={self.lr}")
-        if not self.out_dir:
-            raise ValueError("out_dir: must not be empty")
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(
-                f"n_embd={self.n_embd}: must be a multiple of 2 * n_head = {2 * self.n_head} (rotary pairs)"
-            )
-        if self.time_cond and not self.cond_dim:
-            raise ValueError("time_cond=True: needs cond_dim > 0")
-        if self.loss == "d3pm" and not self.T:
-            raise ValueError("loss=d3pm: needs T, the number of diffusion steps, e.g. --T=1000")
-        for name in ("aux_ce", "zero_masking", "carry_over"):
-            if self.loss != "d3pm" and getattr(self, name) != getattr(Config, name):
-                raise ValueError(f"{name}={getattr(self, name)}: only for loss=d3pm")
-        if self.aux_ce and not (self.zero_masking and self.carry_over):
-            raise ValueError(f"aux_ce={self.aux_ce}: needs zero_masking=True and carry_over=True")
-        if self.loss in ("sedd", "ar") and self.T:
-            raise ValueError(f"T={self.T}: must be 0 for loss={self.loss}")
-        if (self.loss == "ar") != self.causal:
-            raise ValueError(f"causal={self.causal}: must be True for loss=ar and False for the others")
-        if self.causal and self.prompt_dropout:
-            raise ValueError(
-                f"prompt_dropout={self.prompt_dropout}: must be 0 for loss=ar, which has no MASK"
-            )
-        if self.causal and self.cond_dim:
-            raise ValueError(f"cond_dim={self.cond_dim}: must be 0 for loss=ar, which has no time")
-        if self.time_draw in ("importance", "counts") and (self.T or self.loss == "ar"):
-            raise ValueError(f"time_draw={self.time_draw}: needs continuous time, T=0, and not loss=ar")
-        if self.time_draw == "importance" and not (0 < self.t_min < 1 and self.time_law == "uniform"):
-            raise ValueError("time_draw=importance: needs t_min between 0 and 1 and time_law=uniform")
+        for wrong, name, message in self.conflicts():
+            if wrong:
+                raise ValueError(f"{name}={getattr(self, name)}: {message}")
+
+    def conflicts(self):
+        """[(wrong, field, message)]: values that are in range but do not go together."""
+        is_d3pm, is_ar, pair = self.loss == "d3pm", self.loss == "ar", 2 * self.n_head
+        continuous = self.T == 0 and not is_ar
+        importance = self.time_draw == "importance"
+        return [
+            (self.min_lr > self.lr, "min_lr", f"must be at most lr={self.lr}"),
+            (not self.out_dir, "out_dir", "must not be empty"),
+            (self.n_embd % pair, "n_embd", f"must be a multiple of 2 * n_head = {pair} (rotary pairs)"),
+            (self.time_cond and not self.cond_dim, "time_cond", "needs cond_dim > 0"),
+            (is_d3pm and not self.T, "loss", "needs T, the number of diffusion steps, e.g. --T=1000"),
+            *((not is_d3pm and getattr(self, name) != getattr(Config, name), name, "only for loss=d3pm")
+              for name in ("aux_ce", "zero_masking", "carry_over")),
+            (self.aux_ce and not (self.zero_masking and self.carry_over), "aux_ce",
+             "needs zero_masking=True and carry_over=True"),
+            (self.loss in ("sedd", "ar") and self.T, "T", f"must be 0 for loss={self.loss}"),
+            (is_ar != self.causal, "causal", "must be True for loss=ar and False for the others"),
+            (is_ar and self.prompt_dropout, "prompt_dropout", "must be 0 for loss=ar, which has no MASK"),
+            (is_ar and self.cond_dim, "cond_dim", "must be 0 for loss=ar, which has no time"),
+            (self.time_draw in ("importance", "counts") and not continuous, "time_draw",
+             "needs continuous time, T=0, and not loss=ar"),
+            (importance and not (0 < self.t_min and self.time_law == "uniform"), "time_draw",
+             "needs t_min between 0 and 1 and time_law=uniform"),
+        ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -235,7 +207,9 @@ def as_sedd(cfg):
 
 def as_d3pm(cfg):
     """MDLM's D3PM: 1,000 steps, a network that may answer MASK, has to copy what it sees and is told the time."""
-    return replace(cfg, loss="d3pm", T=1000, zero_masking=False, carry_over=False, time_cond=cfg.cond_dim > 0)
+    return replace(
+        cfg, loss="d3pm", T=1000, zero_masking=False, carry_over=False, time_cond=cfg.cond_dim > 0
+    )
 
 
 def as_ar(cfg):
@@ -284,7 +258,9 @@ def text8_sedd():
 
 
 def text8_ar():
-    return replace(as_ar(text8_mdlm()), steps=500_000)  # no BOS in text8: the first character counts; 1.23
+    return replace(
+        as_ar(text8_mdlm()), steps=500_000
+    )  # no BOS in text8: the first character counts; 1.23
 
 
 def text8_d3pm():
@@ -357,15 +333,13 @@ CONFIGS = {
     )
 }  # fmt: skip
 CONFIGS |= {
-    f"smdm_{size}{'_ar' * ar}": partial(smdm, size, ar) for size in SMDM_SIZES for ar in (False, True)
+    f"smdm_{size}{'_ar' * ar}": partial(smdm, size, ar)
+    for size in SMDM_SIZES
+    for ar in (False, True)
 }
 
 
 # ---------------------------------------------------------------------------------------------------------
-
-
-def boolean(text):
-    return bool(("false", "true").index(text.lower()))  # ValueError on anything else
 
 
 def from_cli(argv=None, doc=None, flags=(), out="out/{}", config="pydocs_mdlm"):
@@ -375,7 +349,11 @@ def from_cli(argv=None, doc=None, flags=(), out="out/{}", config="pydocs_mdlm"):
     p = parser(doc)
     p.add_argument("config", nargs="?", default=config, help=", ".join(CONFIGS))
     for flag, text, *default in flags:
-        kind = dict(type=type(default[0]), default=default[0]) if default else dict(action="store_true")
+        kind = (
+            dict(type=type(default[0]), default=default[0])
+            if default
+            else dict(action="store_true")
+        )
         p.add_argument(f"--{flag}", help=text, **kind)
     notes = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for f in fields(Config):
@@ -394,12 +372,16 @@ def from_cli(argv=None, doc=None, flags=(), out="out/{}", config="pydocs_mdlm"):
             q.add_argument(f"--{name}", type=type(own[name].default), default=argparse.SUPPRESS)
     own_given, unknown = q.parse_known_args(unknown)
     if unknown:
-        fail(f"unknown argument {unknown[0]}; the fields are {', '.join(f.name for f in fields(Config))}")
+        fail(
+            f"unknown argument {unknown[0]}; the fields are {', '.join(f.name for f in fields(Config))}"
+        )
     given = {f.name: vars(args).pop(f.name) for f in fields(Config) if f.name in args}
     given.setdefault("out_dir", out.format(args.config))
     saved = Path(given["out_dir"]) / "config.json"
     try:
-        cfg = CONFIGS[args.config](**vars(own_given), **{k: v for k, v in given.items() if k in own})
+        cfg = CONFIGS[args.config](
+            **vars(own_given), **{k: v for k, v in given.items() if k in own}
+        )
         if getattr(args, "resume", False) and saved.exists():
             cfg = from_dict(saved.read_text(), saved)
         return replace(cfg, **given), args

@@ -4,7 +4,7 @@ python sample.py out/pydocs_mdlm/ckpt.pt --num 4 --watch
 python sample.py out/owt_mdlm/ckpt.pt --prompt "The meaning of life" --steps 256 --top_p 0.9
 python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12] the end."
 python sample.py out/pydocs_mdlm/ckpt.pt --semi_ar --length 4096 --stride 128       # any length
-python sample.py out/pydocs_mdlm/ckpt.pt --sampler threshold --threshold 0.7        # fewer calls, another law
+python sample.py out/pydocs_mdlm/ckpt.pt --sampler threshold --threshold 0.7        # fewer calls
 """
 
 import re
@@ -15,48 +15,54 @@ from functools import partial
 
 import torch
 
-from configs import check_range, device_options, fail, parser
+from common import (
+    add_model_options,
+    add_sampler_options,
+    autocast,
+    check_range,
+    check_top_p,
+    choose_sampler,
+    fail,
+    parser,
+    pick_device,
+    read_sampler_options,
+)
 from data.tokenizer import tokenizer_of
-from diffusion import (
-    OPTIONS,
+from diffusion import denoiser, row_generators
+from model import load
+from samplers import (
     SAMPLERS,
     STEPLESS,
     cached_denoiser,
-    denoiser,
-    options_of,
-    row_generators,
     semi_ar,
     with_greedy_end,
     with_guidance,
     with_temperature,
     with_top_p,
 )
-from model import autocast, load, pick_device
 
-HOLE = re.compile(
-    r"_{4,}|\[\d{1,6}\]"
-)  # ____ is a hole of as many tokens as underscores, [12] one of 12 tokens
+HOLE = re.compile(r"_{4,}|\[\d{1,6}\]")  # ____: a token per underscore; [12]: 12 tokens
 
 
-def opening(tokenizer, cfg):
-    """The ids that every text begins with: the first token, for a model that is always given it."""
+def start_ids(tokenizer, cfg):
+    """The ids that every text begins with: the first token, if the model always gets it."""
     if cfg.bos and tokenizer.bos is None:
         raise ValueError("bos=True, but the tokenizer has no token that begins a text")
     return [tokenizer.bos] if cfg.bos else []
 
 
 def prompt_canvas(tokenizer, prompt, length, cfg):
-    """(length,) ids: the prompt's tokens, then MASK. ValueError when it does not fit."""
-    ids = opening(tokenizer, cfg) + tokenizer.encode(prompt)
+    """(length,) ids: the prompt's tokens, then MASK. ValueError if it does not fit."""
+    ids = start_ids(tokenizer, cfg) + tokenizer.encode(prompt)
     if len(ids) > length:
         raise ValueError(f"the prompt has {len(ids)} tokens, but the length is {length}")
     return torch.tensor(ids + [cfg.mask_id] * (length - len(ids)))
 
 
 def infill_canvas(tokenizer, text, cfg, subword):
-    """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so there the
-    space before a hole belongs to the hole. ValueError without a hole."""
-    ids, end = opening(tokenizer, cfg), 0
+    """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so for
+    them the space before a hole belongs to the hole. ValueError without a hole."""
+    ids, end = start_ids(tokenizer, cfg), 0
     for hole in HOLE.finditer(text):
         piece = text[end : hole.start()]
         ids += tokenizer.encode(piece.removesuffix(" ") if subword else piece, inside=end > 0)
@@ -64,17 +70,19 @@ def infill_canvas(tokenizer, text, cfg, subword):
         ids += [cfg.mask_id] * size
         end = hole.end()
     if cfg.mask_id not in ids:
-        raise ValueError("no hole in the text: write ____ (a token per underscore, four or more) or [12]")
+        raise ValueError(
+            "no hole in the text: write ____ (a token per underscore, 4 or more) or [12]"
+        )
     return torch.tensor(ids + tokenizer.encode(text[end:], inside=True))
 
 
 def frames(
-    model, cfg, canvas, rows, steps, sampler, guidance=0.0, temperature=1.0, top_p=1.0, noise_removal="sampled",
-    seed=0, dtype="float32", own=None, **semi,
+    model, cfg, canvas, rows, steps, sampler, guidance=0.0, temperature=1.0, top_p=1.0,
+    noise_removal="sampled", seed=0, dtype="float32", sampler_options=None, **semi,
 ):  # fmt: skip
-    """Yield (N, L) canvases from the masked one, (L,) or (N, L), to the text. Row number rows[i] has its own random
-    numbers, so it comes out the same in any batch. own: options of the sampler's own; semi: window, stride and eos
-    of `semi_ar`, or nothing."""
+    """Yield (N, L) canvases from the masked one, (L,) or (N, L), to the text. Row number rows[i] has its
+    own random numbers, so its text does not depend on the batch. sampler_options: parameters of that
+    sampler only. semi: window, stride and eos of `semi_ar`, or nothing."""
     denoise = (cached_denoiser if cfg.causal else denoiser)(model, cfg)
     device = next(model.parameters()).device
     x = canvas.to(device).expand(len(rows), -1)
@@ -87,73 +95,43 @@ def frames(
     if noise_removal == "greedy":
         denoise = with_greedy_end(denoise, 1 / steps)
     yield x
-    cast, gen = autocast(device, dtype), row_generators(seed, rows)
-    sampler = partial(SAMPLERS[sampler], **own or {})
+    gen, sampler = row_generators(seed, rows), partial(SAMPLERS[sampler], **sampler_options or {})
     if semi:
         sampling = semi_ar(denoise, x, steps, cfg, gen, sampler, **semi)
     else:
         sampling = sampler(denoise, x, steps, cfg, gen)
-    while True:  # autocast only around the sampler's own work, not around the caller's
-        with cast:
+    while True:  # autocast surrounds the sampler's own work, not the caller's
+        with autocast(device, dtype):
             x = next(sampling, None)
         if x is None:
             return
         yield x
 
 
-def sampler_for(cfg, name=None):
-    """The name of the sampler that is asked for, or of the one that samples what the model's loss bounds."""
-    if cfg.causal and name not in (None, "ar"):
-        fail(f"--sampler {name}: an AR model writes from left to right, with --sampler ar")
-    return name or ("ar" if cfg.causal else "ddpm_cache" if cfg.zero_masking else "ddpm")
-
-
-def check_top_p(args):
-    if not 0 < args.top_p <= 1:
-        fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
-
-
-def own_options(p):
-    """Every option that some samplers have of their own, for a command line."""
-    for name in OPTIONS:
-        of = {sampler: options_of(f).get(name) for sampler, f in SAMPLERS.items()}
-        has = ", ".join(f"{sampler} [{default}]" for sampler, default in of.items() if default is not None)
-        p.add_argument(f"--{name}", type=float, help=f"of the sampler {has}")
-
-
-def own_of(args, sampler):
-    """Those that were given: {name: value}, all of this sampler's own and in their range."""
-    own = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
-    for name, value in own.items():
-        if name not in options_of(SAMPLERS[sampler]):
-            has = " and ".join(s for s, f in SAMPLERS.items() if name in options_of(f))
-            fail(f"--{name} {value}: an option of {has}, not of {sampler}; choose with --sampler")
-        if not 0 <= value <= OPTIONS[name]:
-            fail(f"--{name} {value}: must be from 0 to {OPTIONS[name]:g}")
-    return own
-
-
-def written(ids, canvas, cfg, eos=None):
-    """What of ids is text: without a first token that is always given, and up to the first eos that was not in the
-    canvas (L,), or all of them when eos is None."""
+def text_ids(ids, canvas, cfg, eos=None):
+    """The part of ids that is text: without a first token that is always given, up to the first eos that
+    is not in the canvas (L,); all of it if eos is None."""
     ends = [i for i, (a, b) in enumerate(zip(ids, canvas.tolist())) if a == eos and b != eos]
     return ids[cfg.bos : ends[0] if ends else None]
 
 
-def generate(model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler=None, **options):
+def generate(
+    model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler=None, **options
+):
     """num texts from `canvas` (L,), by default all MASK; options: see `frames`."""
     canvas = prompt_canvas(tokenizer, "", cfg.seq_len, cfg) if canvas is None else canvas
-    texts, sampler = [], sampler_for(cfg, sampler)
+    texts, sampler = [], choose_sampler(cfg, sampler)
     for first in range(0, num, batch_size):
         rows = range(first, min(first + batch_size, num))
         x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
-        texts += [tokenizer.decode(written(ids, canvas, cfg, options.get("eos"))) for ids in x.tolist()]
+        eos = options.get("eos")
+        texts += [tokenizer.decode(text_ids(ids, canvas, cfg, eos)) for ids in x.tolist()]
     return texts
 
 
 def watch(tokenizer, xs, header):
-    """Redraw one row in the terminal as it is revealed: new tokens bright green, masks dim. It happens on the
-    terminal's second screen, cut to what fits; returns the final ids."""
+    """Redraw one row in the terminal as it is revealed: new tokens bright green, masks dim. Uses the
+    terminal's alternate screen, cut to what fits; returns the final ids."""
     print("\x1b[?1049h", end="")
     previous = None
     try:
@@ -169,89 +147,114 @@ def watch(tokenizer, xs, header):
                     if character != "\n":
                         lines[-1] += f"\x1b[{style}m{character}"
                         column += 1
-            shown = "\x1b[0m\x1b[K\n".join([header[:width], "", *lines[: height - 3]])
-            print(f"\x1b[H{shown}\x1b[0m\x1b[J", end="", flush=True)
+            screen = "\x1b[0m\x1b[K\n".join([header[:width], "", *lines[: height - 3]])
+            print(f"\x1b[H{screen}\x1b[0m\x1b[J", end="", flush=True)
             previous = ids
     finally:
         print("\x1b[?1049l", end="", flush=True)
     return ids
 
 
-def main(argv=None):
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+def parse_arguments(argv):
     p = parser(__doc__)
     p.add_argument("ckpt")
     p.add_argument("--prompt", default="", help="text that the sample begins with")
     p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
-    p.add_argument("--num", type=int, default=1, help="samples")
+    p.add_argument("--num", type=int, default=1, help="number of samples")
     p.add_argument("--length", type=int, help="tokens; default: the model's")
+    add_sampler_options(p)
     p.add_argument(
-        "--steps", type=int, default=1000, help="diffusion steps; ddpm_cache makes at most --length calls"
+        "--noise_removal", default="sampled", choices=("sampled", "greedy"), help="the last step"
     )
-    p.add_argument("--sampler", choices=SAMPLERS, help="default: ddpm_cache, or what the model needs")
-    own_options(p)
     p.add_argument(
-        "--semi_ar", action="store_true", help="any length, window by window; stops at end-of-text"
+        "--guidance", type=float, default=0.0, help="w of classifier-free guidance by the prompt"
+    )
+    p.add_argument(
+        "--semi_ar", action="store_true", help="any length by windows; stops at end-of-text"
     )
     p.add_argument("--window", type=int, help="semi_ar: tokens of a window; default: the model's")
-    p.add_argument("--stride", type=int, help="semi_ar: new tokens of a window; default: half of it")
     p.add_argument(
-        "--guidance", type=float, default=0.0, help="w of classifier-free guidance by what is given"
+        "--stride", type=int, help="semi_ar: new tokens of a window; default: half of it"
     )
-    p.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
-    p.add_argument("--top_p", type=float, default=1.0, help="nucleus")
-    p.add_argument("--noise_removal", default="sampled", choices=("sampled", "greedy"), help="the last step")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--batch_size", type=int, default=16, help="changes memory and speed, not the text")
-    p.add_argument("--no_ema", action="store_true", help="the raw weights")
-    p.add_argument("--watch", action="store_true", help="see the text appear; plain output when piped")
-    device_options(p)
-    args = p.parse_args(argv)
-    check_range(
-        args, num=1, steps=1, length=1, temperature=0, guidance=0, seed=0, batch_size=1, window=2, stride=1
+    p.add_argument(
+        "--batch_size", type=int, default=16, help="changes memory and speed, not the text"
     )
+    p.add_argument(
+        "--watch", action="store_true", help="see the text appear; plain output when piped"
+    )
+    add_model_options(p)
+    return p.parse_args(argv)
+
+
+def check_arguments(args):
+    """What can be checked without the model."""
+    check_range(args, num=1, steps=1, length=1, temperature=0, guidance=0, seed=0, batch_size=1, window=2, stride=1)  # fmt: skip
     check_top_p(args)
     if args.infill is not None and (args.prompt or args.length):
         fail("--infill sets the whole text and its length; it excludes --prompt and --length")
+    if not args.semi_ar and (args.window or args.stride):
+        fail("--window and --stride: only with --semi_ar")
 
-    model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
-    tokenizer = tokenizer_of(model.tokenizer)
+
+def sampling_options(args, cfg, tokenizer):
+    """The options of `frames`, checked against the model."""
     window = args.window or cfg.seq_len
     if args.guidance and (args.semi_ar or cfg.causal):
         fail("--guidance: not with --semi_ar, and not for an AR model")
-    if not args.semi_ar and (args.window or args.stride):
-        fail("--window and --stride: only with --semi_ar")
     if window > cfg.seq_len:
         fail(f"--window {window}: must be at most the model's length, {cfg.seq_len}")
     if args.stride and args.stride >= window:
         fail(f"--stride {args.stride}: must be below the window, {window}")
+    sampler = choose_sampler(cfg, args.sampler)
+    if args.noise_removal == "greedy" and sampler in STEPLESS:
+        fail(f"--noise_removal greedy: the sampler {sampler} has no steps, and so no last one")
+    options = dict(
+        steps=args.steps, sampler=sampler, guidance=args.guidance, temperature=args.temperature,
+        top_p=args.top_p, noise_removal=args.noise_removal, seed=args.seed, dtype=args.dtype,
+        sampler_options=read_sampler_options(args, sampler),
+    )  # fmt: skip
+    return options | (
+        dict(window=window, stride=args.stride, eos=tokenizer.eos) if args.semi_ar else {}
+    )
+
+
+def make_canvas(args, cfg, tokenizer, subword):
+    """The canvas (L,) of --prompt or --infill."""
     try:
         if args.infill is not None:
-            canvas = infill_canvas(tokenizer, args.infill, cfg, model.tokenizer["kind"] != "char")
+            canvas = infill_canvas(tokenizer, args.infill, cfg, subword)
         else:
             canvas = prompt_canvas(tokenizer, args.prompt, args.length or cfg.seq_len, cfg)
     except ValueError as e:
         fail(f"--{'prompt' if args.infill is None else 'infill'}: {e}")
     if len(canvas) > cfg.seq_len and not args.semi_ar:
-        fail(f"the text would have {len(canvas)} tokens, but the model was trained on {cfg.seq_len} at a time; "
-             "--semi_ar writes longer ones window by window")  # fmt: skip
+        fail(f"the text would have {len(canvas)} tokens, but the model was trained on {cfg.seq_len} at a "
+             "time; --semi_ar writes longer ones window by window")  # fmt: skip
+    return canvas
 
-    options = dict(
-        steps=args.steps, sampler=sampler_for(cfg, args.sampler), guidance=args.guidance,
-        temperature=args.temperature, top_p=args.top_p, noise_removal=args.noise_removal, seed=args.seed, dtype=args.dtype,
-    )  # fmt: skip
-    options["own"] = own_of(args, options["sampler"])
-    if args.noise_removal == "greedy" and options["sampler"] in STEPLESS:
-        fail(f"--noise_removal greedy: the sampler {options['sampler']} has no steps, and so no last one")
-    if args.semi_ar:
-        options |= dict(window=window, stride=args.stride, eos=tokenizer.eos)
+
+def watch_all(model, tokenizer, cfg, canvas, num, options):
+    """Yield num texts, each shown while it is generated."""
+    for row in range(num):
+        header = f"sample {row + 1} of {num} · {options['sampler']}, {options['steps']} steps"
+        ids = watch(tokenizer, frames(model, cfg, canvas, [row], **options), header)
+        yield tokenizer.decode(text_ids(ids, canvas, cfg, options.get("eos")))
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    check_arguments(args)
+    model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
+    tokenizer = tokenizer_of(model.tokenizer)
+    options = sampling_options(args, cfg, tokenizer)
+    canvas = make_canvas(args, cfg, tokenizer, subword=model.tokenizer["kind"] != "char")
     if args.watch and sys.stdout.isatty():
-        header = "sample {} of {} · {}, {} steps"
-        rows = (
-            watch(tokenizer, frames(model, cfg, canvas, [row], **options),
-                  header.format(row + 1, args.num, options["sampler"], args.steps))
-            for row in range(args.num)
-        )  # fmt: skip
-        texts = (tokenizer.decode(written(ids, canvas, cfg, options.get("eos"))) for ids in rows)
+        texts = watch_all(model, tokenizer, cfg, canvas, args.num, options)
     else:
         texts = generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, **options)
     for i, text in enumerate(texts):

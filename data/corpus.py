@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configs import fail
+from common import fail
 
 ROOT = Path(__file__).parent
 GIVEN = 1 << 31  # bit of a stored id
@@ -118,7 +118,9 @@ def read_split(name, split, cfg):
     dtype, tokens = np.dtype(meta["dtype"]), meta["splits"][split]["tokens"]
     size = path.stat().st_size if path.exists() else 0
     if size != tokens * dtype.itemsize:
-        fail(f"{path}: {size} bytes, but meta.json says {tokens * dtype.itemsize}; prepare the data again")
+        fail(
+            f"{path}: {size} bytes, but meta.json says {tokens * dtype.itemsize}; prepare the data again"
+        )
     if split == "train" and tokens < cfg.seq_len:
         fail(f"{path}: {tokens} tokens, fewer than one row of seq_len {cfg.seq_len}")
     return np.memmap(path, dtype, "r"), meta

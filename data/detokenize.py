@@ -28,7 +28,9 @@ def closed_up(marks):
 
 wikitext = rules(
     ("s '", "s'"),  # plural possessives
-    *((f" @{re.escape(c)}@ ", c) for c in "-,."),  # hyphens and separators inside of words and numbers
+    *(
+        (f" @{re.escape(c)}@ ", c) for c in "-,."
+    ),  # hyphens and separators inside of words and numbers
     *closed_up(MARKS),
     (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),  # what is in brackets or quotes touches them
     (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configs import fail
+from common import fail, one_line
 from data.corpus import GIVEN, finish, partial_of
-from data.shards import fetch, find_shards, name_of, one_line
+from data.shards import fetch, find_shards, name_of
 from data.tokenizer import tokenizer_of, train_bpe
 
 GSM8K = "openai/gsm8k"
@@ -34,7 +34,9 @@ SYSTEM = (  # of the Vicuna v1.1 template
 # The data sets
 
 
-def gsm8k(folder, input=(), tokenizer="llama", vocab=None, vocab_size=None, wrap=256, train_padding=False):
+def gsm8k(
+    folder, input=(), tokenizer="llama", vocab=None, vocab_size=None, wrap=256, train_padding=False
+):
     """Grade-school problems, two rows of each as in SMDM: question -> thought, question and thought -> answer.
 
     input: .jsonl or parquet with question and answer, as published, or lines question||thought #### answer in
@@ -45,8 +47,12 @@ def gsm8k(folder, input=(), tokenizer="llama", vocab=None, vocab_size=None, wrap
     train, tests = read(shards, problem)
     tests = [one for _, problems in tests for one in problems]
     splits = last_to_val(source, train) | ({"test": tests} if tests else {})
-    texts = [dict(prompt=question, answer=answer.removeprefix(" #### ")) for question, _, answer in tests]
-    splits = {split: [item for one in part for item in two_items(*one)] for split, part in splits.items()}
+    texts = [
+        dict(prompt=question, answer=answer.removeprefix(" #### ")) for question, _, answer in tests
+    ]
+    splits = {
+        split: [item for one in part for item in two_items(*one)] for split, part in splits.items()
+    }
     return write(folder, source, splits, texts, tokenizer, vocab, vocab_size, wrap, train_padding)
 
 
@@ -59,7 +65,11 @@ def problem(record):
         question, rest = record["question"], record["answer"]
     thought, *answer = rest.split("####")
     if len(answer) == 1:
-        return f"Question: {question.strip()}", f" Answer: {thought.strip()}", f" #### {answer[0].strip()}"
+        return (
+            f"Question: {question.strip()}",
+            f" Answer: {thought.strip()}",
+            f" #### {answer[0].strip()}",
+        )
 
 
 def two_items(question, thought, answer):
@@ -76,9 +86,13 @@ def sharegpt(
 
     input: JSON, a list of {"conversations": [{"from": "human" or "gpt", "value": text}, ...]}. A conversation ends
     before the first turn that is empty or out of turn, or whose answer ends behind wrap. val is the last 5 %."""
-    source, shards = find_shards(input, SHAREGPT, r"ShareGPT_V3_unfiltered_cleaned_split_no_imsorry\.json")
+    source, shards = find_shards(
+        input, SHAREGPT, r"ShareGPT_V3_unfiltered_cleaned_split_no_imsorry\.json"
+    )
     train, tests = read(shards, lambda record: conversation(record, first_turn))
-    splits = last_to_val(source, train) | ({"test": sum((items for _, items in tests), [])} if tests else {})
+    splits = last_to_val(source, train) | (
+        {"test": sum((items for _, items in tests), [])} if tests else {}
+    )
     return write(folder, source, splits, [], tokenizer, vocab, vocab_size, wrap, train_padding)
 
 
@@ -96,7 +110,9 @@ def conversation(record, first_turn=False):
     return item or None
 
 
-def reversal(folder, input=(), tokenizer="llama", vocab=None, vocab_size=None, wrap=64, train_padding=False):
+def reversal(
+    folder, input=(), tokenizer="llama", vocab=None, vocab_size=None, wrap=64, train_padding=False
+):
     """The reversal curse: facts about people who do not exist, each from name to description or the other way.
     As in SMDM a fact is trained as a whole: prompt and completion are one text, and only BOS is given.
 
@@ -109,12 +125,16 @@ def reversal(folder, input=(), tokenizer="llama", vocab=None, vocab_size=None, w
     source, shards = find_shards(input, None, None)
     facts, tests = read(shards, lambda record: (record["prompt"] + "", record["completion"] + ""))
     splits = {"train": facts} if tests else last_to_val(source, facts)
-    splits = {split: [[(prompt + end, True)] for prompt, end in part] for split, part in splits.items()}
+    splits = {
+        split: [[(prompt + end, True)] for prompt, end in part] for split, part in splits.items()
+    }
     for name, pairs in tests:
         split = splits.setdefault("test" if "reverse" in name else "val", [])
         split += [[(prompt, False), (completion, True)] for prompt, completion in pairs]
     if "val" not in splits:
-        fail(f"{source}: has tests in reverse only; give those in the direction that is trained, too")
+        fail(
+            f"{source}: has tests in reverse only; give those in the direction that is trained, too"
+        )
     texts = [
         dict(prompt=prompt, answer=completion.strip(), of=name.removesuffix("_prompts_test.jsonl"))
         for name, pairs in tests
@@ -144,7 +164,9 @@ def read(shards, parse):
         if not kept:
             fail(f"{name_of(shard)}: holds nothing of this data set's form")
         if len(kept) < len(items):
-            print(f"{name}: left out {len(items) - len(kept):,} of {len(items):,}, not of the right form")
+            print(
+                f"{name}: left out {len(items) - len(kept):,} of {len(items):,}, not of the right form"
+            )
         if "test" in re.split("[-_.]", name):
             tests.append((name, kept))
         else:
@@ -203,7 +225,9 @@ def write(folder, source, splits, tests, tokenizer, vocab, vocab_size, wrap, tra
         if not rows:
             fail(f"{source}: no row of {split} fits into --wrap={wrap}")
         if rows < len(items):
-            print(f"{split}: left out {len(items) - rows:,} of {len(items):,} rows, over --wrap={wrap}")
+            print(
+                f"{split}: left out {len(items) - rows:,} of {len(items):,} rows, over --wrap={wrap}"
+            )
         characters[split] = n
     if tests:
         lines = [json.dumps(test, ensure_ascii=False) + "\n" for test in tests]
@@ -225,13 +249,17 @@ def vocabulary(tokenizer, vocab, vocab_size, items):
         return llama_vocabulary(vocab)
     if tokenizer == "gpt2":
         return {"kind": "gpt2"}
-    return train_bpe((text for item in items for text, _ in item), (vocab_size or 2048) - 1) | {"eos": True}
+    return train_bpe((text for item in items for text, _ in item), (vocab_size or 2048) - 1) | {
+        "eos": True
+    }
 
 
 def rows_of(items, tokenizer, wrap):
     """(ids, characters of its answers) of every item, up to its last answer that ends within wrap, if any does."""
     firsts = tokenizer.encode_batch([item[0][0] for item in items])
-    others = iter(tokenizer.encode_batch([text for item in items for text, _ in item[1:]], prefix=""))
+    others = iter(
+        tokenizer.encode_batch([text for item in items for text, _ in item[1:]], prefix="")
+    )
     for item, first in zip(items, firsts):
         row, answers, whole = [tokenizer.bos | GIVEN], 0, (0, 0)
         for (text, trained), ids in zip(item, [first, *(next(others) for _ in item[1:])]):

@@ -34,12 +34,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script, only data/ is on the path
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1])
+)  # as a script, only data/ is on the path
 
-from configs import CONFIGS, fail, parser  # noqa: E402
+from common import fail, one_line, parser
+from configs import CONFIGS
 from data.corpus import dtype_of, finish, folder_of, partial_of  # noqa: E402
 from data.finetune import gsm8k, reversal, sharegpt  # noqa: E402
-from data.shards import Recipe, find_shards, name_of, one_line, tokenize, write_splits  # noqa: E402
+from data.shards import Recipe, find_shards, name_of, tokenize, write_splits
 from data.tokenizer import KINDS, read_llama, read_wordpiece, tokenizer_of, train_bpe  # noqa: E402
 
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
@@ -50,10 +53,14 @@ LM1B = "billion-word-benchmark/lm1b"
 LM1B_SENTENCES = 30_301_028, 306_688  # train, test
 BERT = "google-bert/bert-base-uncased"
 BERT_PIECES = 30_522
-BERT_VOCAB_SHA256 = "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # of vocab.txt
+BERT_VOCAB_SHA256 = (
+    "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"  # of vocab.txt
+)
 SLIMPAJAMA = "DKYoon/SlimPajama-6B"
 FINEWEB = "HuggingFaceFW/fineweb"
-LLAMA = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"  # has Llama-2's tokenizer, open to all
+LLAMA = (
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"  # has Llama-2's tokenizer, open to all
+)
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of data sets that are only a script
 EOT, PAD = 50256, 0  # GPT-2's <|endoftext|>, BERT's [PAD]
 
@@ -70,9 +77,15 @@ def write_texts(folder, source, spec, splits):
     tokenizer = tokenizer_of(spec)
     for split, text in splits.items():
         with open(partial_of(folder) / f"{split}.bin", "wb") as f:
-            for i in range(0, len(text), 2**20):  # in pieces: a list of Python ints takes 36 bytes a token
-                np.array(tokenizer.encode(text[i : i + 2**20]), dtype_of(tokenizer.vocab_size)).tofile(f)
-    return finish(folder, source, spec, tokenizer.vocab_size, {s: len(text) for s, text in splits.items()})
+            for i in range(
+                0, len(text), 2**20
+            ):  # in pieces: a list of Python ints takes 36 bytes a token
+                np.array(
+                    tokenizer.encode(text[i : i + 2**20]), dtype_of(tokenizer.vocab_size)
+                ).tofile(f)
+    return finish(
+        folder, source, spec, tokenizer.vocab_size, {s: len(text) for s, text in splits.items()}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -85,7 +98,9 @@ def pydocs(folder):
     documents = list(without_repeats(documents))
     total = sum(map(len, documents))
     if total < 500_000:
-        fail(f"{stdlib()}: only {total:,} characters of documentation; is Python's source code installed?")
+        fail(
+            f"{stdlib()}: only {total:,} characters of documentation; is Python's source code installed?"
+        )
     # A random order that depends on nothing but the text, then whole documents to the splits.
     documents.sort(key=lambda d: hashlib.sha256(d.encode()).digest())
     ends = np.cumsum([len(d) for d in documents]) / total
@@ -115,7 +130,9 @@ def topic_sections():
 
 def docstrings():
     """Docstrings of the standard library, read from its source: importing modules has side effects."""
-    skip = set("site-packages dist-packages test tests idlelib lib2to3 turtledemo pydoc_data".split())
+    skip = set(
+        "site-packages dist-packages test tests idlelib lib2to3 turtledemo pydoc_data".split()
+    )
     paths = []
     for folder, folders, files in os.walk(stdlib()):
         folders[:] = set(folders) - skip  # os.walk then goes no further there
@@ -180,7 +197,9 @@ def text8(folder, input=None):
         part.tofile(partial_of(folder) / f"{split}.bin")
     (partial_of(folder) / "text8.zip").unlink(missing_ok=True)
     sizes = {split: len(part) for split, part in cut(ids).items()}
-    return finish(folder, "text8, " + TEXT8_URL, {"kind": "char", "characters": characters}, 27, sizes)
+    return finish(
+        folder, "text8, " + TEXT8_URL, {"kind": "char", "characters": characters}, 27, sizes
+    )
 
 
 def download(url, path):
@@ -251,7 +270,9 @@ def lm1b(folder, input=(), packed=False, wrap=128, val_docs=30_000, vocab=None, 
     n_train = sum(not is_test(shard) for shard in shards)
     for split, n in {"train": n_train, "test": len(shards) - n_train}.items():
         if not n:
-            fail(f"{source}: no {split} file; files named test or heldout are test, the others train")
+            fail(
+                f"{source}: no {split} file; files named test or heldout are test, the others train"
+            )
     spec = bert_vocabulary(vocab)
     bert = tokenizer_of(spec)
     recipe = Recipe(
@@ -280,12 +301,16 @@ def bert_vocabulary(path=None):
     path = path or from_hub(BERT, "vocab.txt")
     spec = read_vocabulary(read_wordpiece, path)
     pieces = spec["vocab"].split("\n")
-    if len(pieces) == BERT_PIECES + 1:  # some copies name ids that are not in use: no text ever reaches them
+    if (
+        len(pieces) == BERT_PIECES + 1
+    ):  # some copies name ids that are not in use: no text ever reaches them
         pieces[1:100] = [f"[unused{i}]" for i in range(99)]
         spec["vocab"] = "\n".join(pieces)
     sha256 = hashlib.sha256(spec["vocab"].encode()).hexdigest()
     if sha256 != BERT_VOCAB_SHA256:
-        fail(f"{path}: not the vocabulary of {BERT}: sha256 is {sha256}, must be {BERT_VOCAB_SHA256}")
+        fail(
+            f"{path}: not the vocabulary of {BERT}: sha256 is {sha256}, must be {BERT_VOCAB_SHA256}"
+        )
     return spec
 
 
@@ -369,13 +394,17 @@ def zero_shot(name):
         source, shards = find_shards(input, of.repo, of.files, of.revision)
         if of.sha256 and not input:
             shards = [f"{shard.rpartition(':')[0]}:{of.sha256}" for shard in shards]
-        recipe = Recipe({"kind": "gpt2"}, of.column, of.lines, of.detokenizer, after=() if no_eot else (EOT,))
+        recipe = Recipe(
+            {"kind": "gpt2"}, of.column, of.lines, of.detokenizer, after=() if no_eot else (EOT,)
+        )
         documents = tokenize(folder, shards, recipe)
         n = len(documents.tokens)
         if not input and n != of.documents:
             fail(f"{source}: {n:,} documents, must be {of.documents:,}")
         source += ", sha256 " + " ".join(documents.sha256)
-        characters = write_splits(folder, source, documents, {"test": (0, n)}, recipe.tokenizer, wrap)
+        characters = write_splits(
+            folder, source, documents, {"test": (0, n)}, recipe.tokenizer, wrap
+        )
         return finish(folder, source, recipe.tokenizer, EOT + 1, characters, wrap)
 
     return prepare_zero_shot
@@ -409,7 +438,9 @@ def slimpajama(folder, input=(), val_docs=None, vocab=None, workers=None):
     check(val_docs=val_docs, workers=workers)
     spec = llama_vocabulary(vocab)
     llama = tokenizer_of(spec)
-    recipe = Recipe(spec, after=(llama.eos,), skip=("meta", "redpajama_set_name", "RedPajamaGithub"))
+    recipe = Recipe(
+        spec, after=(llama.eos,), skip=("meta", "redpajama_set_name", "RedPajamaGithub")
+    )
     documents = tokenize(folder, shards, recipe, workers, val_docs=val_docs)
     counts = dict.fromkeys(splits, 0)
     for shard, count in zip(shards, documents.counts):
@@ -417,7 +448,9 @@ def slimpajama(folder, input=(), val_docs=None, vocab=None, workers=None):
     if "val" not in given:
         counts |= dict(train=last_but(val_docs, counts["train"], "slimpajama"), val=val_docs)
     ends = np.cumsum([counts[split] for split in splits]).tolist()
-    borders = {s: (end - counts[s], end) for s, end in zip(splits, ends) if s != "test" or counts[s]}
+    borders = {
+        s: (end - counts[s], end) for s, end in zip(splits, ends) if s != "test" or counts[s]
+    }
     characters = write_splits(folder, source, documents, borders, spec)
     return finish(folder, source, spec, llama.vocab_size, characters)
 
@@ -430,7 +463,9 @@ def split_of(shard):
     return found[0] if found else "train"
 
 
-def fineweb(folder, input=(), dump="CC-MAIN-2024-10", tokens=100 * 1024 * 2048, vocab=None, workers=None):
+def fineweb(
+    folder, input=(), dump="CC-MAIN-2024-10", tokens=100 * 1024 * 2048, vocab=None, workers=None
+):
     """The first `tokens` ids of a dump of Common Crawl in FineWeb, one split, test, in Llama-2's pieces: text
     from after a model's training data, as SMDM tests on CC-MAIN-2024-10 and CC-MAIN-2024-18.
 
@@ -457,7 +492,9 @@ def fineweb(folder, input=(), dump="CC-MAIN-2024-10", tokens=100 * 1024 * 2048, 
 # text: files of your own
 
 
-TEXT_KINDS = [kind for kind in KINDS if kind not in ("wordpiece", "llama")]  # any text, and no --vocab
+TEXT_KINDS = [
+    kind for kind in KINDS if kind not in ("wordpiece", "llama")
+]  # any text, and no --vocab
 
 
 def text(folder, input=(), tokenizer="bpe", vocab_size=None):
@@ -502,12 +539,17 @@ DATASETS = {
 
 
 DUMP = r"CC-MAIN-\d{4}-\d\d"
-EXAMPLES = {"gpt2": "owt_mdlm", "llama": "smdm_170"}  # kind of tokenizer: the config to name to the user
+EXAMPLES = {
+    "gpt2": "owt_mdlm",
+    "llama": "smdm_170",
+}  # kind of tokenizer: the config to name to the user
 
 
 def options_of(name):
     """{option: default} of a data set."""
-    parameters = list(inspect.signature(DATASETS[name]).parameters.values())[1:]  # without the folder
+    parameters = list(inspect.signature(DATASETS[name]).parameters.values())[
+        1:
+    ]  # without the folder
     return {p.name: p.default for p in parameters}
 
 
@@ -518,7 +560,12 @@ def default_folder(name, packed=False, no_eot=False, wrap=None, dump=None, **opt
         fail(f"--dump={dump}: must be named like CC-MAIN-2024-10")
     other = wrap is not None and wrap != options_of(name).get("wrap")
     name += f"_{dump}" if dump else ""
-    return name + "_packed" * bool(packed) + "_no_eot" * bool(no_eot) + (f"_wrap{wrap}" if other else "")
+    return (
+        name
+        + "_packed" * bool(packed)
+        + "_no_eot" * bool(no_eot)
+        + (f"_wrap{wrap}" if other else "")
+    )
 
 
 def options_for(folder):
@@ -533,7 +580,12 @@ def options_for(folder):
     if default_folder(name, **given) != folder:
         return None
     with_value = "".join(f" --{key} {given[key]}" for key in ("dump", "wrap") if given[key])
-    return name + " --packed" * bool(given["packed"]) + " --no_eot" * bool(given["no_eot"]) + with_value
+    return (
+        name
+        + " --packed" * bool(given["packed"])
+        + " --no_eot" * bool(given["no_eot"])
+        + with_value
+    )
 
 
 def prepare(name, out=None, overwrite=False, **options):
@@ -551,7 +603,10 @@ def prepare(name, out=None, overwrite=False, **options):
         fail(f"{folder}: exists; --overwrite replaces it")
     if folder.exists() and not (folder / "meta.json").exists():
         fail(f"{folder}: exists and is not a prepared data set; remove it yourself if you mean it")
-    partial, resumable = partial_of(folder), "workers" in allowed  # what is worth sharing out takes long
+    partial, resumable = (
+        partial_of(folder),
+        "workers" in allowed,
+    )  # what is worth sharing out takes long
     try:
         if not resumable:
             shutil.rmtree(partial, ignore_errors=True)
@@ -563,7 +618,9 @@ def prepare(name, out=None, overwrite=False, **options):
         if isinstance(e, OSError):
             fail(one_line(e))
         raise
-    shutil.rmtree(folder / "shards", ignore_errors=True)  # only now: everything before this can be resumed
+    shutil.rmtree(
+        folder / "shards", ignore_errors=True
+    )  # only now: everything before this can be resumed
     return meta
 
 
@@ -577,19 +634,30 @@ def announce(meta, name, out=None, **options):
         return
     folder = default_folder(name, **options)
 
-    def nearness(config):  # made for this folder, for one like it, for the same text in another form
+    def nearness(
+        config,
+    ):  # made for this folder, for one like it, for the same text in another form
         made_for = CONFIGS[config]().data
         same_text = made_for.partition("_")[0] == name
         alike = same_text and ("_wrap" in made_for) == ("_wrap" in folder)
-        return made_for == folder, alike, same_text, (same_text or meta["given"]) and config == example
+        return (
+            made_for == folder,
+            alike,
+            same_text,
+            (same_text or meta["given"]) and config == example,
+        )
 
     config = max(CONFIGS, key=nearness)
     cfg, command = CONFIGS[config](), f"python train.py {config}"
-    for field, value in dict(data=data, vocab_size=meta["vocab_size"], seq_len=meta["wrap"]).items():
+    for field, value in dict(
+        data=data, vocab_size=meta["vocab_size"], seq_len=meta["wrap"]
+    ).items():
         if value and value != getattr(cfg, field):
             command += f" --{field}={value}"
     if meta["given"]:
-        command += " --bos=True" * (not cfg.bos) + f" --init_from=out/{example}/ckpt.pt" * bool(example)
+        command += " --bos=True" * (not cfg.bos) + f" --init_from=out/{example}/ckpt.pt" * bool(
+            example
+        )
     if name == "text":  # the demo's recipe, but not the demo's run
         command += f" --out_dir=out/{meta['name']}"
     print(f"now train on it: {command}")
@@ -598,17 +666,25 @@ def announce(meta, name, out=None, **options):
 def main(argv=None):
     p = parser(__doc__)
     p.add_argument("name", help=", ".join(DATASETS))
-    p.add_argument("--input", nargs="+", metavar="FILE", help="read these files instead of downloading")
-    p.add_argument("--out", help="folder: a bare name is under data/, anything with a slash is a path")
+    p.add_argument(
+        "--input", nargs="+", metavar="FILE", help="read these files instead of downloading"
+    )
+    p.add_argument(
+        "--out", help="folder: a bare name is under data/, anything with a slash is a path"
+    )
     p.add_argument(
         "--tokenizer",
         help=f"text: {', '.join(TEXT_KINDS)} [bpe]; gsm8k, sharegpt, reversal: bpe, gpt2, llama [llama]",
     )
     p.add_argument("--vocab_size", type=int, help="bpe: number of ids; default 2048")
-    p.add_argument("--vocab", metavar="FILE", help="BERT's or Llama-2's tokenizer.json, otherwise downloaded")
+    p.add_argument(
+        "--vocab", metavar="FILE", help="BERT's or Llama-2's tokenizer.json, otherwise downloaded"
+    )
     p.add_argument("--dump", help="fineweb: default CC-MAIN-2024-10")
     p.add_argument("--tokens", type=int, help="fineweb: size of test; default 209715200")
-    p.add_argument("--packed", action="store_true", default=None, help="lm1b: rows of many sentences")
+    p.add_argument(
+        "--packed", action="store_true", default=None, help="lm1b: rows of many sentences"
+    )
     p.add_argument("--wrap", type=int, help="rows of this length; openwebtext: default 0, uncut")
     p.add_argument(
         "--no_eot", action="store_true", default=None, help="zero-shot sets: no EOT after documents"
@@ -617,10 +693,16 @@ def main(argv=None):
         "--train_padding", action="store_true", default=None,
         help="gsm8k, sharegpt, reversal: train the EOS that fill rows up",
     )  # fmt: skip
-    p.add_argument("--first_turn", action="store_true", default=None, help="sharegpt: not the later turns")
+    p.add_argument(
+        "--first_turn", action="store_true", default=None, help="sharegpt: not the later turns"
+    )
     p.add_argument("--val_docs", type=int, help="openwebtext, lm1b, slimpajama: size of val")
-    p.add_argument("--workers", type=int, help="all but the small sets: processes; default one per core")
-    p.add_argument("--overwrite", action="store_true", help="replace the folder once the new one is complete")
+    p.add_argument(
+        "--workers", type=int, help="all but the small sets: processes; default one per core"
+    )
+    p.add_argument(
+        "--overwrite", action="store_true", help="replace the folder once the new one is complete"
+    )
     given = {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
     announce(prepare(**given), **given)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from configs import fail
+from common import fail
 from data.corpus import dtype_of, partial_of
 from data.detokenize import DETOKENIZERS
 from data.tokenizer import load_tokenizer, tokenizer_of
@@ -129,7 +129,9 @@ def article(line):
 
 LINES = {
     "sentence": str.strip,
-    "wikitext": lambda line: line if line.strip() else "",  # every line is a document, its newline included
+    "wikitext": lambda line: (
+        line if line.strip() else ""
+    ),  # every line is a document, its newline included
     "article": article,
 }
 
@@ -223,7 +225,9 @@ def tokenize(folder, shards, recipe, workers=None, **plan):
         new = [work / f"{i:05}" for i in range(n, min(n + more, len(shards)))]
         run_workers(shards[n : n + more], new, recipe, workers)
         targets += new
-        sizes += [np.fromfile(target.with_suffix(".sizes"), np.uint32).reshape(-1, 2) for target in new]
+        sizes += [
+            np.fromfile(target.with_suffix(".sizes"), np.uint32).reshape(-1, 2) for target in new
+        ]
         have = sum(int(s[:, 0].sum(dtype=np.int64)) for s in sizes)
     about = [json.loads(target.with_suffix(".json").read_text()) for target in targets]
     return Documents(
@@ -240,7 +244,9 @@ def begin_or_resume(work, plan):
     """Write the plan of a new run, or check that the run in `work` had the same one."""
     path, plan = work / "plan.json", json.loads(json.dumps(plan))  # tuples are lists from now on
     if path.exists() and json.loads(path.read_text()) != plan:
-        fail(f"{work.parent}: left by a run with other inputs or options; repeat those, or remove it")
+        fail(
+            f"{work.parent}: left by a run with other inputs or options; repeat those, or remove it"
+        )
     for left in work.glob("*.tmp"):
         left.unlink()
     (work / "plan.json.tmp").write_text(json.dumps(plan))
@@ -251,10 +257,14 @@ def run_workers(shards, targets, recipe, workers):
     done = multiprocessing.Value("q")  # documents, of all workers
     threads = max(1, workers // len(shards))  # of each worker
     with (
-        ProcessPoolExecutor(min(workers, len(shards)), initializer=begin_worker, initargs=[done]) as pool,
+        ProcessPoolExecutor(
+            min(workers, len(shards)), initializer=begin_worker, initargs=[done]
+        ) as pool,
         tqdm(unit=" documents", unit_scale=True, disable=None) as bar,
     ):
-        waiting = {pool.submit(tokenize_shard, *one, recipe, threads) for one in zip(shards, targets)}
+        waiting = {
+            pool.submit(tokenize_shard, *one, recipe, threads) for one in zip(shards, targets)
+        }
         try:
             while waiting:
                 finished_jobs, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
@@ -293,7 +303,9 @@ def tokenize_shard(shard, target, recipe, threads):
                 for text, ids in zip(texts, tokenizer.encode_batch(texts, threads)):
                     characters = len(text)
                     if recipe.limit and len(ids) > recipe.limit:
-                        characters = characters * recipe.limit // len(ids)  # what is left of it, about
+                        characters = (
+                            characters * recipe.limit // len(ids)
+                        )  # what is left of it, about
                         ids = ids[: recipe.limit]
                     out += [*recipe.before, *ids, *recipe.after]
                     sizes.append([len(recipe.before) + len(ids) + len(recipe.after), characters])
@@ -308,7 +320,9 @@ def tokenize_shard(shard, target, recipe, threads):
         os.replace(f"{temporary}.sizes.tmp", target.with_suffix(".sizes"))
         Path(temporary).write_text(json.dumps(about))
         os.replace(temporary, target.with_suffix(".json"))
-    except Exception as e:  # as text: not every library's exceptions survive the way to the parent process
+    except (
+        Exception
+    ) as e:  # as text: not every library's exceptions survive the way to the parent process
         raise ValueError(f"{name_of(shard)}: {one_line(e)}") from None
 
 
@@ -385,6 +399,8 @@ def write_padded(path, documents, first, last, wrap, pad, rows=2**16):
             lengths = documents.tokens[i : min(i + rows, last)]
             stop = start + lengths.sum(dtype=np.int64)
             padded = np.full((len(lengths), wrap), pad, documents.dtype)
-            padded[np.arange(wrap) < lengths[:, None]] = np.concatenate([*stream(documents, start, stop)])
+            padded[np.arange(wrap) < lengths[:, None]] = np.concatenate(
+                [*stream(documents, start, stop)]
+            )
             padded.tofile(f)
             start = stop

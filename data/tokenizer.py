@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from configs import fail
+from common import fail
 
 MASK_SHOWN = "█"
 
@@ -25,7 +25,9 @@ MASK_SHOWN = "█"
 class Tokenizer(NamedTuple):
     vocab_size: int
     encode: Callable  # text, inside=False -> list of ids; ValueError, one line, on text it cannot express
-    encode_batch: Callable  # texts, threads -> list of lists of ids; prefix="" is inside=True for all
+    encode_batch: (
+        Callable  # texts, threads -> list of lists of ids; prefix="" is inside=True for all
+    )
     decode: Callable  # ids -> text; bytes that are not UTF-8 become U+FFFD
     pieces: Callable  # ids -> list of strings, one per id, for a view of the canvas token by token
     bos: int | None = None  # the id that begins a row, where the vocabulary has one
@@ -35,7 +37,9 @@ class Tokenizer(NamedTuple):
 def load_tokenizer(spec):
     """The Tokenizer that a spec describes; ValueError, one line, if it is none of ours."""
     if spec.get("kind") not in KINDS:
-        raise ValueError(f"unknown kind of tokenizer {spec.get('kind')!r}; there are {', '.join(KINDS)}")
+        raise ValueError(
+            f"unknown kind of tokenizer {spec.get('kind')!r}; there are {', '.join(KINDS)}"
+        )
     kind = KINDS[spec["kind"]](spec)
     table = [*kind["table"], MASK_SHOWN.encode()]  # the bytes of every id
     prefix = kind.get("prefix", "")
@@ -167,14 +171,21 @@ def llama(spec):
 
     try:
         file = json.loads(spec["json"])["model"]
-        ids, merges = file["vocab"], [m.split(" ") if isinstance(m, str) else m for m in file["merges"]]
+        ids, merges = (
+            file["vocab"],
+            [m.split(" ") if isinstance(m, str) else m for m in file["merges"]],
+        )
         merges = [tuple(m) for m in merges if "".join(m) not in LLAMA_PIECES]
         table = sorted(ids, key=ids.get)
         if [ids[piece] for piece in table] != list(range(len(ids))) or LLAMA_PIECES - ids.keys():
-            raise ValueError("its pieces must have ids from 0 on, <s>, </s>, <unk> and 256 bytes among them")
+            raise ValueError(
+                "its pieces must have ids from 0 on, <s>, </s>, <unk> and 256 bytes among them"
+            )
         model = BPE(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     except Exception as e:  # those of tokenizers have no class of their own
-        raise ValueError(f"not a tokenizer.json of Llama's form ({type(e).__name__}: {e})") from None
+        raise ValueError(
+            f"not a tokenizer.json of Llama's form ({type(e).__name__}: {e})"
+        ) from None
     model.normalizer = normalizers.Replace(" ", "▁")
 
     def spelled(piece):
@@ -190,7 +201,12 @@ def llama(spec):
     )
 
 
-LLAMA_PIECES = {"<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))}  # never merged from text
+LLAMA_PIECES = {
+    "<s>",
+    "</s>",
+    "<unk>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+}  # never merged from text
 
 KINDS = {"char": char, "bpe": bpe, "gpt2": gpt2, "wordpiece": wordpiece, "llama": llama}
 
@@ -230,6 +246,8 @@ def train_bpe(texts, vocab_size):
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+    )
     model.train_from_iterator(texts, trainer)
     return {"kind": "bpe", "json": model.to_str()}

@@ -29,15 +29,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configs import check_range, device_options, fail, parser
+from common import (
+    add_model_options,
+    add_sampler_options,
+    check_range,
+    choose_sampler,
+    compute_dtype,
+    fail,
+    one_line,
+    parser,
+    pick_device,
+    read_sampler_options,
+    sibling,
+    to_json,
+)
 from data.corpus import folder_of, read_meta
 from data.finetune import asked, records
-from data.shards import one_line
 from data.tokenizer import tokenizer_of
-from diffusion import SAMPLERS
-from evaluate import beside, identity, to_json
-from model import compute_dtype, load, pick_device
-from sample import frames, own_of, own_options, sampler_for
+from evaluate import fingerprint
+from model import load
+from sample import frames
 
 # ---------------------------------------------------------------------------------------------------------
 # Writing
@@ -78,13 +89,17 @@ def dialogues(model, tokenizer, cfg, questions, between, new, length, batch_size
         for turn in range(max(len(questions[i]) for i in batch)):
             now = [i for i in batch if turn < len(questions[i])]
             for i in now:
-                context[i] += between * (turn > 0) + tokenizer.encode(questions[i][turn], inside=turn > 0)
+                context[i] += between * (turn > 0) + tokenizer.encode(
+                    questions[i][turn], inside=turn > 0
+                )
             prompts, rows = [context[i] for i in now], [2 * i + turn for i in now]
             most = new[min(turn, len(new) - 1)] if new else length
             written = complete(model, cfg, tokenizer.eos, prompts, rows, most, length, **options)
             for i, ids in zip(now, written):
                 context[i] += ids
-                answers[i].append(tokenizer.decode([id for id in ids if id != tokenizer.bos]).strip())
+                answers[i].append(
+                    tokenizer.decode([id for id in ids if id != tokenizer.bos]).strip()
+                )
         yield answers
 
 
@@ -96,14 +111,23 @@ def gsm8k(record, cfg, args):
     """A prompt and its true answer: a thought, and behind it the model's answer, unless the thought has it.
     The two rows of a problem, one of which ends with the thought, look alike from the left: an AR model may
     go on or not, and is given the #### if it does not."""
-    prompt, reference, begin = record["prompt"] + "", record["answer"] + "", " ####" if cfg.causal else ""
+    prompt, reference, begin = (
+        record["prompt"] + "",
+        record["answer"] + "",
+        " ####" if cfg.causal else "",
+    )
 
     def line(id, thought, answer):
         thought, sign, rest = thought.partition("####")
         answer = sign + rest if sign else f"{begin} {answer}".strip()
         right = is_right(answer, reference)
         return dict(
-            id=id, prompt=prompt, thought=thought.strip(), answer=answer, reference=reference, right=right
+            id=id,
+            prompt=prompt,
+            thought=thought.strip(),
+            answer=answer,
+            reference=reference,
+            right=right,
         )
 
     return [prompt, begin], line
@@ -135,7 +159,11 @@ def mt_bench(record, cfg, args):
     """A question of FastChat's file, and a line that its judge reads. SMDM answers the first turn alone and
     leaves the second empty; that is --first_turn."""
     question, turns = record["question_id"], record["turns"]
-    if not isinstance(turns, list) or not 1 <= len(turns) <= 2 or not isinstance(question, int | str):
+    if (
+        not isinstance(turns, list)
+        or not 1 <= len(turns) <= 2
+        or not isinstance(question, int | str)
+    ):
         raise TypeError
     texts = [asked(turn.strip(), first=i == 0) for i, turn in enumerate(turns)]
 
@@ -173,8 +201,12 @@ def read(path, task, tokenizer, cfg, args):
                 questions.append(TASKS[task](record, cfg, args))
             except (KeyError, TypeError, AttributeError):
                 fail(f"{path}: record {n}: must have {FIELDS[task]}")
-            if task == "mt_bench" and record["question_id"] in [r["question_id"] for r in found[: n - 1]]:
-                fail(f"{path}: record {n}: question_id {record['question_id']} twice")  # the judge reads one
+            if task == "mt_bench" and record["question_id"] in [
+                r["question_id"] for r in found[: n - 1]
+            ]:
+                fail(
+                    f"{path}: record {n}: question_id {record['question_id']} twice"
+                )  # the judge reads one
             tokenizer.encode_batch(questions[-1][0])
     except OSError as e:
         fail(one_line(e))
@@ -195,7 +227,9 @@ def written_before(path, numbers):
             record = json.loads(line)
             found[numbers[record.get("answer_id") or record["id"]]] = record
         except (ValueError, KeyError, TypeError, AttributeError):
-            fail(f"{path}: answers of another checkpoint, other options or questions; --out writes elsewhere")
+            fail(
+                f"{path}: answers of another checkpoint, other options or questions; --out writes elsewhere"
+            )
         size += len(line)
     if size < len(content):
         os.truncate(path, size)
@@ -211,20 +245,24 @@ def main(argv=None):
     p.add_argument("ckpt")
     p.add_argument("--data", help="gsm8k: prepared data with a test.jsonl [the training data]")
     p.add_argument("--input", metavar="FILE", help="mt_bench: FastChat's question.jsonl")
-    p.add_argument("--first_turn", action="store_true", help="mt_bench: the second turn is left empty")
+    p.add_argument(
+        "--first_turn", action="store_true", help="mt_bench: the second turn is left empty"
+    )
     p.add_argument("--out", metavar="FILE", help="JSON lines [<task>.jsonl beside the checkpoint]")
     p.add_argument("--limit", type=int, help="the first so many questions")
-    p.add_argument("--length", type=int, help="tokens of a row, its prompt among them [the model's]")
-    p.add_argument("--new", type=int, nargs="+", metavar="N", help="most tokens of the first, second answer")
-    p.add_argument("--sampler", choices=SAMPLERS)
-    own_options(p)
-    p.add_argument("--steps", type=int, help="of the sampler, for each answer")
-    p.add_argument("--temperature", type=float, help="0: greedy")
+    p.add_argument(
+        "--length", type=int, help="tokens of a row, its prompt among them [the model's]"
+    )
+    p.add_argument(
+        "--new", type=int, nargs="+", metavar="N", help="most tokens of the first, second answer"
+    )
+    add_sampler_options(p, steps=None, temperature=None)
     p.add_argument("--guidance", type=float, help="w of classifier-free guidance by what is given")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--batch_size", type=int, default=32, help="changes memory and speed, not the answers")
-    p.add_argument("--no_ema", action="store_true", help="the raw weights")
-    device_options(p)
+    p.add_argument(
+        "--batch_size", type=int, default=32, help="changes memory and speed, not the answers"
+    )
+    add_model_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else")
     args = p.parse_args(argv)
     check_range(args, limit=1, length=2, steps=1, temperature=0, guidance=0, seed=0, batch_size=1)
@@ -247,17 +285,21 @@ def main(argv=None):
         fail("--guidance: not for an AR model")
     sampling = DEFAULTS[args.task] | (dict(sampler=None, guidance=0.0) if cfg.causal else {})
     sampling |= {name: value for name in sampling if (value := getattr(args, name)) is not None}
-    sampling["sampler"] = sampler_for(cfg, sampling["sampler"])
-    own = own_of(args, sampling["sampler"])
-    options = sampling | dict(seed=args.seed, dtype=compute_dtype(device, args.dtype), own=own)
+    sampling["sampler"] = choose_sampler(cfg, sampling["sampler"])
+    own = read_sampler_options(args, sampling["sampler"])
+    options = sampling | dict(
+        seed=args.seed, dtype=compute_dtype(device, args.dtype), sampler_options=own
+    )
     told = dict(length=length, new=args.new)
 
     path = Path(args.input) if args.input else folder_of(args.data or cfg.data) / "test.jsonl"
-    args.out = args.out or beside(args.ckpt, f"{args.task}.jsonl")
+    args.out = args.out or sibling(args.ckpt, f"{args.task}.jsonl")
     if args.task == "gsm8k" and not path.exists():
-        fail(f"{path}: no such file; python data/prepare.py gsm8k makes it of files with test in their names")
+        fail(
+            f"{path}: no such file; python data/prepare.py gsm8k makes it of files with test in their names"
+        )
     questions, ids = read(path, args.task, tokenizer, cfg, args)
-    key = identity(model, task=args.task, first_turn=args.first_turn, **told, **options)
+    key = fingerprint(model, task=args.task, first_turn=args.first_turn, **told, **options)
     ids = [hashlib.sha256(f"{key} {id}".encode()).hexdigest()[:24] for id in ids]
     out, n = Path(args.out), min(args.limit or len(ids), len(ids))
     try:
@@ -281,20 +323,31 @@ def main(argv=None):
         fail(one_line(e))
 
     done = [lines[i] for i in range(n)]
-    written = [r["choices"][0]["turns"] if "choices" in r else [r["thought"], r["answer"]] for r in done]
+    written = [
+        r["choices"][0]["turns"] if "choices" in r else [r["thought"], r["answer"]] for r in done
+    ]
     empty = sum(
-        not answer.strip("#") for (texts, _), own in zip(questions, written) for _, answer in zip(texts, own)
+        not answer.strip("#")
+        for (texts, _), own in zip(questions, written)
+        for _, answer in zip(texts, own)
     )
     result, text = dict(task=args.task, questions=n, empty=empty), ""
     if args.task == "gsm8k":
         right = sum(r["right"] for r in done)
         error = (right / n * (1 - right / n) / n) ** 0.5
         result |= dict(right=right, accuracy=right / n, accuracy_se=error)
-        text = f"accuracy {100 * right / n:.2f} ± {100 * error:.2f} %, {right:,} of {n:,} problems\n"
+        text = (
+            f"accuracy {100 * right / n:.2f} ± {100 * error:.2f} %, {right:,} of {n:,} problems\n"
+        )
     text += f"{n:,} questions, {empty:,} of their answers empty, in {out}\n"
     told |= {name: value for name, value in options.items() if name != "own"} | own
     text += ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
-    result |= told | {"out": str(out), "ckpt": args.ckpt, "step": model.step, "ema": not args.no_ema}
+    result |= told | {
+        "out": str(out),
+        "ckpt": args.ckpt,
+        "step": model.step,
+        "ema": not args.no_ema,
+    }
     print(to_json(result) if args.json else text)
     return result
 

@@ -29,21 +29,24 @@ import torch
 from tqdm import tqdm
 
 import train
-from configs import check_range, device_options, fail, from_cli, parser
-from data.corpus import read_split, take, unpack
-from diffusion import (
-    LOSSES,
-    SAMPLERS,
-    cached_denoiser,
-    denoiser,
-    row_generators,
-    semi_ar,
-    stratified,
-    time_of,
+from common import (
+    add_model_options,
+    autocast,
+    check_range,
+    choose_sampler,
+    compute_dtype,
+    fail,
+    parser,
+    pick_device,
+    to_json,
 )
-from evaluate import bound, report, to_json
-from model import autocast, compute_dtype, flops_per_token, load, pick_device
-from sample import sampler_for
+from configs import from_cli
+from data import batches
+from data.corpus import read_split, take, unpack
+from diffusion import LOSSES, denoiser, row_generators, stratify, training_time
+from evaluate import bound, report
+from model import flops_per_token, load
+from samplers import SAMPLERS, cached_denoiser, semi_ar
 
 
 def timed(sampling, model, cfg, canvas, dtype, first=0):
@@ -87,14 +90,16 @@ def bench_sample(args):
     names = args.samplers or (["ar"] if cfg.causal else list(SAMPLERS))
     lengths = args.length or [cfg.seq_len]
     if not 1 <= min(lengths) <= max(lengths) <= cfg.seq_len:
-        fail(f"--length {max(lengths)}: must be at least 1 and at most the model's seq_len, {cfg.seq_len}")
+        fail(
+            f"--length {max(lengths)}: must be at least 1 and at most the model's seq_len, {cfg.seq_len}"
+        )
 
     def run(name, steps, length):
         sampling = lambda denoise, x, gen: SAMPLERS[name](denoise, x, steps, cfg, gen)
         return timed(sampling, model, cfg, empty(cfg, device, args.batch_size, length), args.dtype)
 
     for name in names:
-        run(sampler_for(cfg, name), 4, lengths[0])  # warm-up
+        run(choose_sampler(cfg, name), 4, lengths[0])  # warm-up
     jobs = list(itertools.product(args.steps, lengths, names))
     figures = interleaved({job: partial(run, job[2], *job[:2]) for job in jobs}, args.repeats)
     return [
@@ -112,11 +117,13 @@ def bench_semi_ar(args):
             fail(f"--{name} {' '.join(map(str, getattr(args, name)))}: semi_ar takes one")
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, device=device, dtype=args.dtype)
-    L, sampler = cfg.seq_len, SAMPLERS[sampler_for(cfg, *(args.samplers or []))]
+    L, sampler = cfg.seq_len, SAMPLERS[choose_sampler(cfg, *(args.samplers or []))]
     plain = lambda denoise, x, gen: sampler(denoise, x, args.steps[0], cfg, gen)
     run = lambda sampling, canvas, first=0: timed(sampling, model, cfg, canvas, args.dtype, first)
     long = lambda stride: run(
-        lambda denoise, x, gen: semi_ar(denoise, x, args.steps[0], cfg, gen, sampler, stride=stride),
+        lambda denoise, x, gen: semi_ar(
+            denoise, x, args.steps[0], cfg, gen, sampler, stride=stride
+        ),
         empty(cfg, device, 1, 16 * L),
     )
     alone = lambda: [
@@ -127,7 +134,8 @@ def bench_semi_ar(args):
         "16 texts, one by one": alone,
     }
     jobs |= {
-        f"one text, stride {stride}": partial(long, stride) for stride in (L // 4, L // 2, L * 3 // 4, L - 1)
+        f"one text, stride {stride}": partial(long, stride)
+        for stride in (L // 4, L // 2, L * 3 // 4, L - 1)
     }
     run(plain, empty(cfg, device, 1, L))  # warm-up
     return [
@@ -169,13 +177,20 @@ def bench_evaluate(args):
         with autocast(device, args.dtype):
             for rows in torch.randperm(len(x0)).split(args.batch_size):
                 x, m = x0[rows.to(device)], maskable[rows.to(device)]
-                t = time_of(draw(len(x)), theirs).to(device)
+                t = training_time(draw(len(x)), theirs).to(device)
                 nats += LOSSES[loss](model, x, m, theirs, t).double().sum().item()
         return nats / maskable.sum().item()
 
     def by_count(seed):
         return bound(
-            model, ids, meta, cfg, "val.bin", batch_size=args.batch_size, seed=seed, dtype=args.dtype
+            model,
+            ids,
+            meta,
+            cfg,
+            "val.bin",
+            batch_size=args.batch_size,
+            seed=seed,
+            dtype=args.dtype,
         )
 
     estimates = {"iid t": [], "stratified t (MDLM)": [], "exact counts": []}
@@ -183,7 +198,7 @@ def bench_evaluate(args):
     for seed in tqdm(range(args.repeats), unit="repeat", leave=False):
         torch.manual_seed(seed)
         estimates["iid t"].append(by_time(lambda n: torch.rand(n, dtype=torch.float64)))
-        estimates["stratified t (MDLM)"].append(by_time(stratified))
+        estimates["stratified t (MDLM)"].append(by_time(stratify))
         ours = by_count(seed)
         estimates["exact counts"].append(ours["nats"])
         reported.append(ours["se"])
@@ -195,8 +210,12 @@ def bench_evaluate(args):
         mean, std = np.mean(values) * bits, np.std(values, ddof=1) * bits
         rows.append(dict(estimator=name, bits_per_char=mean, std=std, std_error=std * error,
                          forwards_for_equal_error=(std / best) ** 2))  # fmt: skip
-    rows.append(dict(estimator="reported error of exact counts", std=float(np.mean(reported)) * bits))
-    return [{k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()} for row in rows]
+    rows.append(
+        dict(estimator="reported error of exact counts", std=float(np.mean(reported)) * bits)
+    )
+    return [
+        {k: float(v) if isinstance(v, np.floating) else v for k, v in row.items()} for row in rows
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -242,7 +261,9 @@ def matmul_rate(device, dtype):
 def resident():
     """Most MB of memory that this process has held. On Linux not ru_maxrss, which begins with its parent's."""
     if sys.platform == "linux":
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+        return (
+            int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+        )
     import resource  # Windows has none
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # a Mac counts bytes
@@ -260,9 +281,9 @@ def training(pipe, cfg, threads):
     rng = np.random.default_rng(0)
     ids = rng.integers(cfg.vocab_size, size=200_000 + 2 * cfg.seq_len, dtype=np.uint32)
     meta = dict(wrap=0, pad=None, given=False)
-    model, ema, optimizers = train.start(cfg, meta, device)
+    model, ema, optimizers = train.build(cfg, meta, device)
     pool, steps = ThreadPoolExecutor(1), itertools.count(1)
-    load_step = partial(train.micro_batches, ids, meta, cfg)
+    load_step = partial(batches.micro_batches, ids, meta, cfg)
     upcoming = pool.submit(load_step, 0)
 
     def step():
@@ -272,7 +293,8 @@ def training(pipe, cfg, threads):
         train.train_step(model, optimizers, batches, number, cfg, device)
         train.update_ema(ema, model, number, cfg)
         asked = sum(
-            (m if cfg.causal or cfg.aux_ce else m & (x == cfg.mask_id)).sum() for _, m, _, x, _ in batches
+            (m if cfg.causal or cfg.aux_ce else m & (x == cfg.mask_id)).sum()
+            for _, m, _, x, _ in batches
         )
         return int(asked) / sum(m.numel() for _, m, *_ in batches)
 
@@ -289,14 +311,18 @@ def training(pipe, cfg, threads):
             seconds = (time.perf_counter() - start) / n
             pipe.send((seconds, masked, peak()))
             continue
-        activities = [torch.profiler.ProfilerActivity.CPU] + cuda * [torch.profiler.ProfilerActivity.CUDA]
+        activities = [torch.profiler.ProfilerActivity.CPU] + cuda * [
+            torch.profiler.ProfilerActivity.CUDA
+        ]
         with torch.profiler.profile(activities=activities) as profile:
             for _ in range(3):
                 step()
             wait()
         parts = Counter()
         for event in profile.events():
-            if event.device_type == torch.autograd.DeviceType.CPU:  # kernels count where they are launched
+            if (
+                event.device_type == torch.autograd.DeviceType.CPU
+            ):  # kernels count where they are launched
                 spent = event.self_device_time_total if cuda else event.self_cpu_time_total
                 parts[part_of(event)] += spent / 3000  # microseconds of three steps
         pipe.send(dict(parts))
@@ -403,7 +429,7 @@ def main_train(argv):
         else {args.config: cfg}
     )
     for c in cases.values():
-        train.split_batch(c, 1), pick_device(c.device)  # fail here, not in every process
+        batches.split_batch(c, 1), pick_device(c.device)  # fail here, not in every process
     for rows in filter(None, bench_train(cases, args.repeats, args.profile)):
         print(shown(rows, args.json) + "\n" * (not args.json))
 
@@ -414,7 +440,9 @@ BENCHES = {"sample": bench_sample, "semi_ar": bench_semi_ar, "evaluate": bench_e
 def table(rows):
     """Rows of equal keys as aligned text."""
     keys = list(rows[0])
-    cell = lambda v: f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
+    cell = lambda v: (
+        f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
+    )
     cells = [keys] + [[cell(row.get(k, "")) for k in keys] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
     return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))) for line in cells)  # fmt: skip
@@ -432,14 +460,21 @@ def main(argv=None):
     p = parser(__doc__)
     p.add_argument("what", choices=["train", *BENCHES])
     p.add_argument("ckpt")
-    p.add_argument("--steps", type=int, nargs="+", default=[1000], help="sample, semi_ar: diffusion steps")
     p.add_argument(
-        "--length", type=int, nargs="+", help="sample: tokens of a row, at most seq_len, the default"
+        "--steps", type=int, nargs="+", default=[1000], help="sample, semi_ar: diffusion steps"
     )
-    p.add_argument("--samplers", nargs="+", choices=SAMPLERS, help="sample: default all; semi_ar: one")
+    p.add_argument(
+        "--length",
+        type=int,
+        nargs="+",
+        help="sample: tokens of a row, at most seq_len, the default",
+    )
+    p.add_argument(
+        "--samplers", nargs="+", choices=SAMPLERS, help="sample: default all; semi_ar: one"
+    )
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--repeats", type=int, default=5)
-    device_options(p)
+    add_model_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
     args = p.parse_args(argv)
     if args.length and args.what != "sample":

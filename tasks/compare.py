@@ -17,8 +17,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+import common
 import train
-from configs import as_ar, as_d3pm, as_sedd, check_range, fail, from_cli
+from common import check_range, fail
+from configs import as_ar, as_d3pm, as_sedd, from_cli
 from data.corpus import read_split
 from data.tokenizer import tokenizer_of
 from evaluate import bound, report
@@ -45,7 +47,9 @@ def trained(cfg):
     path = Path(cfg.out_dir) / "ckpt.pt"
     if path.exists():
         model, saved = load(path)
-        differ = [f for f in asdict(cfg) if getattr(cfg, f) != getattr(saved, f) and f not in MAY_CHANGE]
+        differ = [
+            f for f in asdict(cfg) if getattr(cfg, f) != getattr(saved, f) and f not in MAY_CHANGE
+        ]
         if differ:
             fail(
                 f"{path}: trained with another {', '.join(differ)}; give another --out_dir, or remove that run"
@@ -57,7 +61,7 @@ def trained(cfg):
 
 def final(cfg, passes):
     """The report on the whole validation split of the averaged weights."""
-    model, _ = load(cfg.out_dir, device=train.local_device(cfg), dtype=cfg.dtype)
+    model, _ = load(cfg.out_dir, device=common.local_device(cfg), dtype=cfg.dtype)
     ids, meta = read_split(cfg.data, "val", cfg)
     result = bound(
         model, ids, meta, cfg, f"{cfg.data}/val.bin", cfg.T, 1 if cfg.causal else passes,
@@ -68,7 +72,9 @@ def final(cfg, passes):
 
 def cell(values, digits=3):
     """Mean over seeds ± its standard error."""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    error = (
+        f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    )
     return f"{statistics.fmean(values):.{digits}f}{error}"
 
 
@@ -84,7 +90,14 @@ def markdown(*rows):
     return head + "|---" * len(rows[0]) + "|\n" + "".join(body)
 
 
-COLUMNS = ("loss", "parameters", "bits/char", "minus `mdlm`'s", "lowest on the way", "perplexity per token")
+COLUMNS = (
+    "loss",
+    "parameters",
+    "bits/char",
+    "minus `mdlm`'s",
+    "lowest on the way",
+    "perplexity per token",
+)
 
 
 def table(cfgs, results):
@@ -127,7 +140,9 @@ def curves(cfgs, path):
         values = [[log[step] for log in logs] for step in steps]
         error = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0 for v in values]
         tokens = [step * runs[0].batch_size * runs[0].seq_len / 1e6 for step in steps]
-        plt.errorbar(tokens, [statistics.fmean(v) for v in values], error, label=name, capsize=3, marker=".")
+        plt.errorbar(
+            tokens, [statistics.fmean(v) for v in values], error, label=name, capsize=3, marker="."
+        )
     plt.xlabel("million tokens")
     plt.ylabel("validation bits per character")
     plt.title(f"{runs[0].data}, {len(runs)} seeds")
@@ -160,7 +175,7 @@ def main(cfg, seeds, passes):
     curves(cfgs, out / "curves.png")
     texts = {}
     for name, (c, *_) in cfgs.items():
-        model, _ = load(c.out_dir, device=train.local_device(c), dtype=c.dtype)
+        model, _ = load(c.out_dir, device=common.local_device(c), dtype=c.dtype)
         try:
             texts[name] = generate(model, tokenizer_of(model.tokenizer), c, dtype=c.dtype)[0]
         except ValueError as e:  # nothing to begin a text with
@@ -182,5 +197,5 @@ if __name__ == "__main__":
         out="out/compare_{}",
     )
     check_range(args, seeds=1, passes=1)
-    with train.processes(cfg):
+    with common.process_group(cfg):
         main(cfg, args.seeds, args.passes)

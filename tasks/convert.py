@@ -28,21 +28,30 @@ import torch
 
 import diffusion
 import model as network
-from configs import SMDM_SIZES, Config, fail, from_dict, owt_mdlm, parser, smdm, text8_d3pm
+from common import KIND, fail, one_line, parser, read_checkpoint, save_checkpoint
+from configs import SMDM_SIZES, Config, from_dict, owt_mdlm, smdm, text8_d3pm
 from data.prepare import bert_vocabulary, llama_vocabulary, read_vocabulary
-from data.shards import one_line
 from data.tokenizer import read_wordpiece, tokenizer_of
 from diffusion import LOSSES, time_at
-from model import KIND, DiT, count_parameters, read_checkpoint, rotary_tables
-from train import save
+from model import DiT, count_parameters, rotary_tables
 
 # ---------------------------------------------------------------------------------------------------------
 # 1. Files
 
 FILES = "model.safetensors", "pytorch_model.bin", "ckpt.pt", "checkpoints-meta/checkpoint.pth"
 JSON = "tokenizer.json", "json"
-VOCABULARIES = {"bpe": JSON, "llama": JSON, "wordpiece": ("vocab.txt", "vocab")}  # kind: file, key of spec
-FOREIGN = AttributeError, KeyError, TypeError, ValueError, RuntimeError  # reading what is not as expected
+VOCABULARIES = {
+    "bpe": JSON,
+    "llama": JSON,
+    "wordpiece": ("vocab.txt", "vocab"),
+}  # kind: file, key of spec
+FOREIGN = (
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+)  # reading what is not as expected
 
 
 def named(e):
@@ -74,7 +83,10 @@ def locate(source):
 
 def read_config(path):
     """The configuration that lies beside a file of weights, {} if none does."""
-    beside, above = path.with_name("config.json"), path.resolve().parents[1] / ".hydra" / "config.yaml"
+    beside, above = (
+        path.with_name("config.json"),
+        path.resolve().parents[1] / ".hydra" / "config.yaml",
+    )
     try:
         if path.suffix in (".safetensors", ".bin") and beside.is_file():
             return dict(json.loads(beside.read_text("utf-8")))
@@ -129,7 +141,9 @@ def read(source, loss=None, vocab=None):
     try:
         if data.get("kind") == KIND:
             ckpt = read_checkpoint(path)
-            state = {name: ckpt[name] for name in "model ema step best config tokenizer seconds".split()}
+            state = {
+                name: ckpt[name] for name in "model ema step best config tokenizer seconds".split()
+            }
         elif "nanomdlm" in config:
             state = from_folder(path, data, config["nanomdlm"])
         else:
@@ -172,7 +186,9 @@ NANODD_MODULES = MODULES | {
 }  # fmt: skip
 NOT_WEIGHTS = {"rotary_emb.inv_freq", "betas", "alpha_bars", "initted", "step"}
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-PRIVATE = "".join(map(chr, range(0xE000, 0xE008)))  # for [CLS] [SEP] [BOS] [EOS] [MASK] ...: no text
+PRIVATE = "".join(
+    map(chr, range(0xE000, 0xE008))
+)  # for [CLS] [SEP] [BOS] [EOS] [MASK] ...: no text
 TOKENIZERS = {  # rows of upstream's embedding: (spec, id of MASK)
     50258: ({"kind": "gpt2"}, 50257),
     30522: ({"kind": "wordpiece"}, 103),  # bert-base-uncased
@@ -188,7 +204,9 @@ def flatten(node, prefix=""):
         node = state.get("_content", state.get("_val"))
     if not isinstance(node, dict):
         return {prefix.removesuffix("."): node}
-    return {k: v for key, child in node.items() for k, v in flatten(child, f"{prefix}{key}.").items()}
+    return {
+        k: v for key, child in node.items() for k, v in flatten(child, f"{prefix}{key}.").items()
+    }
 
 
 def bare(weights):
@@ -205,7 +223,9 @@ def from_upstream(path, data, config, loss=None, vocab=None):
     hyper = data.get("hyper_parameters", {})
     args = {name: data[name] for name in ("model_args", "training_args") if name in data}
     told = flatten(config) | flatten(args) | flatten(hyper.get("config", {}))
-    words = (getattr(hyper.get("tokenizer"), "state", None) or {}).get("vocab")  # BERT's: {piece: id}
+    words = (getattr(hyper.get("tokenizer"), "state", None) or {}).get(
+        "vocab"
+    )  # BERT's: {piece: id}
     step = int(data.get("global_step", data.get("iter_num", data.get("step", 0))))
     weights = bare(data.get("state_dict", data.get("model", data)))
     if "transformer.wte.weight" in weights:
@@ -213,16 +233,25 @@ def from_upstream(path, data, config, loss=None, vocab=None):
     if vocab:
         vocab = read_vocabulary(read_wordpiece, vocab)
     elif words:
-        vocab = {"kind": "wordpiece", "vocab": "".join(f"{w}\n" for w in sorted(words, key=words.get))}
+        vocab = {
+            "kind": "wordpiece",
+            "vocab": "".join(f"{w}\n" for w in sorted(words, key=words.get)),
+        }
     a_run_of_sedd = "model" in data and not args
     cfg, spec, mask = describe(path, weights, told, a_run_of_sedd, loss, vocab)
 
     ours = averaged = translate(weights, cfg, mask, path)
     if ema := data.get("ema"):
         if "shadow_params" in ema:
-            names = [name for name in weights if name not in NOT_WEIGHTS]  # in the order of parameters(), too
-            if len(ema["shadow_params"]) < len(names):  # more are fine: older noises had a parameter
-                fail(f"{path}: ema: {len(ema['shadow_params'])} tensors, but the network has {len(names)}")
+            names = [
+                name for name in weights if name not in NOT_WEIGHTS
+            ]  # in the order of parameters(), too
+            if len(ema["shadow_params"]) < len(
+                names
+            ):  # more are fine: older noises had a parameter
+                fail(
+                    f"{path}: ema: {len(ema['shadow_params'])} tensors, but the network has {len(names)}"
+                )
             ema = dict(zip(names, ema["shadow_params"]))
         averaged = translate(bare(ema), cfg, mask, f"{path}: ema")
     return state_of(ours, averaged, step, cfg, spec)
@@ -238,13 +267,19 @@ def describe(path, weights, told, a_run_of_sedd, loss=None, vocab=None):
     nanodd = "vocab_embed.weight" in weights
     embed = weights.get("vocab_embed.weight" if nanodd else "vocab_embed.embedding")
     if getattr(embed, "ndim", 0) != 2:
-        fail(f"{path}: not MDLM's, SEDD's, nanoDD's or SMDM's: has no embedding, but {listing(weights)}")
+        fail(
+            f"{path}: not MDLM's, SEDD's, nanoDD's or SMDM's: has no embedding, but {listing(weights)}"
+        )
     rows, width = embed.shape
     sedd = a_run_of_sedd or "graph.type" in told  # the project; MDLM has a loss of that name
     if told.get("graph.type", "absorb") != "absorb" or sedd and rows == told.get("tokens", 50257):
-        fail(f"{path}: graph.type=uniform, without a MASK: only SEDD's absorbing graph is masked diffusion")
+        fail(
+            f"{path}: graph.type=uniform, without a MASK: only SEDD's absorbing graph is masked diffusion"
+        )
     if rows not in TOKENIZERS:
-        fail(f"{path}: an embedding of {rows} rows, but upstream's have {', '.join(map(str, TOKENIZERS))}")
+        fail(
+            f"{path}: an embedding of {rows} rows, but upstream's have {', '.join(map(str, TOKENIZERS))}"
+        )
     spec, mask = TOKENIZERS[rows]
     if spec["kind"] == "wordpiece":
         spec = vocab or bert_vocabulary()
@@ -252,7 +287,11 @@ def describe(path, weights, told, a_run_of_sedd, loss=None, vocab=None):
             fail(f"{path}: an embedding of {rows} rows, but a vocabulary of {pieces} pieces")
 
     clock = weights.get("c_embed.mlp.0.bias" if nanodd else "sigma_map.mlp.0.bias")
-    known = dict(seq_len=256, data="text8", loss="d3pm") if nanodd else dict(seq_len=1024, data="openwebtext")
+    known = (
+        dict(seq_len=256, data="text8", loss="d3pm")
+        if nanodd
+        else dict(seq_len=1024, data="openwebtext")
+    )
     known.setdefault("loss", "sedd" if sedd else "ar" if clock is None else "mdlm")
     for theirs, ours in FIELDS.items():
         if (value := told.get(theirs)) is not None:
@@ -268,19 +307,27 @@ def describe(path, weights, told, a_run_of_sedd, loss=None, vocab=None):
     if known["loss"] == "ar":
         known |= dict(causal=True, bos=True, time_cond=False, T=0)
     if nanodd and known["T"] != 1000:
-        fail(f"{path}: T={known['T']}: the network reads the step n, ours 1000 t, so T must be 1000")
+        fail(
+            f"{path}: T={known['T']}: the network reads the step n, ours 1000 t, so T must be 1000"
+        )
     if known.get("time_cond") and known.get("schedule") in ("geometric", "sigma_linear"):
-        fail(f"{path}: noise.type={told['noise.type']}: the network reads a sigma(t) that ours does not")
+        fail(
+            f"{path}: noise.type={told['noise.type']}: the network reads a sigma(t) that ours does not"
+        )
     if known.get("time_cond") and told.get("training.change_of_variables"):
         fail(f"{path}: training.change_of_variables=True: the network reads t, ours sigma(t)")
 
     freq = weights.get("rotary_emb.inv_freq")
     if freq is not None:
         half = len(freq)
-        if not torch.allclose(freq.float(), 10_000 ** (-torch.arange(half) / half), rtol=1e-2, atol=0):
+        if not torch.allclose(
+            freq.float(), 10_000 ** (-torch.arange(half) / half), rtol=1e-2, atol=0
+        ):
             fail(f"{path}: rotary_emb.inv_freq: not of base 10000")
         if known.setdefault("n_head", width // (2 * half)) * 2 * half != width:
-            fail(f"{path}: n_heads={known['n_head']}, but rotary_emb.inv_freq is of heads of {2 * half}")
+            fail(
+                f"{path}: n_heads={known['n_head']}, but rotary_emb.inv_freq is of heads of {2 * half}"
+            )
     known.setdefault("n_head", max(width // 64, 1))
     known["n_layer"] = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     known |= dict(vocab_size=rows - (mask == rows - 1), n_embd=width, cond_dim=0)
@@ -330,11 +377,15 @@ def translate(weights, cfg, mask, where):
         for name in ("embed.weight", *outputs):
             ours[name] = torch.cat((ours[name], ours[name][mask : mask + 1]))
         ours["head.bias"][mask] = -1e9
-        if cfg.loss == "sedd":  # it divides scores by the number of tokens, upstream's MASK not among them
+        if (
+            cfg.loss == "sedd"
+        ):  # it divides scores by the number of tokens, upstream's MASK not among them
             ours["head.bias"] += math.log(cfg.vocab_size / (cfg.vocab_size - 1))
     for name in outputs:
         ours[name] = ours[name][: cfg.vocab_size + (not cfg.zero_masking)]
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in ours.items()}
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in ours.items()
+    }
 
 
 def from_smdm(path, weights, step, loss=None, vocab=None):
@@ -348,9 +399,13 @@ def from_smdm(path, weights, step, loss=None, vocab=None):
     if rows not in (V, V + 1):
         fail(f"{path}: an embedding of {rows} rows, but SMDM's have {V + 1}, or {V} if AR")
     n_layer = len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")})
-    size = [size for size, (layers, _, width) in SMDM_SIZES.items() if (layers, width) == (n_layer, d)]
+    size = [
+        size for size, (layers, _, width) in SMDM_SIZES.items() if (layers, width) == (n_layer, d)
+    ]
     if not size:
-        fail(f"{path}: {n_layer} layers of width {d}: none of SMDM's sizes, and no tensor tells the heads")
+        fail(
+            f"{path}: {n_layer} layers of width {d}: none of SMDM's sizes, and no tensor tells the heads"
+        )
     cfg = smdm(size[0], ar=rows == V)
     if loss not in (None, cfg.loss):
         fail(f"{path}: --loss {loss}: an embedding of {rows} rows is for loss={cfg.loss}")
@@ -359,8 +414,17 @@ def from_smdm(path, weights, step, loss=None, vocab=None):
     shapes = {"transformer.wte": [rows, d], "transformer.ln_f": [d], "lm_head": [V, d]}
     for i in range(n_layer):
         b = f"transformer.h.{i}."
-        shapes |= {b + "norm_1": [d], b + "norm_2": [d], b + "attn.attn": [3 * d, d], b + "attn.proj": [d, d]}
-        shapes |= {b + "mlp.swiglu.w1": [f, d], b + "mlp.swiglu.w2": [f, d], b + "mlp.swiglu.w3": [d, f]}
+        shapes |= {
+            b + "norm_1": [d],
+            b + "norm_2": [d],
+            b + "attn.attn": [3 * d, d],
+            b + "attn.proj": [d, d],
+        }
+        shapes |= {
+            b + "mlp.swiglu.w1": [f, d],
+            b + "mlp.swiglu.w2": [f, d],
+            b + "mlp.swiglu.w3": [d, f],
+        }
     check(weights, {f"{name}.weight": shape for name, shape in shapes.items()}, path)
     spec = llama_vocabulary(vocab)
     if (pieces := tokenizer_of(spec).vocab_size) != V:
@@ -371,7 +435,9 @@ def from_smdm(path, weights, step, loss=None, vocab=None):
     ours |= {"final_norm": w("transformer.ln_f"), "head": w("lm_head")}
     for i in range(n_layer):
         a, b = f"blocks.{i}.", f"transformer.h.{i}."
-        qkv = w(b + "attn.attn").reshape(H, 3, d // H, d).transpose(0, 1)  # there: q, k, v head by head
+        qkv = (
+            w(b + "attn.attn").reshape(H, 3, d // H, d).transpose(0, 1)
+        )  # there: q, k, v head by head
         gate_up = torch.cat((w(b + "mlp.swiglu.w1"), w(b + "mlp.swiglu.w2")))
         ours |= {a + "qkv": qkv.reshape(3 * d, d), a + "attn_out": w(b + "attn.proj")}
         ours |= {a + "mlp_in": gate_up, a + "mlp_out": w(b + "mlp.swiglu.w3")}
@@ -394,7 +460,9 @@ def from_folder(path, weights, told):
         except OSError as e:
             fail(f"{path.with_name(file)}: {e.strerror}")
     weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-    state = dict(model=weights, ema=weights, step=told["step"], best=told["best"] or math.inf, seconds=0.0)
+    state = dict(
+        model=weights, ema=weights, step=told["step"], best=told["best"] or math.inf, seconds=0.0
+    )
     return state | dict(config=told["config"], tokenizer=spec)
 
 
@@ -408,7 +476,9 @@ def source_of(code):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 bound = [a.asname or a.name.split(".")[0] for a in node.names]
             else:
-                bound = [n.id for n in getattr(node, "targets", [])] or [getattr(node, "name", None)]
+                bound = [n.id for n in getattr(node, "targets", [])] or [
+                    getattr(node, "name", None)
+                ]
             for name in bound:
                 if name not in pieces:  # what model.py imports from diffusion.py is here already
                     pieces[name], uses[name] = ast.get_source_segment(source, node), names_in(node)
@@ -500,7 +570,9 @@ def write_folder(out, state, cfg, name, ema=True):
 
     spec, step = dict(state["tokenizer"]), state["step"]
     best = None if math.isinf(state["best"]) else state["best"]
-    shown = "data vocab_size seq_len n_layer n_head n_embd cond_dim time_cond tied schedule T".split()
+    shown = (
+        "data vocab_size seq_len n_layer n_head n_embd cond_dim time_cond tied schedule T".split()
+    )
     card = CARD.format(
         name=name, loss=cfg.loss, parameters=count_parameters(cfg), step=step, mask=cfg.mask_id,
         best="" if best is None else f", at best {best:.4f} nats per token of validation data",
@@ -557,9 +629,15 @@ def main(argv=None):
     p = parser(__doc__)
     p.add_argument("source", help="file, folder, id on the hub, or ID:FILE")
     p.add_argument("out", help="a checkpoint, if it ends in .pt, else a folder in the hub's layout")
-    p.add_argument("--loss", choices=LOSSES, help="of a source that does not tell; default: mdlm, or ar")
-    p.add_argument("--vocab", metavar="FILE", help="BERT's vocab.txt, Llama's tokenizer.json; else the hub's")
-    p.add_argument("--no_ema", action="store_true", help="folder: the raw weights (a checkpoint has both)")
+    p.add_argument(
+        "--loss", choices=LOSSES, help="of a source that does not tell; default: mdlm, or ar"
+    )
+    p.add_argument(
+        "--vocab", metavar="FILE", help="BERT's vocab.txt, Llama's tokenizer.json; else the hub's"
+    )
+    p.add_argument(
+        "--no_ema", action="store_true", help="folder: the raw weights (a checkpoint has both)"
+    )
     p.add_argument("--push", metavar="ID", help="folder: upload it as this model")
     p.add_argument("--overwrite", action="store_true", help="replace OUT")
     args = p.parse_args(argv)
@@ -572,7 +650,7 @@ def main(argv=None):
         state, cfg = read(args.source, args.loss, args.vocab)
         if out.suffix == ".pt":
             out.parent.mkdir(parents=True, exist_ok=True)
-            save(out, **state, optimizer=[], data="")
+            save_checkpoint(out, **state, optimizer=[], data="")
         else:
             write_folder(out, state, cfg, args.push or out.name, not args.no_ema)
     except (OSError, ValueError) as e:  # of OUT

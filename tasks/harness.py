@@ -20,12 +20,22 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configs import check_range, device_options, fail, parser
+from common import (
+    add_model_options,
+    autocast,
+    check_range,
+    choose_sampler,
+    compute_dtype,
+    fail,
+    parser,
+    pick_device,
+    to_json,
+)
 from data.tokenizer import tokenizer_of
-from diffusion import SAMPLERS, denoiser, mask_exactly, spread, time_at, with_guidance
-from evaluate import to_json
-from model import autocast, compute_dtype, load, pick_device
-from sample import frames, opening, sampler_for
+from diffusion import denoiser, mask_exactly, scatter, time_at
+from model import load
+from sample import frames, start_ids
+from samplers import SAMPLERS, with_guidance
 
 # ---------------------------------------------------------------------------------------------------------
 # What is asked, in batches of rows of one length: padding would be text to a network that looks both ways
@@ -44,14 +54,18 @@ def split(encode, context, continuation, noise=(0,)):
     text = context[len(stem) :] + continuation
     prefix = encode(stem)
     target = encode(stem + text)[len(prefix) :]
-    return Request(prefix, target or encode(text, inside=True), noise)  # none: one piece spans both parts
+    return Request(
+        prefix, target or encode(text, inside=True), noise
+    )  # none: one piece spans both parts
 
 
 def fit(requests, start, cfg):
     """Requests that begin with `start` and have at most seq_len tokens: what is too much is cut off on the left."""
     room = cfg.seq_len - len(start)
     if long := sum(len(r.prefix + r.target) > room for r in requests):
-        sys.stderr.write(f"note: {long} of {len(requests)} texts cut on the left to {cfg.seq_len} tokens\n")
+        sys.stderr.write(
+            f"note: {long} of {len(requests)} texts cut on the left to {cfg.seq_len} tokens\n"
+        )
     cut = lambda r: (r.prefix + r.target)[-room:][: -len(r.target) or None]
     return [Request(start + cut(r), r.target[-room:], r.noise) for r in requests]
 
@@ -65,7 +79,9 @@ def batches(requests, rows, batch_size=32, device="cpu", quiet=True):
             same = ((i, k) for i in range(len(size)) if size[i] == L for k in range(rows[i]))
             while batch := list(islice(same, batch_size)):
                 which, k = torch.tensor(batch, device=device).T
-                x0 = torch.tensor([requests[i].prefix + requests[i].target for i, _ in batch], device=device)
+                x0 = torch.tensor(
+                    [requests[i].prefix + requests[i].target for i, _ in batch], device=device
+                )
                 first = torch.tensor([[len(requests[i].prefix)] for i, _ in batch], device=device)
                 yield which, k, x0, torch.arange(L, device=device) - first
                 bar.update(len(batch))
@@ -91,7 +107,7 @@ def summed(canvas, rows, model, cfg, requests, w, **how):
     for which, k, x0, j in batches(requests, rows, **how):
         x, t, at, weight = canvas(which, k, x0, j)
         log_p = answers(model, cfg, j < 0, w)(x, t, at).gather(-1, x0[at][:, None])[:, 0]
-        total.index_add_(0, which.cpu(), (weight * spread(log_p.double(), at).sum(-1)).cpu())
+        total.index_add_(0, which.cpu(), (weight * scatter(log_p.double(), at).sum(-1)).cpu())
     return total.tolist()
 
 
@@ -113,7 +129,9 @@ def chain(model, cfg, requests, w=0.0, **how):
 def noise(request, k, seed):
     """Uniforms of sample k: one for the number of masks, then one per token of the target. They depend on nothing
     else, so that the options of a question are compared under the same masks, whatever their lengths."""
-    return torch.from_numpy(np.random.default_rng([seed, *request.noise, k]).random(1 + len(request.target)))
+    return torch.from_numpy(
+        np.random.default_rng([seed, *request.noise, k]).random(1 + len(request.target))
+    )
 
 
 def mc(model, cfg, requests, w=0.0, samples=128, seed=0, **how):
@@ -121,7 +139,9 @@ def mc(model, cfg, requests, w=0.0, samples=128, seed=0, **how):
     tokens exactly l are masked and weighed by n / l; l is stratified over the samples."""
 
     def canvas(which, k, x0, j):
-        draws = [noise(requests[i], s, seed).to(x0.device) for i, s in zip(which.tolist(), k.tolist())]
+        draws = [
+            noise(requests[i], s, seed).to(x0.device) for i, s in zip(which.tolist(), k.tolist())
+        ]
         u = torch.stack([F.pad(draw[1:], (x0.shape[1] - len(draw) + 1, 0)) for draw in draws])
         n = (j >= 0).sum(-1)
         count = torch.floor(n * (k + torch.stack([draw[0] for draw in draws])) / samples).long() + 1
@@ -142,7 +162,7 @@ def commit(denoise, x, total, cfg):
     masked = x == cfg.mask_id
     asked = masked & (masked.cumsum(-1) == 1) if cfg.causal else masked
     best, token = denoise(x, time_at(cfg.schedule, masked.sum(-1) / total), asked).max(-1)
-    surest = spread(best, asked).masked_fill(~asked, -math.inf).argmax(-1, keepdim=True)
+    surest = scatter(best, asked).masked_fill(~asked, -math.inf).argmax(-1, keepdim=True)
     now = asked & (torch.arange(x.shape[1], device=x.device) == surest)
     return torch.where(now, x.masked_scatter(asked, token), x)
 
@@ -170,7 +190,7 @@ def write(
     """Fill canvases x (B, L): as sample.py does, where row number rows[i] has random numbers of its own, or, with no
     temperature and no sampler, greedily."""
     if temperature or sampler or cfg.causal:
-        name = sampler_for(cfg, sampler)
+        name = choose_sampler(cfg, sampler)
         xs = frames(model, cfg, x, rows, steps, name, w, temperature, top_p, seed=seed, dtype=dtype)
         return deque(xs, maxlen=1).pop()
     given = x != cfg.mask_id
@@ -191,7 +211,7 @@ def adapter(model, cfg, tokenizer, estimator, w=0.0, dtype="float32", writing=No
     from lm_eval.api.model import LM
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    start = opening(tokenizer, cfg)
+    start = start_ids(tokenizer, cfg)
     how["device"] = device = next(model.parameters()).device
 
     def encode(text, inside=False):
@@ -202,8 +222,14 @@ def adapter(model, cfg, tokenizer, estimator, w=0.0, dtype="float32", writing=No
 
     def continuation(prompt, ids, until):
         """What ids (L,) say after the prompt, up to the first end-of-text or stop string."""
-        end = ids.index(tokenizer.eos, len(prompt)) if tokenizer.eos in ids[len(prompt) :] else len(ids)
-        text = tokenizer.decode(ids[:end])[len(tokenizer.decode(prompt)) :]  # a first space is no prefix here
+        end = (
+            ids.index(tokenizer.eos, len(prompt))
+            if tokenizer.eos in ids[len(prompt) :]
+            else len(ids)
+        )
+        text = tokenizer.decode(ids[:end])[
+            len(tokenizer.decode(prompt)) :
+        ]  # a first space is no prefix here
         for stop in filter(None, until):
             text = text.split(stop)[0]
         return text
@@ -234,7 +260,9 @@ def adapter(model, cfg, tokenizer, estimator, w=0.0, dtype="float32", writing=No
                 settings = normalize_gen_kwargs(r.args[1], min(256, cfg.seq_len // 2))
                 new = settings["max_gen_toks"]
                 if not 0 < new < room:
-                    fail(f"max_gen_toks={new}: must be below {room}; set it with --gen_kwargs max_gen_toks=N")
+                    fail(
+                        f"max_gen_toks={new}: must be below {room}; set it with --gen_kwargs max_gen_toks=N"
+                    )
                 prompt = start + encode(r.args[0])[new - room :]
                 law = settings.get("temperature", 0.0), settings.get("top_p", 1.0)
                 groups[len(prompt) + new, law].append((i, prompt, new, settings["until"]))
@@ -243,7 +271,14 @@ def adapter(model, cfg, tokenizer, estimator, w=0.0, dtype="float32", writing=No
                 while part := list(islice(group, how.get("batch_size", 32))):
                     x = torch.tensor([prompt + [cfg.mask_id] * new for _, prompt, new, _ in part])
                     x = write(
-                        model, cfg, x.to(device), [i for i, *_ in part], w, *law, dtype, **writing or {}
+                        model,
+                        cfg,
+                        x.to(device),
+                        [i for i, *_ in part],
+                        w,
+                        *law,
+                        dtype,
+                        **writing or {},
                     )
                     for (i, prompt, _, until), ids in zip(part, x.tolist()):
                         texts[i] = continuation(prompt, ids, until)
@@ -275,9 +310,15 @@ def run(lm, args):
     for name in dict.fromkeys(args.tasks):
         try:
             loaded = manager.load(name)
-        except Exception as e:  # no such task, no network, a missing package: each has types of its own
-            fail(f"--tasks {name}: {(str(e.args[0] if e.args else '') or type(e).__name__).splitlines()[0]}")
-        tasks += list(loaded["groups"].values())[:1] or loaded["tasks"].values()  # a group comes first
+        except (
+            Exception
+        ) as e:  # no such task, no network, a missing package: each has types of its own
+            fail(
+                f"--tasks {name}: {(str(e.args[0] if e.args else '') or type(e).__name__).splitlines()[0]}"
+            )
+        tasks += (
+            list(loaded["groups"].values())[:1] or loaded["tasks"].values()
+        )  # a group comes first
     return simple_evaluate(
         lm, tasks=tasks, num_fewshot=args.num_fewshot, limit=args.limit, gen_kwargs=args.gen_kwargs,
         task_manager=manager, log_samples=False, bootstrap_iters=1000,
@@ -288,24 +329,35 @@ def main(argv=None):
     p = parser(__doc__)
     p.add_argument("ckpt")
     p.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="any of lm-eval's")
-    p.add_argument("--estimator", default="mc", choices=("mc", "chain"), help="[mc]; an AR model's is exact")
+    p.add_argument(
+        "--estimator", default="mc", choices=("mc", "chain"), help="[mc]; an AR model's is exact"
+    )
     p.add_argument("--mc", type=int, default=128, help="masked copies of a text [128]")
-    p.add_argument("--guidance", type=float, default=0.0, help="w of classifier-free guidance by the prompt")
+    p.add_argument(
+        "--guidance", type=float, default=0.0, help="w of classifier-free guidance by the prompt"
+    )
     p.add_argument("--limit", type=float, help="documents of a task; below 1: a share of them")
     p.add_argument("--num_fewshot", type=int, help="examples in the prompt [the task's]")
     p.add_argument("--include_path", metavar="DIR", help="a folder with tasks of your own")
-    p.add_argument("--gen_kwargs", help="for free text, e.g. max_gen_toks=64,temperature=0.7,top_p=0.9")
+    p.add_argument(
+        "--gen_kwargs", help="for free text, e.g. max_gen_toks=64,temperature=0.7,top_p=0.9"
+    )
     p.add_argument("--sampler", choices=SAMPLERS, help="for free text [greedy: surest first]")
     p.add_argument("--steps", type=int, default=1000, help="of the sampler [1000]")
-    p.add_argument("--batch_size", type=int, default=32, help="changes memory and speed, not the results")
+    p.add_argument(
+        "--batch_size", type=int, default=32, help="changes memory and speed, not the results"
+    )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--no_ema", action="store_true", help="the raw weights")
-    device_options(p)
+    add_model_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else")
     args = p.parse_args(argv)
     check_range(args, mc=1, guidance=0, num_fewshot=0, steps=1, batch_size=1, seed=0)
-    if args.limit is not None and not (0 < args.limit < 1 or args.limit >= 1 and args.limit % 1 == 0):
-        fail(f"--limit {args.limit}: must be a number of documents, or a share of them between 0 and 1")
+    if args.limit is not None and not (
+        0 < args.limit < 1 or args.limit >= 1 and args.limit % 1 == 0
+    ):
+        fail(
+            f"--limit {args.limit}: must be a number of documents, or a share of them between 0 and 1"
+        )
     if args.include_path and not Path(args.include_path).is_dir():
         fail(f"--include_path {args.include_path}: no such folder")
 
@@ -317,7 +369,7 @@ def main(argv=None):
 
     device = pick_device(args.device)
     model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
-    sampler_for(cfg, args.sampler)
+    choose_sampler(cfg, args.sampler)
     if cfg.causal and args.guidance:
         fail("--guidance: not for an AR model")
     estimator, kind = chain, "exact" if cfg.causal else "chain rule"
@@ -329,7 +381,9 @@ def main(argv=None):
     lm = adapter(model, cfg, tokenizer, estimator, args.guidance, args.dtype, writing, **how)
     with packages_only(), redirect_stdout(sys.stderr):  # the harness prints here and there
         results = run(lm, args)
-    record = {key: results[key] for key in ("results", "groups", "versions", "n-shot") if results.get(key)}
+    record = {
+        key: results[key] for key in ("results", "groups", "versions", "n-shot") if results.get(key)
+    }
     record |= {
         "estimator": kind, "guidance": args.guidance, "limit": args.limit, "ckpt": args.ckpt, "step": model.step,
         "ema": not args.no_ema, "dtype": compute_dtype(device, args.dtype),
@@ -338,8 +392,13 @@ def main(argv=None):
     if args.json:
         print(to_json(record))
     else:
-        print(*(make_table(results, part) for part in ("results", "groups") if results.get(part)), sep="\n")
-        print(f"likelihood: {kind}; guidance {args.guidance:g}, seed {args.seed}, {record['dtype']}")
+        print(
+            *(make_table(results, part) for part in ("results", "groups") if results.get(part)),
+            sep="\n",
+        )
+        print(
+            f"likelihood: {kind}; guidance {args.guidance:g}, seed {args.seed}, {record['dtype']}"
+        )
     return record
 
 

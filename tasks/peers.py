@@ -38,11 +38,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configs import Config, check_range, fail, options_of_mode, parser
+from common import autocast, check_range, compute_dtype, fail, parser, settle_mode_options
+from configs import Config
 from data.corpus import read_split, training_rows, unpack
-from diffusion import SAMPLERS
 from evaluate import bound, report
-from model import DiT, autocast, compute_dtype, keep_freed_memory, rounded
+from head import cast_linears, keep_freed_memory
+from model import DiT
+from samplers import SAMPLERS
 from tasks.bench import children, empty, resident, shown, timed, training
 
 CPU = torch.device("cpu")
@@ -126,8 +128,12 @@ def enter(clone):
     warnings.filterwarnings("ignore")
     torch.set_float32_matmul_precision("high")  # as nanoDD, SMDM and ours have it
     rotary = module("flash_attn.layers.rotary", apply_rotary_emb_qkv_=turn_packed)
-    flash = module("flash_attn.flash_attn_interface", flash_attn_varlen_qkvpacked_func=packed_attention)
-    module("flash_attn", flash_attn_interface=flash, layers=module("flash_attn.layers", rotary=rotary))
+    flash = module(
+        "flash_attn.flash_attn_interface", flash_attn_varlen_qkvpacked_func=packed_attention
+    )
+    module(
+        "flash_attn", flash_attn_interface=flash, layers=module("flash_attn.layers", rotary=rotary)
+    )
     module("huggingface_hub", PyTorchModelHubMixin=type("PyTorchModelHubMixin", (), {}))
     torch.manual_seed(0)
 
@@ -197,7 +203,10 @@ def nanodd(cfg):
     )
     ema = EMA(model, beta=0.9999, **settings)
     groups = [
-        dict(params=[p for p in model.parameters() if (p.dim() >= 2) == decays], weight_decay=0.1 * decays)
+        dict(
+            params=[p for p in model.parameters() if (p.dim() >= 2) == decays],
+            weight_decay=0.1 * decays,
+        )
         for decays in (True, False)
     ]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98))
@@ -230,7 +239,10 @@ def sedd(cfg):
                      scale_by_sigma=True),
     )  # fmt: skip
     net, noise, rows = SEDD(settings), noise_lib.get_noise(settings), made_up(cfg)
-    plain, optimizer = net.forward, losses.get_optimizer(settings, [*net.parameters(), *noise.parameters()])
+    plain, optimizer = (
+        net.forward,
+        losses.get_optimizer(settings, [*net.parameters(), *noise.parameters()]),
+    )
 
     def forward(*args):
         with autocast(CPU, cfg.dtype):
@@ -254,7 +266,9 @@ def smdm(cfg):
     from lit_gpt.fused_rotary_embedding import ApplyRotaryEmb
 
     # in place on a view, as it is called, is not allowed by this torch
-    diffmodel.apply_rotary_emb_func = lambda x, cos, sin, *_: ApplyRotaryEmb.apply(x, cos, sin, False, False)
+    diffmodel.apply_rotary_emb_func = lambda x, cos, sin, *_: ApplyRotaryEmb.apply(
+        x, cos, sin, False, False
+    )
     settings = Settings.from_name(
         "Diff_LLaMA_6M", _norm_class="RMSNorm", n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, block_size=cfg.seq_len,
         vocab_size=cfg.vocab_size, padded_vocab_size=cfg.vocab_size, intermediate_size=4 * cfg.n_embd,
@@ -309,7 +323,7 @@ def batches(pipe, side, clone, cfg, T, threads):
     """The process of a sampling side. Whatever it is sent, it draws a batch in T steps: (seconds, calls)."""
     torch.set_num_threads(threads)
     if side == "ours":
-        model = rounded(DiT(cfg).eval().requires_grad_(False), CPU, cfg.dtype)
+        model = cast_linears(DiT(cfg).eval().requires_grad_(False), CPU, cfg.dtype)
         keep_freed_memory()  # as `load` does
         sampling = lambda denoise, x, gen: SAMPLERS["ddpm_cache"](denoise, x, T, cfg, gen)
         canvas = empty(cfg, CPU, cfg.batch_size, cfg.seq_len)
@@ -326,7 +340,10 @@ def batches(pipe, side, clone, cfg, T, threads):
 
         def draw():
             start, calls[0] = time.perf_counter(), 0
-            with torch.no_grad(), autocast(CPU, cfg.dtype):  # which rounds its matrices once, as ours are
+            with (
+                torch.no_grad(),
+                autocast(CPU, cfg.dtype),
+            ):  # which rounds its matrices once, as ours are
                 d._sample()
             return time.perf_counter() - start, calls[0]
 
@@ -376,7 +393,9 @@ def sample(args, cfg):
     clone = args.clones / "mdlm"
     sides = {"ours": None, "mdlm ddpm_cache": clone, "mdlm ddpm": clone}
     rows, runs = in_turns(batches, sides, args, cfg, 1, args.steps)
-    return [row | dict(calls=statistics.median(calls for _, calls in of)) for row, of in zip(rows, runs)]
+    return [
+        row | dict(calls=statistics.median(calls for _, calls in of)) for row, of in zip(rows, runs)
+    ]
 
 
 def learn(args, cfg):
@@ -387,7 +406,9 @@ def learn(args, cfg):
     if meta["given"] or meta["pad"] is not None:
         fail(f"{args.data}: has given tokens or padding, which MDLM's step is not told of here")
     numbers = np.arange(cfg.batch_size)
-    rows = lambda i: unpack(training_rows(ids, meta, cfg, i * cfg.batch_size + numbers), meta, cfg)[0]
+    rows = lambda i: unpack(training_rows(ids, meta, cfg, i * cfg.batch_size + numbers), meta, cfg)[
+        0
+    ]
     rows(0)  # what is wrong with the data shows now
     enter(args.clones / "mdlm")
     torch.manual_seed(args.seed)
@@ -396,7 +417,9 @@ def learn(args, cfg):
     except ImportError as e:
         fail(str(e))
     number, spent, start = 0, 0.0, time.perf_counter()
-    with tqdm(total=args.seconds, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s {postfix}") as bar:
+    with tqdm(
+        total=args.seconds, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s {postfix}"
+    ) as bar:
         while spent < args.seconds:
             loss, number = step(number), number + 1
             before, spent = spent, time.perf_counter() - start
@@ -414,7 +437,9 @@ def learn(args, cfg):
         def forward(self, x, t, at):
             return self.net(x, torch.zeros(len(x)))[at][:, : cfg.vocab_size].float()
 
-    bits = lambda: report(bound(Answers(), val, meta, cfg, "val.bin", passes=4), meta, "val")["bits_per_char"]
+    bits = lambda: report(bound(Answers(), val, meta, cfg, "val.bin", passes=4), meta, "val")[
+        "bits_per_char"
+    ]
     last = bits()
     d.ema.copy_to(d.backbone.parameters())
     return [dict(data=args.data, lr=cfg.lr, seed=args.seed, dtype=cfg.dtype, steps=number, seconds=spent, last=last,
@@ -438,7 +463,10 @@ def main(argv=None):
     p.add_argument("--seq_len", type=int, default=256)
     p.add_argument("--n_layer", type=int, default=4)
     p.add_argument(
-        "--dtype", nargs="+", choices=BOTH, help="learn: one, [bfloat16 where the CPU multiplies in it]"
+        "--dtype",
+        nargs="+",
+        choices=BOTH,
+        help="learn: one, [bfloat16 where the CPU multiplies in it]",
     )
     p.add_argument("--sides", nargs="+", choices=PROJECTS, help="train: beside ours [all]")
     p.add_argument("--repeats", type=int, help="train, sample: rounds [5]")
@@ -450,7 +478,7 @@ def main(argv=None):
     p.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
     args = p.parse_args(argv)
     (mode,) = (mode for mode in MODES if mode.__name__ == args.what)
-    options_of_mode(args, MODES, mode, f"not for {args.what}")
+    settle_mode_options(args, MODES, mode, f"not for {args.what}")
     check_range(args, steps=1, repeats=1, seconds=0, seed=0)
     if mode is learn and len(args.dtype) > 1:
         fail(f"--dtype {' '.join(args.dtype)}: learn takes one")

@@ -13,35 +13,55 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configs import check_range, device_options, fail, parser
+from common import (
+    add_model_options,
+    check_range,
+    check_top_p,
+    choose_sampler,
+    fail,
+    parser,
+    pick_device,
+)
 from data.corpus import folder_of, read_split
 from data.tokenizer import tokenizer_of
-from diffusion import SAMPLERS, STEPLESS, options_of
-from evaluate import judge_of, judged
-from model import load, pick_device
-from sample import check_top_p, generate, sampler_for
+from model import load
+from sample import generate
+from samplers import SAMPLERS, STEPLESS, default_options
 from tasks.bench import shown
 from tasks.compare import pyplot
+from tasks.judge import judge_rows, load_judge
 
 VALUES = {  # of the options by which samplers without steps trade quality for calls
     "threshold": (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99),
     "gamma": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
 }
-SAME_LAW = ("ddpm", "analytic", "euler", "ar")  # as ddpm_cache, nearly as it, or of another kind of model
+SAME_LAW = (
+    "ddpm",
+    "analytic",
+    "euler",
+    "ar",
+)  # as ddpm_cache, nearly as it, or of another kind of model
 
 
 def settings(name, steps):
     """What is varied of a sampler: its steps, or without any its own option."""
     if name not in STEPLESS:
         return [dict(steps=n) for n in steps]
-    return [dict(own={o: v}) for o in options_of(SAMPLERS[name]) for v in VALUES.get(o, ())] or [{}]
+    return [
+        dict(sampler_options={o: v})
+        for o in default_options(SAMPLERS[name])
+        for v in VALUES.get(o, ())
+    ] or [{}]
 
 
 def figures(rows, tokenizer, score):
     """Nats per token and entropy of rows of ids, each with its standard error over rows."""
-    result = judged(rows, tokenizer, score)
+    result = judge_rows(rows, tokenizer, score)
     return dict(
-        nats=result["nats"], nats_se=result["se"], entropy=result["entropy"], entropy_se=result["entropy_se"]
+        nats=result["nats"],
+        nats_se=result["se"],
+        entropy=result["entropy"],
+        entropy_se=result["entropy_se"],
     )
 
 
@@ -51,15 +71,29 @@ def qualities(args):
     model, cfg = load(args.ckpt, device=device, dtype=args.dtype)
     if cfg.causal:
         fail(f"{args.ckpt}: an AR model writes from left to right, in one way")
-    names = args.samplers or [s for s in SAMPLERS if s not in SAME_LAW or s == sampler_for(cfg)]
-    jobs = [(name, setting) for name in names for setting in settings(sampler_for(cfg, name), args.steps)]
-    tokenizer, score, rows, forwards = tokenizer_of(model.tokenizer), judge_of(args.judge, device), [], [0]
+    names = args.samplers or [s for s in SAMPLERS if s not in SAME_LAW or s == choose_sampler(cfg)]
+    jobs = [
+        (name, setting)
+        for name in names
+        for setting in settings(choose_sampler(cfg, name), args.steps)
+    ]
+    tokenizer, score, rows, forwards = (
+        tokenizer_of(model.tokenizer),
+        load_judge(args.judge, device),
+        [],
+        [0],
+    )
     if (folder_of(cfg.data) / "meta.json").exists():
         ids, _ = read_split(cfg.data, "val", cfg)
         starts = np.linspace(0, max(len(ids) - cfg.seq_len, 0), args.num).astype(int)
         real = [ids[i : i + cfg.seq_len].tolist() for i in starts]
         rows.append(
-            dict(sampler="validation text", setting="", calls=math.nan, **figures(real, tokenizer, score))
+            dict(
+                sampler="validation text",
+                setting="",
+                calls=math.nan,
+                **figures(real, tokenizer, score),
+            )
         )
 
     def count(module, inputs, out):
@@ -72,9 +106,13 @@ def qualities(args):
             model, tokenizer._replace(decode=list), cfg, args.num, batch_size=args.batch_size, sampler=name, seed=args.seed,
             dtype=args.dtype, temperature=args.temperature, top_p=args.top_p, **setting,
         )  # fmt: skip
-        varied = " ".join(f"{k}={v:g}" for k, v in (setting.get("own") or setting).items())
+        varied = " ".join(
+            f"{k}={v:g}" for k, v in (setting.get("sampler_options") or setting).items()
+        )
         calls = forwards[0] / args.num
-        rows.append(dict(sampler=name, setting=varied, calls=calls, **figures(texts, tokenizer, score)))
+        rows.append(
+            dict(sampler=name, setting=varied, calls=calls, **figures(texts, tokenizer, score))
+        )
     return rows
 
 
@@ -82,16 +120,23 @@ def plot(rows, path):
     """Over network calls per text: nats per token under the judge, and entropy."""
     if not (plt := pyplot(path)):
         return
-    labels = {"nats": "nats per token under the judge", "entropy": "entropy of a text's tokens, nats"}
+    labels = {
+        "nats": "nats per token under the judge",
+        "entropy": "entropy of a text's tokens, nats",
+    }
     _, panels = plt.subplots(1, 2, figsize=(12, 4.8), sharex=True, layout="constrained")
     for panel, (key, label) in zip(panels, labels.items()):
         for name in dict.fromkeys(row["sampler"] for row in rows):
-            of = sorted((row for row in rows if row["sampler"] == name), key=lambda row: row["calls"])
+            of = sorted(
+                (row for row in rows if row["sampler"] == name), key=lambda row: row["calls"]
+            )
             y, error = ([row[k] for row in of] for k in (key, f"{key}_se"))
             if name == "validation text":
                 panel.axhline(y[0], color="black", linestyle=":", label=name)
             else:
-                panel.errorbar([row["calls"] for row in of], y, error, label=name, capsize=2, marker=".")
+                panel.errorbar(
+                    [row["calls"] for row in of], y, error, label=name, capsize=2, marker="."
+                )
         panel.set(xscale="log", xlabel="network calls per text", ylabel=label)
         panel.grid(alpha=0.3, which="both")
     panels[1].legend(fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")
@@ -111,7 +156,7 @@ def main(argv=None):
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--png", help="the plot")
-    device_options(p)
+    add_model_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line per row instead of the table")
     args = p.parse_args(argv)
     check_range(args, steps=1, num=2, batch_size=1, temperature=0, seed=0)

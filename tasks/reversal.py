@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import train
-from configs import check_range, fail, from_cli
+import common
+from common import autocast, check_range, fail
+from configs import from_cli
 from data.corpus import folder_of, read_meta
 from data.tokenizer import tokenizer_of
 from diffusion import ar, exact_count_bound
-from model import autocast, load
+from model import load
 from tasks.compare import VARIANTS, cell, markdown, seeded, trained
 
 OPTIONS = 10
@@ -54,7 +55,9 @@ def questions(path, tokenizer, cfg, most):
                 target = tokenizer.encode(" " + str(answer), inside=True)
                 rest = cfg.seq_len - len(prompt) - len(target)
                 if rest < 0:
-                    fail(f"{path}: a question of {cfg.seq_len - rest} tokens, but seq_len is {cfg.seq_len}")
+                    fail(
+                        f"{path}: a question of {cfg.seq_len - rest} tokens, but seq_len is {cfg.seq_len}"
+                    )
                 x0.append(prompt + target + [tokenizer.eos] * rest)
                 maskable.append([False] * len(prompt) + [True] * len(target) + [False] * rest)
     shape = (len(of), OPTIONS, cfg.seq_len)
@@ -66,7 +69,9 @@ def costs(model, cfg, x0, maskable, samples, batch_size=512):
     """(N,) nats of the maskable tokens of rows x0 (N, L): exact for an AR model, else the bound by exact counts, which
     are stratified over `samples` forwards."""
     parts = []
-    for x, m in tqdm(list(zip(x0.split(batch_size), maskable.split(batch_size))), leave=False, unit="batch"):
+    for x, m in tqdm(
+        list(zip(x0.split(batch_size), maskable.split(batch_size))), leave=False, unit="batch"
+    ):
         with autocast(x.device, cfg.dtype):
             if cfg.causal:
                 parts.append(ar(model, x, m, cfg).double().sum(-1))
@@ -82,12 +87,14 @@ def costs(model, cfg, x0, maskable, samples, batch_size=512):
 
 def accuracy(cfg, samples, most):
     """{kind: share of its questions whose true answer is the likeliest of the options} of a trained run."""
-    device = train.local_device(cfg)
+    device = common.local_device(cfg)
     model, _ = load(cfg.out_dir, device=device, dtype=cfg.dtype)
     tokenizer = tokenizer_of(model.tokenizer)
     x0, maskable, of = questions(folder_of(cfg.data) / "test.jsonl", tokenizer, cfg, most)
     torch.manual_seed(0)
-    nats = costs(model, cfg, x0.flatten(0, 1).to(device), maskable.flatten(0, 1).to(device), samples)
+    nats = costs(
+        model, cfg, x0.flatten(0, 1).to(device), maskable.flatten(0, 1).to(device), samples
+    )
     right = (nats.view(len(of), OPTIONS).argmin(-1) == 0).tolist()
     return {kind: statistics.fmean(r for r, k in zip(right, of) if k == kind) for kind in QUESTIONS}
 
@@ -95,7 +102,9 @@ def accuracy(cfg, samples, most):
 def main(cfg, seeds, samples, most):
     path = folder_of(cfg.data) / "test.jsonl"
     if not path.exists():
-        fail(f"{path}: no such file; python data/prepare.py reversal needs its four test files, too")
+        fail(
+            f"{path}: no such file; python data/prepare.py reversal needs its four test files, too"
+        )
     cfg = replace(cfg, vocab_size=read_meta(cfg.data)["vocab_size"])
     results = {}
     for name in ("mdlm", "ar"):

@@ -24,10 +24,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import train
-from configs import SMDM_SIZES, Config, check_range, fail, from_cli, parser
+import common
+from common import check_range, fail, parser, to_json
+from configs import SMDM_SIZES, Config, from_cli
 from data.corpus import read_meta
-from evaluate import to_json
 from model import DiT
 from tasks.compare import MAY_CHANGE, VARIANTS, final, markdown, pyplot, seeded, trained
 
@@ -56,11 +56,15 @@ def sized(cfg, size, budget):
     The warm-up is SMDM's, a hundredth of the steps and at least 100, but at most a tenth; a rate that decays does
     so until the last step."""
     n_layer, n_head, n_embd = SIZES[size]
-    shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, mlp_width=1600 if size == "75" else 0)
+    shape = dict(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, mlp_width=1600 if size == "75" else 0
+    )
     cfg = replace(cfg, **shape, decay_steps=0, samples=0)
     steps = int(budget / (6 * parameters(cfg) * cfg.batch_size * cfg.seq_len))
     if not 1 <= steps < 2**31:
-        fail(f"--budgets {budget:g}: {steps:,} steps of size {size}; must be at least 1 and below 2**31")
+        fail(
+            f"--budgets {budget:g}: {steps:,} steps of size {size}; must be at least 1 and below 2**31"
+        )
     return replace(cfg, steps=steps, warmup=min(max(100, steps // 100), steps // 10))
 
 
@@ -77,7 +81,10 @@ def read_runs(path, *more):
         try:
             run = json.loads(line)
             numbers = [float(run[key]) for key in ("N", "C", "nats")]
-            if not all(0 < x < math.inf for x in numbers) or not 0 <= float(run.get("se") or 0) < math.inf:
+            if (
+                not all(0 < x < math.inf for x in numbers)
+                or not 0 <= float(run.get("se") or 0) < math.inf
+            ):
                 raise ValueError("N, C and nats must be above 0, and se not below")
             runs.append({**run, "loss": str(run["loss"]), **{key: run[key] for key in more}})
         except (ValueError, TypeError, KeyError, AttributeError) as e:
@@ -97,11 +104,18 @@ def lines(path):
 
 def sweep(cfg, sizes, budgets, seeds, passes):
     """Train and evaluate what is not in runs.jsonl yet; returns all its lines."""
-    path, tokens = Path(cfg.out_dir) / "runs.jsonl", read_meta(cfg.data)["splits"]["train"]["tokens"]
+    path, tokens = (
+        Path(cfg.out_dir) / "runs.jsonl",
+        read_meta(cfg.data)["splits"]["train"]["tokens"],
+    )
     rank = dist.get_rank() if dist.is_initialized() else 0
     if path.exists() and not rank and not (text := path.read_text()).endswith("\n"):
-        path.write_text(text[: text.rfind("\n") + 1])  # half a line of a run that was killed: it comes again
-    plan = [(sized(cfg, size, C), size, C) for C in sorted(budgets) for size in sizes]  # cheap ones first
+        path.write_text(
+            text[: text.rfind("\n") + 1]
+        )  # half a line of a run that was killed: it comes again
+    plan = [
+        (sized(cfg, size, C), size, C) for C in sorted(budgets) for size in sizes
+    ]  # cheap ones first
     read = [lines(path) if not rank else None]
     if dist.is_initialized():
         dist.broadcast_object_list(read)  # one reading for all: they train the same runs
@@ -145,7 +159,11 @@ def minimum(n, nats):
     a, b, c = coefficients = np.linalg.pinv(design) @ nats.T
     log_n, lowest = middle - b / (2 * a), c - b**2 / (4 * a)
     there = (a > 0) & (abs(log_n) < 100) & (lowest > 0)
-    return np.exp(np.where(there, log_n, np.nan)), np.where(there, lowest, np.nan), coefficients.T @ design.T
+    return (
+        np.exp(np.where(there, log_n, np.nan)),
+        np.where(there, lowest, np.nan),
+        coefficients.T @ design.T,
+    )
 
 
 def line(budgets, y):
@@ -165,24 +183,34 @@ def fit(runs, replicates=4000, seed=0):
         curves, squares, freedom = {}, 0.0, 0
         for budget in sorted({run["C"] for run in runs if run["loss"] == name}):
             mine = [run for run in runs if (run["loss"], run["C"]) == (name, budget)]
-            n, nats, se = (np.array([float(run.get(k) or 0) for run in mine]) for k in ("N", "nats", "se"))
+            n, nats, se = (
+                np.array([float(run.get(k) or 0) for run in mine]) for k in ("N", "nats", "se")
+            )
             if len(set(n)) < 3:
-                fail(f"{name}, C={budget:g}: {len(set(n))} of the 3 or more sizes that a parabola needs")
+                fail(
+                    f"{name}, C={budget:g}: {len(set(n))} of the 3 or more sizes that a parabola needs"
+                )
             values = minimum(n, nats[None])[2][0]
             curves[budget] = n, nats, values, se
             squares, freedom = squares + ((nats - values) ** 2).sum(), freedom + len(n) - 3
-        sigma = math.sqrt(squares / freedom) if freedom else math.nan  # three sizes, one seed: unknown
+        sigma = (
+            math.sqrt(squares / freedom) if freedom else math.nan
+        )  # three sizes, one seed: unknown
         spread = sigma * np.sqrt(freedom / rng.chisquare(max(freedom, 1), replicates))
         shift, optima, flat = rng.standard_normal(replicates), {}, []
         for budget, (n, nats, values, se) in curves.items():
-            noise = spread[:, None] * rng.standard_normal((replicates, len(n))) + shift[:, None] * se
+            noise = (
+                spread[:, None] * rng.standard_normal((replicates, len(n))) + shift[:, None] * se
+            )
             best, lowest, _ = minimum(n, np.concatenate((nats[None], values + noise)))
             if math.isnan(best[0]):
                 flat.append(budget)
             else:
                 optima[budget] = best, lowest, not n.min() <= best[0] <= n.max()
         if len(optima) < 2:
-            fail(f"{name}: {len(optima)} of the 2 or more budgets with a minimum that a power law needs")
+            fail(
+                f"{name}: {len(optima)} of the 2 or more budgets with a minimum that a power law needs"
+            )
         N, L, outside = (np.stack(of, -1) for of in zip(*optima.values()))
         C = np.array(list(optima))
         (alpha, beta), (b, log_a) = line(C, L), line(C, N)
@@ -207,25 +235,38 @@ def interval(values):
 def cell(values, digits=3):
     """The estimate and its 95 % interval."""
     low, high = interval(values)
-    return f"{values[0]:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]".replace("[nan, nan]", "[?]")
+    return f"{values[0]:.{digits}g} [{low:.{digits}g}, {high:.{digits}g}]".replace(
+        "[nan, nan]", "[?]"
+    )
 
 
 def table(laws, runs):
     """Markdown: the optima, the laws, MDLM against AR, and what to mind."""
     optima = [("loss", "C, FLOPs", "sizes", "N*", "D*", "L*, nats per token")]
-    slopes = [("loss", "alpha, L* ~ C^alpha", "beta", "N* ~ C^b", "D* ~ C^(1-b)", "sd of a run, nats")]
-    versus, notes = [("C of `ar`", "`mdlm` needs more compute, times", "N* of `mdlm` / N* of `ar`")], []
+    slopes = [
+        ("loss", "alpha, L* ~ C^alpha", "beta", "N* ~ C^b", "D* ~ C^(1-b)", "sd of a run, nats")
+    ]
+    versus, notes = (
+        [("C of `ar`", "`mdlm` needs more compute, times", "N* of `mdlm` / N* of `ar`")],
+        [],
+    )
     for name, law in laws.items():
         for C, N, L, outside in zip(law["C"], law["N"].T, law["L"].T, law["outside"]):
             sizes = law["points"][C][0]
             where = f"{sizes.min():.3g} to {sizes.max():.3g}"
             mark = " **outside the sizes: extrapolated**" if outside else ""
-            optima.append((f"`{name}`", f"{C:.3g}", where, cell(N) + mark, cell(C / (6 * N)), cell(L, 4)))
+            optima.append(
+                (f"`{name}`", f"{C:.3g}", where, cell(N) + mark, cell(C / (6 * N)), cell(L, 4))
+            )
         exponents = (law["alpha"], law["beta"], law["b"], 1 - law["b"])
         slopes.append((f"`{name}`", *map(cell, exponents), f"{law['sigma']:.2g}"))
-        notes += [f"`{name}`, C = {C:.3g}: the parabola has no minimum; left out." for C in law["flat"]]
+        notes += [
+            f"`{name}`, C = {C:.3g}: the parabola has no minimum; left out." for C in law["flat"]
+        ]
         if law["sigma"] >= 0 and (lost := np.isnan(law["N"][1:]).any(1).mean()):
-            notes.append(f"`{name}`: {lost:.1%} of the replicates lack a minimum; intervals leave them out.")
+            notes.append(
+                f"`{name}`: {lost:.1%} of the replicates lack a minimum; intervals leave them out."
+            )
     if {"ar", "mdlm"} <= laws.keys():
         ar, mdlm = laws["ar"], laws["mdlm"]
         for i, C in enumerate(ar["C"]):
@@ -236,7 +277,9 @@ def table(laws, runs):
         ratio, difference = cell(mdlm["alpha"] / ar["alpha"]), cell(mdlm["alpha"] - ar["alpha"])
         notes.append(f"alpha of `mdlm` / alpha of `ar`: {ratio}; their difference: {difference}.")
     seen = max(run.get("epochs") or 0 for run in runs)
-    notes.append(f"{len(runs)} runs" + f", which see the data {seen:.2g} times at most." * (seen > 0))
+    notes.append(
+        f"{len(runs)} runs" + f", which see the data {seen:.2g} times at most." * (seen > 0)
+    )
     if (recipes := len({json.dumps(run.get("config")) for run in runs})) > 1:
         notes.append(f"The runs have {recipes} different recipes.")
     tables = [markdown(*rows) for rows in (optima, slopes, versus) if len(rows) > 1]
@@ -253,17 +296,28 @@ def plot(laws, path):
     for (name, law), style in zip(laws.items(), ("o-", "s--", "D:", "^-.")):
         fill = "full" if style == "o-" else "none"
         for C, (n, nats, values, _) in law["points"].items():
-            left.plot(n, nats, style[0], color=color[C], label=f"{name}, C = {C:.3g}", fillstyle=fill)
+            left.plot(
+                n, nats, style[0], color=color[C], label=f"{name}, C = {C:.3g}", fillstyle=fill
+            )
             x = np.geomspace(n.min(), n.max(), 100)
-            left.plot(x, np.polyval(np.polyfit(np.log(n), values, 2), np.log(x)), style[1:], color=color[C])
+            left.plot(
+                x,
+                np.polyval(np.polyfit(np.log(n), values, 2), np.log(x)),
+                style[1:],
+                color=color[C],
+            )
         left.plot(law["N"][0], law["L"][0], "*", color="crimson", markersize=10)
         label = f"{name}: L* = {math.exp(law['beta'][0]):.3g} C^({law['alpha'][0]:.4f})"
         (points,) = right.plot(law["C"], law["L"][0], style[0], label=label)
         error = np.abs(np.stack([interval(L) for L in law["L"].T], 1) - law["L"][0])
-        right.errorbar(law["C"], law["L"][0], error, fmt="none", color=points.get_color(), capsize=3)
+        right.errorbar(
+            law["C"], law["L"][0], error, fmt="none", color=points.get_color(), capsize=3
+        )
         fitted = np.exp(law["beta"][0]) * np.array(budgets) ** law["alpha"][0]
         right.plot(budgets, fitted, style[1:], color=points.get_color())
-    left.set(xscale="log", xlabel="N, parameters without embedding and head", ylabel="nats per token")
+    left.set(
+        xscale="log", xlabel="N, parameters without embedding and head", ylabel="nats per token"
+    )
     right.set(xscale="log", yscale="log", xlabel="C = 6 N D, FLOPs", ylabel="L*, nats per token")
     right.yaxis.set_minor_formatter("{x:.3g}")
     sizes = sorted({x for law in laws.values() for n, *_ in law["points"].values() for x in n})
@@ -281,7 +335,9 @@ def main(cfg, sizes, budgets, seeds, passes, runs=None):
     """The sweep, unless there are `runs`, and the fit, which one process makes."""
     if runs is None:
         if cfg.loss != "mdlm" or cfg.cond_dim:
-            fail(f"loss={cfg.loss}, cond_dim={cfg.cond_dim}: must be mdlm and 0, since AR has no adaLN")
+            fail(
+                f"loss={cfg.loss}, cond_dim={cfg.cond_dim}: must be mdlm and 0, since AR has no adaLN"
+            )
         cfg = replace(cfg, vocab_size=read_meta(cfg.data)["vocab_size"])
         runs = sweep(cfg, sizes, budgets, seeds, passes)
     if dist.is_initialized() and dist.get_rank():
@@ -296,8 +352,12 @@ def main(cfg, sizes, budgets, seeds, passes, runs=None):
 
 def command_line(argv=None):
     p = parser(__doc__)
-    p.add_argument("--sizes", nargs="+", default="28k 50k 111k 198k 444k".split(), help=", ".join(SIZES))
-    p.add_argument("--budgets", nargs="+", type=float, default=[4e11, 1.2e12, 3.6e12], metavar="FLOPS")
+    p.add_argument(
+        "--sizes", nargs="+", default="28k 50k 111k 198k 444k".split(), help=", ".join(SIZES)
+    )
+    p.add_argument(
+        "--budgets", nargs="+", type=float, default=[4e11, 1.2e12, 3.6e12], metavar="FLOPS"
+    )
     p.add_argument("--seeds", type=int, default=1, help="runs of each size, budget and loss")
     p.add_argument("--passes", type=int, default=4, help="forwards per window of the final bounds")
     p.add_argument("--fit", metavar="RUNS", help="train nothing, fit the runs of this file")
@@ -316,6 +376,6 @@ def command_line(argv=None):
 
 if __name__ == "__main__":
     cfg, args = command_line()
-    with train.processes(cfg):
+    with common.process_group(cfg):
         runs = read_runs(args.fit) if args.fit else None
         main(cfg, args.sizes, args.budgets, args.seeds, args.passes, runs)

@@ -9,7 +9,9 @@ import torch
 from configs import Config
 from data.corpus import finish, partial_of
 
-SHARED = Path(__file__).parents[2] / "shared"  # real data for tests; absent outside the developers' machines
+SHARED = (
+    Path(__file__).parents[2] / "shared"
+)  # real data for tests; absent outside the developers' machines
 if (SHARED / "tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
 
@@ -59,6 +61,8 @@ def checkpoint(corpus, tmp_path_factory):
     import train
 
     out = tmp_path_factory.mktemp("run")
-    cfg = replace(tiny_run(corpus), steps=100, eval_every=1000, save_every=1000, muon_lr=0.02, samples=0)
+    cfg = replace(
+        tiny_run(corpus), steps=100, eval_every=1000, save_every=1000, muon_lr=0.02, samples=0
+    )
     train.main(replace(cfg, out_dir=str(out)))
     return out / "ckpt.pt"

@@ -12,10 +12,14 @@ from diffusion import LOSSES, alpha, time_at
 
 L, V = 3, 3
 MASK = V
-CANVASES = torch.tensor(list(itertools.product(range(V + 1), repeat=L)))  # (64, L), row i has index i
+CANVASES = torch.tensor(
+    list(itertools.product(range(V + 1), repeat=L))
+)  # (64, L), row i has index i
 TEXTS = torch.tensor(list(itertools.product(range(V), repeat=L)))  # (27, L)
 
-SUBSETS = torch.tensor([[m >> i & 1 for i in range(L)] for m in range(2**L)]).bool()  # (8, L) all masks
+SUBSETS = torch.tensor(
+    [[m >> i & 1 for i in range(L)] for m in range(2**L)]
+).bool()  # (8, L) all masks
 
 
 def ones(x):
@@ -34,7 +38,15 @@ def tiny(**fields):
 def tiny_ar(**fields):
     """A causal network of eight tokens."""
     return Config(
-        vocab_size=5, seq_len=8, n_embd=16, n_head=2, n_layer=2, cond_dim=0, causal=True, loss="ar", **fields
+        vocab_size=5,
+        seq_len=8,
+        n_embd=16,
+        n_head=2,
+        n_layer=2,
+        cond_dim=0,
+        causal=True,
+        loss="ar",
+        **fields,
     )
 
 
@@ -72,7 +84,9 @@ def hostile_model(seed=0, outputs=V):
 def hostile_scores(seed=0):
     """A network whose answers, read as SEDD's scores, sum to anything between 1/2 and 2 instead of to 1."""
     normal, size = hostile_model(seed), hostile_model(seed + 1)
-    return lambda x, t, at: normal(x, t, at) + math.log(V) + 0.7 * torch.sin(5 * size(x, t, at)[:, :1])
+    return lambda x, t, at: (
+        normal(x, t, at) + math.log(V) + 0.7 * torch.sin(5 * size(x, t, at)[:, :1])
+    )
 
 
 def causal_model(seed=0):
@@ -137,7 +151,9 @@ def remasking_states(model, canvas, schedule, steps, sigma):
         alpha_t, alpha_s = grid[n].item(), grid[n - 1].item()
         again = sigma(min(1.0, (1 - alpha_s) / alpha_t) if alpha_t else 1.0)
         stay = torch.nn.functional.one_hot(CANVASES, V + 1).double()
-        shown = torch.where((canvas != MASK)[None, :, None], stay, (1 - again) * stay + again * mask)
+        shown = torch.where(
+            (canvas != MASK)[None, :, None], stay, (1 - again) * stay + again * mask
+        )
         answer = torch.nn.functional.pad(answers(model, n / steps).exp(), (0, 1))
         hidden = (alpha_s - (1 - again) * alpha_t) * answer + (1 - alpha_s - again * alpha_t) * mask
         step = torch.where((CANVASES == MASK)[..., None], hidden / (1 - alpha_t), shown)
@@ -175,7 +191,11 @@ def expected_loss(loss, model, text, cfg, nodes=400):
     probability = mass ** SUBSETS.sum(-1) * (1 - mass) ** (~SUBSETS).sum(-1)  # (n, 8)
     x0 = text.repeat(len(t) * len(SUBSETS), 1)
     xt = x0.masked_fill(SUBSETS.repeat(len(t), 1), MASK)
-    nats = LOSSES[loss](model, x0, ones(x0), cfg, t.repeat_interleave(len(SUBSETS)), xt).double().sum(-1)
+    nats = (
+        LOSSES[loss](model, x0, ones(x0), cfg, t.repeat_interleave(len(SUBSETS)), xt)
+        .double()
+        .sum(-1)
+    )
     return (nats.view(len(t), -1) * probability * dt[:, None]).sum().item()
 
 

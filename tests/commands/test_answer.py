@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SHARED, tiny_run
 from test_cli import refused
-from test_generative import save
+from test_judge import save
 from test_pretraining_data import OURS
 
 import train
@@ -45,7 +45,11 @@ class Memory(torch.nn.Module):
         masked = (x == self.cfg.mask_id)[:, None]
         possible = torch.where(masked, self.maskable, x[:, None] == self.rows).all(-1)  # (B, N)
         n, total = masked.sum(-1).double(), self.maskable.sum(-1).double()
-        chance = torch.lgamma(n + 1) + torch.lgamma((total - n).clamp(min=0) + 1) - torch.lgamma(total + 2)
+        chance = (
+            torch.lgamma(n + 1)
+            + torch.lgamma((total - n).clamp(min=0) + 1)
+            - torch.lgamma(total + 2)
+        )
         chance = (chance + 1e-9).masked_fill(~possible, -torch.inf).softmax(-1).nan_to_num(0)
         return (torch.einsum("bn,nlv->blv", chance, self.one_hot) + 1e-9).log()[at]
 
@@ -60,7 +64,9 @@ def memory(folder, **fields):
     """The Memory of a prepared folder's training rows."""
     cfg = Config(data=str(folder), n_embd=8, n_head=2, n_layer=1, **fields)
     ids, meta = read_split(cfg.data, "train", cfg)
-    x0, maskable = unpack(take(ids, range(0, len(ids), cfg.seq_len), cfg.seq_len, cfg, "train"), meta, cfg)
+    x0, maskable = unpack(
+        take(ids, range(0, len(ids), cfg.seq_len), cfg.seq_len, cfg, "train"), meta, cfg
+    )
     return Memory(x0, maskable, meta["tokenizer"], cfg)
 
 
@@ -94,10 +100,23 @@ def run(monkeypatch, capsys):
 # ---------------------------------------------------------------------------------------------------------
 # GSM8K
 
-NUMBERS = [(3, 4), (1, 8), (5, 2), (4, 1), (4, 4), (6, 3), (1, 5), (3, 6), (7, 2)]  # the last is val
+NUMBERS = [
+    (3, 4),
+    (1, 8),
+    (5, 2),
+    (4, 1),
+    (4, 4),
+    (6, 3),
+    (1, 5),
+    (3, 6),
+    (7, 2),
+]  # the last is val
 WHO = "Ann Bob Cyd Dee Eve Flo Gus Hal Ida".split()
 PROBLEMS = [
-    dict(question=f"{who} has {a} and gets {b}. How many?", answer=f"{a}+{b} is {a + b}\n#### {a + b}")
+    dict(
+        question=f"{who} has {a} and gets {b}. How many?",
+        answer=f"{a}+{b} is {a + b}\n#### {a + b}",
+    )
     for who, (a, b) in zip(WHO, NUMBERS)
 ]
 
@@ -109,7 +128,15 @@ def folders(tmp_path_factory):
     files = [jsonl(folder / "train.jsonl", PROBLEMS), jsonl(folder / "test.jsonl", PROBLEMS[:8])]
     for name, padding in (("trained", True), ("given", False)):
         out = str(folder / name)
-        prepare("gsm8k", out, input=files, tokenizer="bpe", vocab_size=290, wrap=48, train_padding=padding)
+        prepare(
+            "gsm8k",
+            out,
+            input=files,
+            tokenizer="bpe",
+            vocab_size=290,
+            wrap=48,
+            train_padding=padding,
+        )
     return folder
 
 
@@ -122,7 +149,10 @@ def test_what_was_learnt_is_answered(folders, run, tmp_path):
     alike; the figures are those of the lines."""
     out = tmp_path / "new" / "a.jsonl"
     result = run("gsm8k", memory(folders / "trained", **SIZE), "--out", out)
-    assert result["right"] == result["questions"] == 8 and result["accuracy_se"] == 0 == result["empty"]
+    assert (
+        result["right"] == result["questions"] == 8
+        and result["accuracy_se"] == 0 == result["empty"]
+    )
     assert result["sampler"] == "confidence" and (result["steps"], result["step"]) == (256, 5)
     assert (result["temperature"], result["guidance"], result["length"]) == (0.1, 0.1, 48)
     for line, problem in zip(lines_of(out), PROBLEMS):
@@ -133,7 +163,9 @@ def test_what_was_learnt_is_answered(folders, run, tmp_path):
         )  # fmt: skip
     model = memory(folders / "trained", **SIZE)
     for sampler in ("ddpm_cache", "first_hitting", "ar"):
-        result = run("gsm8k", model, "--out", tmp_path / sampler, "--sampler", sampler, "--temperature", 0.5)
+        result = run(
+            "gsm8k", model, "--out", tmp_path / sampler, "--sampler", sampler, "--temperature", 0.5
+        )
         assert result["right"] == 8 and result["sampler"] == sampler
     result = run("gsm8k", memory(folders / "trained", **SIZE, **AR), "--out", tmp_path / "causal")
     assert (result["right"], result["sampler"], result["guidance"]) == (8, "ar", 0)
@@ -144,7 +176,9 @@ def test_what_was_learnt_is_answered(folders, run, tmp_path):
 def test_accuracy_and_its_error(folders, run, tmp_path, capsys, monkeypatch):
     """Six of eight: 75 ± 15.3 %; the sentence says the same."""
     model = memory(folders / "trained", **SIZE)
-    records = [json.loads(line) for line in (folders / "trained" / "test.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (folders / "trained" / "test.jsonl").read_text().splitlines()
+    ]
     (tmp_path / "data").mkdir()
     wrong = [r | {"answer": "0"} if i in (2, 5) else r for i, r in enumerate(records)]
     jsonl(tmp_path / "data" / "test.jsonl", wrong)
@@ -152,7 +186,9 @@ def test_accuracy_and_its_error(folders, run, tmp_path, capsys, monkeypatch):
     result = run("gsm8k", model, *argv)
     assert result["right"] == 6 and result["accuracy"] == 0.75
     assert result["accuracy_se"] == pytest.approx(math.sqrt(0.75 * 0.25 / 8))
-    assert [line["right"] for line in lines_of(tmp_path / "a")] == [i not in (2, 5) for i in range(8)]
+    assert [line["right"] for line in lines_of(tmp_path / "a")] == [
+        i not in (2, 5) for i in range(8)
+    ]
     few = run("gsm8k", model, *argv, "--limit", 3)
     assert (few["right"], few["questions"]) == (2, 3)  # of the eight that are there
     monkeypatch.setattr(answer, "load", lambda *a, **k: (model, model.cfg))
@@ -166,7 +202,10 @@ def test_without_trained_padding_the_model_has_to_be_told(folders, tmp_path, cap
     model = memory(folders / "given", **SIZE)
     tokenizer = load_tokenizer(model.tokenizer)
     size = lambda text: len(tokenizer.encode(text)) + 1  # with the EOS
-    sizes = [tuple(size(f" {part}") for part in f"Answer: {p['answer']}".split("\n")) for p in PROBLEMS[:8]]
+    sizes = [
+        tuple(size(f" {part}") for part in f"Answer: {p['answer']}".split("\n"))
+        for p in PROBLEMS[:8]
+    ]
     two = max(sizes, key=sizes.count)  # some numbers are one token with their space
     told, most = ["--new", *map(str, two)], sizes.count(two)
     assert most > 5
@@ -178,7 +217,9 @@ def test_without_trained_padding_the_model_has_to_be_told(folders, tmp_path, cap
     answer.main([*command, f"{tmp_path}/untold"])
     out, err = capfd.readouterr()
     assert json.loads(out)["right"] < 3
-    assert err == "note: without --train_padding the model has to be told where answers end: --new\n"
+    assert (
+        err == "note: without --train_padding the model has to be told where answers end: --new\n"
+    )
     model = memory(folders / "given", **SIZE, **AR)  # reads no padding
     answer.main([*command, f"{tmp_path}/ar"])
     out, err = capfd.readouterr()
@@ -198,7 +239,10 @@ def test_the_answer_goes_on_from_the_ids_of_the_thought(folders):
     ):
         row = [tokenizer.bos, *given, *written]
         rows.append(
-            (row + [tokenizer.eos] * (48 - len(row)), [False] * (len(given) + 1) + [True] * (47 - len(given)))
+            (
+                row + [tokenizer.eos] * (48 - len(row)),
+                [False] * (len(given) + 1) + [True] * (47 - len(given)),
+            )
         )
     x0, maskable = (torch.tensor(part) for part in zip(*rows))
     model = Memory(x0, maskable, model.tokenizer, model.cfg)
@@ -242,7 +286,13 @@ ASKED = [
     dict(question_id=90, category="math", turns=[" 1+1?", "Sure? "]),
     dict(question_id=99, category="none", turns=["Only once."]),
 ]
-REPLIES = {"Say one.": "one", "Now two.": "two, 2", "1+1?": "11", "Sure?": "no", "Only once.": "once"}
+REPLIES = {
+    "Say one.": "one",
+    "Now two.": "two, 2",
+    "1+1?": "11",
+    "Sure?": "no",
+    "Only once.": "once",
+}
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +302,9 @@ def chat(tmp_path_factory):
     for turns in [[q.strip() for q in record["turns"]] for record in ASKED]:
         for n in range(1, len(turns) + 1):
             said = [x for q in turns[:n] for x in (("human", q), ("gpt", REPLIES[q]))]
-            conversations.append({"conversations": [{"from": who, "value": text} for who, text in said]})
+            conversations.append(
+                {"conversations": [{"from": who, "value": text} for who, text in said]}
+            )
     (folder / "chat.json").write_text(json.dumps([*conversations, conversations[0]]))
     options = dict(tokenizer="bpe", vocab_size=380, wrap=96, train_padding=True)
     prepare("sharegpt", str(folder / "data"), input=[str(folder / "chat.json")], **options)
@@ -286,7 +338,11 @@ def test_both_turns_as_the_judge_reads_them(chat, run, tmp_path, capsys):
     assert as_fastchat_reads(tmp_path / "mine.jsonl") == want
     argv = ["--input", questions, "--out", tmp_path / "first.jsonl"]
     assert run("mt_bench", model, *argv, "--first_turn")["empty"] == 0
-    assert as_fastchat_reads(tmp_path / "first.jsonl") == {81: ["one", ""], 90: ["11", ""], 99: ["once"]}
+    assert as_fastchat_reads(tmp_path / "first.jsonl") == {
+        81: ["one", ""],
+        90: ["11", ""],
+        99: ["once"],
+    }
     refused(capsys, lambda: run("mt_bench", model, *argv), "first.jsonl: answers of another")
 
 
@@ -304,7 +360,11 @@ def test_the_template_is_vicunas(chat, monkeypatch):
     got = next(dialogues(model, tokenizer, model.cfg, {0: texts}, [tokenizer.eos], None, 96))
     assert got == {0: ["reply 1", "reply 2"]}
     first = [tokenizer.bos, *tokenizer.encode(f"{SYSTEM} USER: Say one. ASSISTANT:")]
-    then = [*tokenizer.encode(" reply 1"), tokenizer.eos, *tokenizer.encode(" USER: Now two. ASSISTANT:")]
+    then = [
+        *tokenizer.encode(" reply 1"),
+        tokenizer.eos,
+        *tokenizer.encode(" USER: Now two. ASSISTANT:"),
+    ]
     assert shown == [[first], [first + then]]
 
 
@@ -321,7 +381,12 @@ def test_llamas_spaces_and_its_begin_of_text(chat, monkeypatch):
     got = next(dialogues(None, OURS, cfg, {3: ["the mat", "on a mat"]}, [OURS.eos], None, 96))
     assert got == {3: ["the cat", "the cat"]}
     first = [OURS.bos, *OURS.encode("the mat")]
-    then = [OURS.bos, *OURS.encode(" the cat", inside=True), OURS.eos, *OURS.encode("on a mat", inside=True)]
+    then = [
+        OURS.bos,
+        *OURS.encode(" the cat", inside=True),
+        OURS.eos,
+        *OURS.encode("on a mat", inside=True),
+    ]
     assert shown == [[first], [first + then]] and OURS.encode("on a mat") != OURS.encode(
         "on a mat", inside=True
     )
@@ -339,10 +404,15 @@ def test_the_real_questions(run, tmp_path):
     result = run("mt_bench", path, "--input", QUESTIONS, "--out", out, "--steps", 2, "--new", 20)
     found = as_fastchat_reads(out)
     assert list(found) == [*range(81, 161)] and result["questions"] == 80
-    first = [len(tokenizer.encode(f"{SYSTEM} USER: {r['turns'][0].strip()} ASSISTANT:")) + 1 for r in records]
+    first = [
+        len(tokenizer.encode(f"{SYSTEM} USER: {r['turns'][0].strip()} ASSISTANT:")) + 1
+        for r in records
+    ]
     assert 0 < sum(n >= 160 for n in first) < 40
     assert not any(one + two for (one, two), n in zip(found.values(), first) if n >= 160)
-    assert sum(bool(one) for one, _ in found.values()) > 40 and any(two for _, two in found.values())
+    assert sum(bool(one) for one, _ in found.values()) > 40 and any(
+        two for _, two in found.values()
+    )
     assert result["empty"] == sum(not text for turns in found.values() for text in turns)
 
 
@@ -366,7 +436,11 @@ HOT = ("--temperature", 1, "--steps", 12, "--new", 9)
 def test_an_answer_does_not_depend_on_its_batch(kind, checkpoints, run, tmp_path):
     for size in (1, 3, 32):
         run("gsm8k", checkpoints[kind], "--out", tmp_path / f"{size}", "--batch_size", size, *HOT)
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes() == (tmp_path / "32").read_bytes()
+    assert (
+        (tmp_path / "1").read_bytes()
+        == (tmp_path / "3").read_bytes()
+        == (tmp_path / "32").read_bytes()
+    )
     lines = lines_of(tmp_path / "1")
     assert len({line["thought"] for line in lines}) == len({line["answer"] for line in lines}) == 8
     run("gsm8k", checkpoints[kind], "--out", tmp_path / "other", "--seed", 1, *HOT)
@@ -385,9 +459,22 @@ def test_stages_have_random_numbers_of_their_own(checkpoints):
     model, cfg = load(checkpoints["mdlm"])
     tokenizer, rows = load_tokenizer(model.tokenizer), []
     with pytest.MonkeyPatch.context() as patch:
-        nothing = lambda model, cfg, eos, prompts, given, *a, **k: rows.append(given) or [[]] * len(prompts)
+        nothing = lambda model, cfg, eos, prompts, given, *a, **k: (
+            rows.append(given) or [[]] * len(prompts)
+        )
         patch.setattr(answer, "complete", nothing)
-        list(dialogues(model, tokenizer, cfg, {i: ["a", "b"] for i in (0, 1, 5)}, [], None, 48, batch_size=2))
+        list(
+            dialogues(
+                model,
+                tokenizer,
+                cfg,
+                {i: ["a", "b"] for i in (0, 1, 5)},
+                [],
+                None,
+                48,
+                batch_size=2,
+            )
+        )
     assert rows == [[0, 2], [1, 3], [10], [11]]
 
 
@@ -398,7 +485,9 @@ def test_ar_rows_of_one_length_share_the_cache_and_end_early(folders, checkpoint
 
     def next_logits(x, past):
         calls.append(x.shape)
-        return step(x, past) + 5 * (torch.arange(cfg.vocab_size) == eos)  # answers of various lengths
+        return step(x, past) + 5 * (
+            torch.arange(cfg.vocab_size) == eos
+        )  # answers of various lengths
 
     model.next_logits, how = next_logits, dict(sampler="ar", steps=1, seed=3, temperature=0.9)
     prompts = [[eos, 5, 6, 7], [eos, 9], [eos, 6, 5, 7], [eos, *range(47)], [eos, *range(60)]]
@@ -415,7 +504,9 @@ def test_only_n_new_tokens_then_end_of_text(checkpoints, monkeypatch):
     model, cfg = load(checkpoints["mdlm"])
     seen, bos, M = [], load_tokenizer(model.tokenizer).bos, cfg.mask_id
     monkeypatch.setattr(
-        answer, "frames", lambda model, cfg, x, rows, sampler, **o: iter([seen.append(x) or x * 0 + 1])
+        answer,
+        "frames",
+        lambda model, cfg, x, rows, sampler, **o: iter([seen.append(x) or x * 0 + 1]),
     )
     got = complete(model, cfg, bos, [[bos, 5], [bos, 6, 7, 8]], [0, 1], 3, 6, sampler="ddpm")
     assert seen[0].tolist() == [[bos, 5, M, M, M, bos], [bos, 6, 7, 8, M, M]]
@@ -462,7 +553,9 @@ def test_a_killed_run_goes_on_to_the_same_file(task, checkpoints, run, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         asked, whole = [], answer.dialogues
         patch.setattr(
-            answer, "dialogues", lambda m, t, c, todo, **k: asked.extend(todo) or whole(m, t, c, todo, **k)
+            answer,
+            "dialogues",
+            lambda m, t, c, todo, **k: asked.extend(todo) or whole(m, t, c, todo, **k),
         )
         result = run(*argv, "--out", out)
     assert asked == [*range(2, result["questions"])]
@@ -522,7 +615,9 @@ def test_a_samplers_own_option_counts(checkpoints, run, tmp_path, capsys):
     assert run(*at(0, "a"))["threshold"] == 0 and run(*at(1, "b"))["threshold"] == 1
     texts = [[json.loads(line)["thought"] for line in open(tmp_path / out)] for out in "ab"]
     assert texts[0] != texts[1]
-    refused(capsys, lambda: answer.main([*map(str, at(1, "a")), "--device", "cpu"]), "other options")
+    refused(
+        capsys, lambda: answer.main([*map(str, at(1, "a")), "--device", "cpu"]), "other options"
+    )
 
 
 def test_by_default_the_answers_stand_beside_the_checkpoint(checkpoints, run, tmp_path):

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from configs import Config, as_ar, as_d3pm, as_sedd
+from data import batches
 from model import flops_per_token
 from tasks import bench
 
@@ -21,9 +22,7 @@ def rows(capsys, *args):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-SMALL = (
-    "--n_layer=2 --n_head=2 --n_embd=32 --batch_size=4 --micro_batch=2 --dtype=float32 --device=cpu".split()
-)
+SMALL = "--n_layer=2 --n_head=2 --n_embd=32 --batch_size=4 --micro_batch=2 --dtype=float32 --device=cpu".split()
 
 
 @pytest.mark.slow
@@ -37,7 +36,9 @@ def test_training_reports_speed_memory_and_work_of_every_case(capsys):
         assert r["gflop"] == pytest.approx(gflop) and 0.35 < r["masked"] < 0.65
         assert r["tokens_per_s"] == pytest.approx(4 * L / (r["ms"] / 1e3))
         assert r["tflops"] == pytest.approx(r["gflop"] / r["ms"]) and r["dtype"] == "float32"
-        assert r["of_peak"] == pytest.approx(r["tflops"] / r["peak_float32"]) and 0 < r["of_peak"] < 1
+        assert (
+            r["of_peak"] == pytest.approx(r["tflops"] / r["peak_float32"]) and 0 < r["of_peak"] < 1
+        )
         assert r["times_gflop"] == pytest.approx(r["gflop"] / cases[0]["gflop"])
         assert r["times_ms"] == pytest.approx(r["ms"] / cases[0]["ms"]) and 0 < r["MB"] < 500
         share = {p["part"]: p["share"] for p in parts if p["case"] == r["case"]}
@@ -45,7 +46,14 @@ def test_training_reports_speed_memory_and_work_of_every_case(capsys):
             *bench.PARTS,
             "elementwise and the rest",
         }
-        assert share.keys() > {"head and loss", "optimizer", "average", "clipping", "attention", "matrices"}
+        assert share.keys() > {
+            "head and loss",
+            "optimizer",
+            "average",
+            "clipping",
+            "attention",
+            "matrices",
+        }
 
 
 @pytest.mark.parametrize(
@@ -87,16 +95,24 @@ def test_a_step_does_the_work_that_flops_per_token_says():
         lambda cfg: replace(cfg, mlp="swiglu", norm="rms", tied=True),
     ):
         cfg = change(
-            Config(vocab_size=300, seq_len=32, n_embd=64, n_head=2, cond_dim=8, batch_size=8, micro_batch=4)
+            Config(
+                vocab_size=300,
+                seq_len=32,
+                n_embd=64,
+                n_head=2,
+                cond_dim=8,
+                batch_size=8,
+                micro_batch=4,
+            )
         )
         cfg = replace(cfg, dtype="bfloat16", muon_lr=0.0)
         ids, device = np.arange(10_000) % 300, torch.device("cpu")
         meta = dict(wrap=0, pad=None, given=False)
-        model, ema, optimizers = train.start(cfg, meta, device)
-        batches = train.micro_batches(ids, meta, cfg, 1)
+        model, ema, optimizers = train.build(cfg, meta, device)
+        parts = batches.micro_batches(ids, meta, cfg, 1)
         with FlopCounterMode(display=False) as counter:
-            train.train_step(model, optimizers, batches, 1, cfg, device)
-        masked = sum((b[3] == cfg.mask_id).sum().item() for b in batches) / (8 * 32)
+            train.train_step(model, optimizers, parts, 1, cfg, device)
+        masked = sum((b[3] == cfg.mask_id).sum().item() for b in parts) / (8 * 32)
         ours = flops_per_token(cfg, masked) * 8 * 32
         assert counter.get_total_flops() == pytest.approx(ours, rel=0.02)
 
@@ -124,7 +140,9 @@ def test_training_cases_that_cannot_be_end_in_one_line(args, words, capsys):
 def test_sampling_counts_calls_and_head_rows(checkpoint, capsys):
     by_name = {
         r["sampler"]: r
-        for r in rows(capsys, "sample", checkpoint, "--steps", 50, "--batch_size", 4, "--repeats", 1)
+        for r in rows(
+            capsys, "sample", checkpoint, "--steps", 50, "--batch_size", 4, "--repeats", 1
+        )
     }
     assert by_name.keys() == bench.SAMPLERS.keys()
     assert by_name["ddpm"]["times_faster"] == 1 and by_name["ddpm"]["calls"] <= 50
@@ -134,9 +152,23 @@ def test_sampling_counts_calls_and_head_rows(checkpoint, capsys):
 
 
 def test_sampling_over_steps_and_lengths(checkpoint, capsys):
-    args = ["--steps", 2, 50, "--length", 8, 32, "--repeats", 1, "--samplers", "first_hitting", "ddpm_cache"]
+    args = [
+        "--steps",
+        2,
+        50,
+        "--length",
+        8,
+        32,
+        "--repeats",
+        1,
+        "--samplers",
+        "first_hitting",
+        "ddpm_cache",
+    ]
     got = rows(capsys, "sample", checkpoint, "--batch_size", 3, *args)
-    assert [(r["steps"], r["length"]) for r in got] == [(s, L) for s in (2, 50) for L in (8, 8, 32, 32)]
+    assert [(r["steps"], r["length"]) for r in got] == [
+        (s, L) for s in (2, 50) for L in (8, 8, 32, 32)
+    ]
     for r in got:
         most = r["length"] if r["sampler"] == "first_hitting" else min(r["length"], r["steps"])
         assert 0 < r["calls"] <= most and r["head_rows"] == 3 * r["length"]
@@ -147,7 +179,9 @@ def test_semi_ar_counts_the_calls_of_its_windows(checkpoint, capsys):
     batch, alone, *strides = rows(
         capsys, "semi_ar", checkpoint, "--samplers", "first_hitting", "--repeats", 1
     )
-    assert batch["calls"] == 32 and alone["calls"] == 16 * 32  # a call per token, or per token of all rows
+    assert (
+        batch["calls"] == 32 and alone["calls"] == 16 * 32
+    )  # a call per token, or per token of all rows
     assert [r["how"].split()[-1] for r in strides] == ["8", "16", "24", "31"]
     assert all(r["calls"] == 16 * 32 == r["tokens"] for r in strides)  # each token is revealed once
 
@@ -185,7 +219,9 @@ def test_estimators_agree_and_are_ranked(checkpoint, capsys):
     got = rows(capsys, "evaluate", checkpoint, "--repeats", 6)
     iid, mdlm, ours, reported = got
     for other in (iid, mdlm):
-        assert abs(other["bits_per_char"] - ours["bits_per_char"]) < 4 * (iid["std"] + reported["std"])
+        assert abs(other["bits_per_char"] - ours["bits_per_char"]) < 4 * (
+            iid["std"] + reported["std"]
+        )
     assert ours["forwards_for_equal_error"] == 1 < iid["forwards_for_equal_error"]
 
 

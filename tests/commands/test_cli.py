@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import make_corpus, tiny_run
 
+import common
 import evaluate
-import model
 import sample
 import train
+from common import read_checkpoint
 from configs import CONFIGS, Config, from_cli
-from model import read_checkpoint
 
 HERE = Path(__file__).parents[2]
 
@@ -131,7 +131,12 @@ def test_ar_baselines_see_half_the_steps_and_are_given_bos_where_there_is_one():
         assert sedd == replace(mdlm, loss="sedd", time_cond=True)
     d3pm = CONFIGS["lm1b_d3pm"]()
     assert d3pm == replace(
-        CONFIGS["lm1b_mdlm"](), loss="d3pm", T=1000, zero_masking=False, carry_over=False, time_cond=True
+        CONFIGS["lm1b_mdlm"](),
+        loss="d3pm",
+        T=1000,
+        zero_masking=False,
+        carry_over=False,
+        time_cond=True,
     )
 
 
@@ -141,7 +146,9 @@ def test_every_field_has_a_flag_and_every_config_is_valid():
         assert cfg == replace(make(), out_dir=f"out/{name}") and cfg.mask_id == cfg.vocab_size
         flags = [f"--{f.name}={getattr(cfg, f.name)}" for f in fields(Config)]
         assert from_cli([name, *flags])[0] == cfg
-        assert from_cli([name, "--steps", "7", "--tied=TRUE"])[0] == replace(cfg, steps=7, tied=True)
+        assert from_cli([name, "--steps", "7", "--tied=TRUE"])[0] == replace(
+            cfg, steps=7, tied=True
+        )
     assert from_cli([])[0].out_dir == "out/pydocs_mdlm" and Config().mask_id == Config().vocab_size
 
 
@@ -199,7 +206,10 @@ def test_bad_data(run, tmp_path, corpus, capsys, change, words):
         ("text8", "python data/prepare.py text8\n"),
         ("openwebtext_wrap512", "python data/prepare.py openwebtext --wrap 512\n"),
         ("gsm8k_wrap128", "python data/prepare.py gsm8k --wrap 128\n"),
-        ("gsm8k_wrap256", "python data/prepare.py text --input FILE... --out gsm8k_wrap256\n"),  # 256: gsm8k
+        (
+            "gsm8k_wrap256",
+            "python data/prepare.py text --input FILE... --out gsm8k_wrap256\n",
+        ),  # 256: gsm8k
         ("mine", "python data/prepare.py text --input FILE... --out mine\n"),
     ],
 )
@@ -210,12 +220,18 @@ def test_missing_data_says_how_to_prepare_it(run, capsys, name, how, monkeypatch
 
 def test_a_row_longer_than_the_data(run, capsys):
     refused(
-        capsys, lambda: train.main(replace(run, seq_len=8000)), "train.bin", "4000 tokens", "seq_len 8000"
+        capsys,
+        lambda: train.main(replace(run, seq_len=8000)),
+        "train.bin",
+        "4000 tokens",
+        "seq_len 8000",
     )
 
 
 def test_batches_that_do_not_divide(run, capsys, monkeypatch):
-    refused(capsys, lambda: train.main(replace(run, micro_batch=3)), "batch_size=8", "micro_batch=3")
+    refused(
+        capsys, lambda: train.main(replace(run, micro_batch=3)), "batch_size=8", "micro_batch=3"
+    )
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(train.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(train.dist, "get_world_size", lambda: 3)
@@ -225,16 +241,26 @@ def test_batches_that_do_not_divide(run, capsys, monkeypatch):
 def test_a_device_that_is_not_there(run, capsys):
     refused(capsys, lambda: train.main(replace(run, device="cuda:9")), "device=cuda:9")
     refused(capsys, lambda: train.main(replace(run, device="abacus")), "device=abacus")
-    refused(capsys, lambda: train.main(replace(run, device="mps")), "device=mps", "float64", "--device=cpu")
+    refused(
+        capsys,
+        lambda: train.main(replace(run, device="mps")),
+        "device=mps",
+        "float64",
+        "--device=cpu",
+    )
     refused(capsys, lambda: train.main(replace(run, device="meta")), "device=meta", "cuda:N")
 
 
 def test_an_out_dir_that_cannot_be_made(run, capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
-    refused(capsys, lambda: train.main(replace(run, out_dir=str(tmp_path / "file"))), "out_dir", "file")
+    refused(
+        capsys, lambda: train.main(replace(run, out_dir=str(tmp_path / "file"))), "out_dir", "file"
+    )
     (tmp_path / "full" / "log.jsonl").mkdir(parents=True)
     refused(
-        capsys, lambda: train.main(replace(run, out_dir=str(tmp_path / "full")), overwrite=True), "out_dir"
+        capsys,
+        lambda: train.main(replace(run, out_dir=str(tmp_path / "full")), overwrite=True),
+        "out_dir",
     )
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -282,12 +308,18 @@ def test_resume_with_other_data(run, capsys, tmp_path):
     train.main(run)
     other = make_corpus(tmp_path / "other", characters="zyxwvutsrqponmlkjihgfedcba ")
     changed = replace(run, data=str(other), steps=20)
-    refused(capsys, lambda: train.main(changed, resume=True), str(other), "another tokenizer", "ckpt.pt")
+    refused(
+        capsys, lambda: train.main(changed, resume=True), str(other), "another tokenizer", "ckpt.pt"
+    )
     longer = make_corpus(tmp_path / "longer", n=5000)
     changed = replace(run, data=str(longer), steps=20)
-    refused(capsys, lambda: train.main(changed, resume=True), str(longer), "not the data", "ckpt.pt")
+    refused(
+        capsys, lambda: train.main(changed, resume=True), str(longer), "not the data", "ckpt.pt"
+    )
     path = Path(run.out_dir) / "ckpt.pt"
-    torch.save(torch.load(path, weights_only=True) | {"optimizer": []}, path)  # as convert.py leaves it
+    torch.save(
+        torch.load(path, weights_only=True) | {"optimizer": []}, path
+    )  # as convert.py leaves it
     refused(capsys, lambda: train.main(replace(run, steps=20), resume=True), "ckpt.pt", "converted")
     shutil.rmtree(run.out_dir)
     train.main(run)
@@ -403,35 +435,25 @@ def test_evaluation_on_data_of_another_tokenizer(checkpoint, capsys, tmp_path):
 
 
 def test_help_is_the_docstring(capsys):
-    for main, word in ((sample.main, "--infill"), (evaluate.main, "--passes"), (from_cli, "--resume")):
+    for main, word in (
+        (sample.main, "--infill"),
+        (evaluate.main, "--passes"),
+        (from_cli, "--resume"),
+    ):
         with pytest.raises(SystemExit) as e:
             main(["--help"], **(dict(doc=train.__doc__) if main is from_cli else {}))
         out = capsys.readouterr().out
         assert e.value.code == 0 and word in out and re.search(r"python \w+\.py", out)
 
 
-def test_the_readme_names_files_that_exist_with_their_sizes():
-    """Every file that a command or the table of README names is there, and its line count is right to 5 %."""
-    root = Path(train.__file__).parent
-    readme = (root / "README.md").read_text()
-    sizes = dict(re.findall(r"\| \[`([\w./]+\.py)`\]\([\w./]+\) \|.*\| ([\d,]+) \|", readme))
-    assert {p.name for p in root.glob("*.py")} <= sizes.keys()
-    for name, lines in sizes.items():
-        assert int(lines) == pytest.approx(len((root / name).read_text().splitlines()), rel=0.05), name
-    for name in re.findall(r"python ([\w/]+\.py)", readme):
-        assert (root / name).exists(), name
-    for name in CONFIGS:
-        assert f"`{name}`" in readme or re.fullmatch(r"smdm_\d+(_ar)?", name)
-
-
 def test_bfloat16_on_a_cpu_that_emulates_it_warns_in_one_line(capfd, monkeypatch):
-    model.warn_once.cache_clear()
+    common.warn_once.cache_clear()
     cpu = torch.device("cpu")
     for capability, lines in (("avx512_bf16", 0), ("avx2", 1)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capability: {c: True})
-        assert [model.compute_dtype(cpu, "bfloat16") for _ in range(3)] == ["bfloat16"] * 3
-        assert model.compute_dtype(cpu, "auto") == ("float32" if lines else "bfloat16")
-        assert model.compute_dtype(cpu, "float32") == "float32"
+        assert [common.compute_dtype(cpu, "bfloat16") for _ in range(3)] == ["bfloat16"] * 3
+        assert common.compute_dtype(cpu, "auto") == ("float32" if lines else "bfloat16")
+        assert common.compute_dtype(cpu, "float32") == "float32"
         err = capfd.readouterr().err
         assert err.count("\n") == lines and ("slower than float32" in err) == bool(lines)
 
@@ -447,7 +469,9 @@ try:
 finally:
     assert sys.modules.get("torch") is None
 """
-        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True
+        )
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"error: {package} is missing: pip install -r requirements.txt\n"
 
@@ -456,4 +480,7 @@ def test_train_names_the_python_it_needs():
     """`sys.version_info` is what an old interpreter would say; the lines that check it are old syntax, too."""
     code = "import sys; sys.version_info = (3, 10, 4); import runpy; runpy.run_path('train.py')"
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "error: Python 3.11 or later is needed; this is 3.10\n"
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: Python 3.11 or later is needed; this is 3.10\n"
+    )

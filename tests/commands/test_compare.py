@@ -17,7 +17,9 @@ from tasks import compare
 
 @pytest.fixture(scope="module")
 def base(corpus, tmp_path_factory):
-    return replace(tiny_run(corpus), cond_dim=0, out_dir=str(tmp_path_factory.mktemp("compare") / "run"))
+    return replace(
+        tiny_run(corpus), cond_dim=0, out_dir=str(tmp_path_factory.mktemp("compare") / "run")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,9 @@ def test_complete_runs_are_kept_and_others_go_on(base, results, capsys):
     assert again == results  # to the bit
     after = {p: p.stat().st_mtime_ns for p in before}
     assert [p for p in before if before[p] != after[p]] == [path]
-    compare.main(replace(base, eval_windows=3, device="auto"), seeds=2, passes=3)  # none of the recipe
+    compare.main(
+        replace(base, eval_windows=3, device="auto"), seeds=2, passes=3
+    )  # none of the recipe
     for bad, words in (
         (replace(base, lr=1e-3), "trained with another lr; "),
         (as_ar(base), "loss=ar"),
@@ -101,7 +105,9 @@ def test_lowest_on_the_way(tmp_path, base):
     lines = [json.dumps({"step": i, "val": {"bits_per_char": v}}) for i, v in enumerate(values)]
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, json.dumps({"step": 9, "loss": 1.0})]))
     assert compare.curve(cfg) == {0: 5.0, 1: 3.0, 2: 4.0}
-    row = compare.table({"mdlm": [cfg]}, {"mdlm": [dict(bits_per_char=4.0, perplexity=9.0)]}).splitlines()[2]
+    row = compare.table(
+        {"mdlm": [cfg]}, {"mdlm": [dict(bits_per_char=4.0, perplexity=9.0)]}
+    ).splitlines()[2]
     assert [c.strip() for c in row.split("|")[3:6]] == ["≤ 4.000", "", "≤ 3.000"]
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+from common import read_checkpoint, save_checkpoint
 from configs import Config
 from data.tokenizer import load_tokenizer
-from model import DiT, load, read_checkpoint
+from model import DiT, load
 from tasks import convert
-from train import save
 
 # ---------------------------------------------------------------------------------------------------------
 # Upstream's networks: width 16, 2 blocks, 2 heads, cond_dim 8, with the weights of `recipe`. ANSWERS were
@@ -59,8 +59,16 @@ def shapes(rows, kind="dit"):
         of |= linear(f"{clock}.mlp.0", COND, 256) | linear(f"{clock}.mlp.2", COND, COND)
     for i in range(LAYERS):
         b = f"blocks.{i}."
-        of |= {b + "norm1.weight": (D,), b + "attn_qkv.weight": (3 * D, D), b + "attn_out.weight": (D, D)}
-        of |= {b + "norm2.weight": (D,)} | linear(b + "mlp.0", 4 * D, D) | linear(b + "mlp.2", D, 4 * D)
+        of |= {
+            b + "norm1.weight": (D,),
+            b + "attn_qkv.weight": (3 * D, D),
+            b + "attn_out.weight": (D, D),
+        }
+        of |= (
+            {b + "norm2.weight": (D,)}
+            | linear(b + "mlp.0", 4 * D, D)
+            | linear(b + "mlp.2", D, 4 * D)
+        )
         of |= linear(b + "adaLN_modulation", 6 * D, COND) if kind != "ar" else {}
     of |= {last + "norm_final.weight": (D,)}
     of |= linear(last + "linear", rows, D) if kind != "nanodd" else {}
@@ -94,7 +102,9 @@ T_UP = torch.tensor([0.25, 0.7])
 
 def ids(rows):
     """(2, 12) ids, a third of them MASK, positions 2 and 8 of row 1 too."""
-    x = torch.from_numpy(np.random.Generator(np.random.Philox(key=[9, 9])).integers(5, rows - 1, (2, 12)))
+    x = torch.from_numpy(
+        np.random.Generator(np.random.Philox(key=[9, 9])).integers(5, rows - 1, (2, 12))
+    )
     x[x == MASK[rows]] += 1
     return x.index_fill(1, torch.tensor([0, 2, 8, 11]), MASK[rows])
 
@@ -281,8 +291,15 @@ def run_sedd(folder):
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "config.yaml").write_text(json.dumps(SEDD))  # YAML has JSON in it
     (folder / "checkpoints-meta").mkdir()
-    ema = {"decay": 0.9999, "num_updates": 70, "shadow_params": list(recipe(50258, seed=1).values())}
-    state = {"optimizer": {"state": {}, "param_groups": [{"lr": 3e-4, "betas": (0.9, 0.999)}]}, "ema": ema}
+    ema = {
+        "decay": 0.9999,
+        "num_updates": 70,
+        "shadow_params": list(recipe(50258, seed=1).values()),
+    }
+    state = {
+        "optimizer": {"state": {}, "param_groups": [{"lr": 3e-4, "betas": (0.9, 0.999)}]},
+        "ema": ema,
+    }
     state |= {"model": with_buffer(recipe(50258)), "step": 70}
     torch.save(state, folder / "checkpoints-meta" / "checkpoint.pth")
     return folder
@@ -310,7 +327,9 @@ def file_nanodd(path, T=1000):
         "ema": OrderedDict(ema),
         "optimizer": {"state": {}, "param_groups": []},
     }
-    ckpt |= dict(model_cls="D3PMAbsorbing", model_args=args, training_args={"batch_size": 256}, iter_num=77)
+    ckpt |= dict(
+        model_cls="D3PMAbsorbing", model_args=args, training_args={"batch_size": 256}, iter_num=77
+    )
     torch.save(ckpt | dict(total_batch_size=1024, best_val_loss=1.3), path)
     return path
 
@@ -333,7 +352,14 @@ def refused(capsys, *args):
 
 
 BERT = [f"[unused{i}]" if 0 < i < 99 else f"piece{i}" for i in range(30522)]
-for i, token in {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1037: "a"}.items():
+for i, token in {
+    0: "[PAD]",
+    100: "[UNK]",
+    101: "[CLS]",
+    102: "[SEP]",
+    103: "[MASK]",
+    1037: "a",
+}.items():
     BERT[i] = token
 TEXT8 = dict(data={"train": "text8"}, model=HYDRA["model"] | {"length": 16})
 LM1B = dict(data={"train": "lm1b"}, T=1000, time_conditioning=True, parameterization="d3pm")
@@ -377,7 +403,9 @@ def answers(model, cfg, key):
         y, positions = y.log_softmax(-1), positions + 1
     if key.startswith("sedd_hub"):
         y = y - torch.log(torch.expm1(sigma(T_UP[1]))) - math.log(cfg.vocab_size)
-    if cfg.loss == "sedd" and cfg.vocab_size == rows:  # SEDD counts rows - 1 real tokens, our scale V of them
+    if (
+        cfg.loss == "sedd" and cfg.vocab_size == rows
+    ):  # SEDD counts rows - 1 real tokens, our scale V of them
         y = y - math.log(cfg.vocab_size / (rows - 1))
     return y[positions][:, shown(rows)]
 
@@ -397,7 +425,9 @@ def test_a_layout_gives_upstreams_logits(name, tmp_path):
     rows = int(key.split()[1])
     vocab = {"vocab": "".join(f"{piece}\n" for piece in BERT)} if rows == 30522 else {}
     assert model.tokenizer == convert.TOKENIZERS[rows][0] | vocab
-    assert model.step == {"sedd_run": 70, "nanodd": 77}.get(name, 0 if name.endswith("_hub") else 4321)
+    assert model.step == {"sedd_run": 70, "nanodd": 77}.get(
+        name, 0 if name.endswith("_hub") else 4321
+    )
     if MASK[rows] < rows - 1:  # an id that no text has
         y = model(ids(rows), T_UP)
         assert y[..., : cfg.vocab_size].softmax(-1)[..., MASK[rows]].max() == 0
@@ -409,7 +439,9 @@ def test_text8s_special_tokens_are_no_text():
     tokenizer = load_tokenizer(convert.TOKENIZERS[35][0])
     assert tokenizer.vocab_size == 35
     assert tokenizer.encode("az ") == [8, 33, 34]  # Text8Tokenizer, dataloader.py of MDLM
-    assert all(len(piece) == 1 and "\ue000" <= piece <= "\ue007" for piece in tokenizer.pieces(range(8)))
+    assert all(
+        len(piece) == 1 and "\ue000" <= piece <= "\ue007" for piece in tokenizer.pieces(range(8))
+    )
 
 
 def test_the_result_samples_and_evaluates(corpus, tmp_path, capsys):
@@ -418,10 +450,22 @@ def test_the_result_samples_and_evaluates(corpus, tmp_path, capsys):
 
     run(file_nanodd(tmp_path / "nanodd.pt"), tmp_path / "ckpt.pt")
     sample.main(
-        [str(tmp_path / "ckpt.pt"), "--prompt", "ab", "--length", "12", "--steps", "4", "--device", "cpu"]
+        [
+            str(tmp_path / "ckpt.pt"),
+            "--prompt",
+            "ab",
+            "--length",
+            "12",
+            "--steps",
+            "4",
+            "--device",
+            "cpu",
+        ]
     )
     assert capsys.readouterr().out.splitlines()[-1].startswith("ab")
-    result = evaluate.main([str(tmp_path / "ckpt.pt"), "--data", str(corpus), "--device", "cpu", "--json"])
+    result = evaluate.main(
+        [str(tmp_path / "ckpt.pt"), "--data", str(corpus), "--device", "cpu", "--json"]
+    )
     assert result["step"] == 77 and math.isfinite(result["nats"])
 
 
@@ -453,7 +497,9 @@ SMDM_ANSWERS = {
 
 def smdm_ids(loss):
     """(2, 48) ids; for masked diffusion each third is MASK."""
-    x = torch.from_numpy(np.random.Generator(np.random.Philox(key=[9, 9])).integers(5, 31999, (2, 48)))
+    x = torch.from_numpy(
+        np.random.Generator(np.random.Philox(key=[9, 9])).integers(5, 31999, (2, 48))
+    )
     return x.index_fill(1, torch.arange(0, 48, 3), 32000) if loss == "mdlm" else x
 
 
@@ -471,7 +517,10 @@ def smdm_file(path, loss="mdlm", **changes):
     if path.suffix == ".safetensors":
         save_file(weights, path)
     else:
-        adam = {"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(3)}}, "param_groups": []}
+        adam = {
+            "state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(3)}},
+            "param_groups": [],
+        }
         ckpt = dict(model=weights, optimizer=adam, hparams={"model_name": "Diff_LLaMA_6M"})
         torch.save(ckpt | dict(iter_num=640, step_count=20), path)
     return path
@@ -481,13 +530,29 @@ def llama_json(pieces):
     """A tokenizer.json in the layout of Llama's: three special tokens, 256 bytes, then text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *"▁the", "th", "the", "▁the"]
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        *"▁the",
+        "th",
+        "the",
+        "▁the",
+    ]
     ids = {word: i for i, word in enumerate(words + [f"w{i}" for i in range(pieces - len(words))])}
     merges = [("t", "h"), ("th", "e"), ("▁", "the")]
     model = models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    spaces = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    spaces = (
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    )
     tokenizer.decoder = decoders.Sequence(list(spaces))
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
@@ -517,7 +582,9 @@ def test_smdms_files_give_its_logits(loss, suffix, tmp_path, llama):
 
     assert model.step == (20 if suffix == ".pth" else 0) and model.tokenizer["kind"] == "llama"
     assert model.tokenizer["json"] == llama[1].read_text("utf-8")
-    assert (cfg.loss, cfg.causal, cfg.bos) == (("ar", True, True) if loss == "ar" else ("mdlm", False, False))
+    assert (cfg.loss, cfg.causal, cfg.bos) == (
+        ("ar", True, True) if loss == "ar" else ("mdlm", False, False)
+    )
     assert (cfg.vocab_size, cfg.seq_len, cfg.n_head, cfg.mlp_width) == (32000, 2048, HEADS, 4 * D)
     assert model.embed.weight[-1].any() == (loss == "mdlm")  # AR has no MASK
 
@@ -664,18 +731,24 @@ def test_what_a_file_does_not_tell(tmp_path, capsys):
     run(tmp_path, tmp_path / "mdlm.pt")
     run(tmp_path, tmp_path / "sedd.pt", "--loss", "sedd")
     state = run_sedd(tmp_path / "run") / "checkpoints-meta" / "checkpoint.pth"
-    torch.save({k: v for k, v in torch.load(state).items() if k != "optimizer"}, tmp_path / "lean.pth")
+    torch.save(
+        {k: v for k, v in torch.load(state).items() if k != "optimizer"}, tmp_path / "lean.pth"
+    )
     run(tmp_path / "lean.pth", tmp_path / "lean.pt")
     told = lambda cfg: (cfg.loss, cfg.time_cond, cfg.seq_len, cfg.n_head)
     assert told(load(tmp_path / "mdlm.pt")[1]) == ("mdlm", False, 1024, 2)
     assert (
-        told(load(tmp_path / "sedd.pt")[1]) == told(load(tmp_path / "lean.pt")[1]) == ("sedd", True, 1024, 2)
+        told(load(tmp_path / "sedd.pt")[1])
+        == told(load(tmp_path / "lean.pt")[1])
+        == ("sedd", True, 1024, 2)
     )
     torch.save(
         with_buffer(recipe(35)) | {"backbone.output_layer.linear.bias": torch.ones(35)},
         tmp_path / "twice.bin",
     )
-    assert "some tensors are there twice" in refused(capsys, tmp_path / "twice.bin", tmp_path / "twice.pt")
+    assert "some tensors are there twice" in refused(
+        capsys, tmp_path / "twice.bin", tmp_path / "twice.pt"
+    )
 
 
 def test_nothing_is_overwritten_or_misread(tmp_path, capsys, monkeypatch):
@@ -687,7 +760,9 @@ def test_nothing_is_overwritten_or_misread(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "x.pt").read_bytes() == before
     assert "no such file or folder" in refused(capsys, "no/such.pt", tmp_path / "y.pt")
     assert "are for a folder" in refused(capsys, source, tmp_path / "y.pt", "--push", "me/x")
-    assert "none.txt" in refused(capsys, source, tmp_path / "y.pt", "--vocab", tmp_path / "none.txt")
+    assert "none.txt" in refused(
+        capsys, source, tmp_path / "y.pt", "--vocab", tmp_path / "none.txt"
+    )
 
     def no_network(*args, **options):
         raise OSError("offline")
@@ -698,11 +773,15 @@ def test_nothing_is_overwritten_or_misread(tmp_path, capsys, monkeypatch):
     lightning(tmp_path / "bert.ckpt", 30522)
     assert "--vocab" in refused(capsys, tmp_path / "bert.ckpt", tmp_path / "y.pt")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
-    line = refused(capsys, tmp_path / "bert.ckpt", tmp_path / "y.pt", "--vocab", tmp_path / "vocab.txt")
+    line = refused(
+        capsys, tmp_path / "bert.ckpt", tmp_path / "y.pt", "--vocab", tmp_path / "vocab.txt"
+    )
     assert "an embedding of 30522 rows, but a vocabulary of 4 pieces" in line
     (tmp_path / "vocab.txt").write_text("\n".join(BERT))
     run(tmp_path / "bert.ckpt", tmp_path / "y.pt", "--vocab", tmp_path / "vocab.txt")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(hub_mdlm(tmp_path / "hub")))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *a, **k: str(hub_mdlm(tmp_path / "hub"))
+    )
     run("kuleshov-group/mdlm-owt", tmp_path / "z.pt")
 
 
@@ -734,7 +813,13 @@ def zipped(path, pickled):
 def harm(marker):
     touch, code = f"touch {marker}", f"open({str(marker)!r}, 'w')"
     text = lambda s: b"X" + len(s).to_bytes(4, "little") + s.encode()
-    system = b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n" + text("os") + b"\x85R" + text("system") + b"tR"
+    system = (
+        b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n"
+        + text("os")
+        + b"\x85R"
+        + text("system")
+        + b"tR"
+    )
     return {
         "eval": Calls(eval, code),
         "exec": Calls(exec, code),
@@ -747,7 +832,9 @@ def harm(marker):
         "inst": b"\x80\x02(" + text(touch) + b"iposix\nsystem\n.",
         "stack": b"\x80\x04" + text("posix") + text("system") + b"\x93" + text(touch) + b"\x85R.",
         "dotted": b"\x80\x04ctorch\nserialization.os.system\n" + text(touch) + b"\x85R.",
-        "build": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(N}" + text("__defaults__") + b"Nstb.",
+        "build": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(N}"
+        + text("__defaults__")
+        + b"Nstb.",
     }
 
 
@@ -768,7 +855,9 @@ def test_a_pickle_cannot_run(route, protocol, tmp_path, capsys):
     with contextlib.suppress(SystemExit):
         run(path, out)
     assert not marker.exists() and torch._utils._rebuild_tensor_v2.__defaults__ == defaults
-    assert out.exists() == (protocol == 2 and route in ("eval", "exec", "subprocess", "map"))  # no effect
+    assert out.exists() == (
+        protocol == 2 and route in ("eval", "exec", "subprocess", "map")
+    )  # no effect
     assert out.exists() or capsys.readouterr().err.startswith("error: ")
 
 
@@ -798,7 +887,10 @@ def test_strided_and_shared_tensors_come_out_right(tmp_path):
     lightning(tmp_path / "x.ckpt", 35, edit=edit)
     run(tmp_path / "x.ckpt", tmp_path / "x.pt")
     run(tmp_path / "x.ckpt", tmp_path / "hub", "--no_ema")
-    for weights in convert.read(tmp_path / "x.pt")[0]["model"], convert.read(tmp_path / "hub")[0]["model"]:
+    for weights in (
+        convert.read(tmp_path / "x.pt")[0]["model"],
+        convert.read(tmp_path / "hub")[0]["model"],
+    ):
         assert torch.equal(weights["blocks.0.attn_out.weight"], base)
         assert torch.equal(weights["blocks.1.attn_out.weight"], base)
 
@@ -809,9 +901,11 @@ def test_strided_and_shared_tensors_come_out_right(tmp_path):
 
 def checkpoint_of(path, cfg, tokenizer, best=1.5):
     """A checkpoint of ours whose weights are all random, the EMA's others than the raw ones."""
-    raw, ema = ({k: torch.randn_like(v) * 0.2 for k, v in DiT(cfg).state_dict().items()} for _ in range(2))
+    raw, ema = (
+        {k: torch.randn_like(v) * 0.2 for k, v in DiT(cfg).state_dict().items()} for _ in range(2)
+    )
     state = dict(model=raw, ema=ema, step=12, best=best, seconds=3.0, tokenizer=tokenizer)
-    save(path, **state, optimizer=[1], config=asdict(cfg), data="abc")
+    save_checkpoint(path, **state, optimizer=[1], config=asdict(cfg), data="abc")
     return path
 
 
@@ -822,7 +916,9 @@ EXPORTS = {
     "mdlm": SMALL,
     "timed": replace(SMALL, time_cond=True, schedule="cosine"),
     "no_ada": replace(SMALL, cond_dim=0),
-    "nanodd": replace(SMALL, loss="d3pm", T=1000, aux_ce=0.05, tied=True, time_cond=True, time_input="step"),
+    "nanodd": replace(
+        SMALL, loss="d3pm", T=1000, aux_ce=0.05, tied=True, time_cond=True, time_input="step"
+    ),
     "d3pm": replace(SMALL, loss="d3pm", T=10, zero_masking=False, carry_over=False),
     "sedd": replace(SMALL, loss="sedd", time_cond=True),
     "ar": replace(SMALL, loss="ar", causal=True, cond_dim=0),
@@ -860,20 +956,28 @@ def test_the_hub_folder_gives_our_logits_in_transformers(name, tmp_path, transfo
     for hidden in ("model", "diffusion", "configs"):
         monkeypatch.setitem(sys.modules, hidden, None)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    assert config.vocab_size == 28 and config.mask_token_id == 27 and config.model_type == "nanomdlm"
+    assert (
+        config.vocab_size == 28 and config.mask_token_id == 27 and config.model_type == "nanomdlm"
+    )
     theirs, info = transformers.AutoModelForMaskedLM.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not theirs.training
     with torch.no_grad():
         torch.testing.assert_close(theirs(x, t).logits, ours(x, t), atol=1e-6, rtol=0)
-        masked = x.index_fill(1, torch.arange(4), 27)  # by default t is that of the fraction of MASK
+        masked = x.index_fill(
+            1, torch.arange(4), 27
+        )  # by default t is that of the fraction of MASK
         fraction = (masked == 27).double().mean(-1)
         t = (1 - fraction) if cfg.schedule == "linear" else 2 / math.pi * (1 - fraction).acos()
         t = fraction if cfg.schedule == "linear" else t
-        torch.testing.assert_close(theirs(masked).logits, ours(masked, t.float()), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            theirs(masked).logits, ours(masked, t.float()), atol=1e-6, rtol=0
+        )
     theirs.save_pretrained(tmp_path / "again")
-    again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    again = transformers.AutoModelForMaskedLM.from_pretrained(
+        tmp_path / "again", trust_remote_code=True
+    )
     assert torch.equal(again(x, t).logits, theirs(x, t).logits)
 
 
@@ -883,7 +987,9 @@ def test_there_and_back(tmp_path, capsys):
     run(ckpt, tmp_path / "raw", "--no_ema")
     run(tmp_path / "hub", tmp_path / "back.pt")
     run(tmp_path / "raw", tmp_path / "raw.pt")
-    before, back, raw = (read_checkpoint(tmp_path / f"{name}.pt") for name in ("ckpt", "back", "raw"))
+    before, back, raw = (
+        read_checkpoint(tmp_path / f"{name}.pt") for name in ("ckpt", "back", "raw")
+    )
     assert {k: back[k] for k in ("config", "tokenizer", "step", "best")} == {
         k: before[k] for k in ("config", "tokenizer", "step", "best")
     }
@@ -942,9 +1048,14 @@ def test_smdms_model_in_transformers(loss, tmp_path, llama, transformers):
     run(smdm_file(tmp_path / "x.safetensors", loss), folder, *llama)
     model = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
     logits = smdm_answers(model(smdm_ids(loss)).logits, loss)
-    torch.testing.assert_close(logits, torch.tensor(SMDM_ANSWERS[loss, "float32"]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logits, torch.tensor(SMDM_ANSWERS[loss, "float32"]), atol=1e-5, rtol=0
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.mask_token_id == 32000 and "in tokenizer.json" in (folder / "README.md").read_text()
+    assert (
+        tokenizer.mask_token_id == 32000
+        and "in tokenizer.json" in (folder / "README.md").read_text()
+    )
     spec = {"kind": "llama", "json": llama[1].read_text("utf-8")}
     for text in "the the", "é  h":
         theirs = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -963,12 +1074,15 @@ def test_a_bpe_folder_has_a_tokenizer_of_transformers(tmp_path, transformers):
     spec = train_bpe([text], 270)
     ckpt = checkpoint_of(tmp_path / "ckpt.pt", replace(SMALL, vocab_size=270), spec)
     run(ckpt, tmp_path / "bpe")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "bpe"), load_tokenizer(spec)
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "bpe"),
+        load_tokenizer(spec),
+    )
     assert theirs(text)["input_ids"] == ours.encode(text) and theirs.mask_token_id == 270
     run(tmp_path / "bpe", tmp_path / "back.pt")
-    assert load_tokenizer(read_checkpoint(tmp_path / "back.pt")["tokenizer"]).encode(text) == ours.encode(
+    assert load_tokenizer(read_checkpoint(tmp_path / "back.pt")["tokenizer"]).encode(
         text
-    )
+    ) == ours.encode(text)
 
 
 def test_push(tmp_path, capsys, monkeypatch):
@@ -987,7 +1101,8 @@ def test_push(tmp_path, capsys, monkeypatch):
     files = ["README.md", "config.json", "model.safetensors", "modeling_nanomdlm.py"]
     assert calls == [("me/words", True), ("me/words", files)]
     assert (
-        'from_pretrained("me/words", trust_remote_code=True)' in (tmp_path / "hub" / "README.md").read_text()
+        'from_pretrained("me/words", trust_remote_code=True)'
+        in (tmp_path / "hub" / "README.md").read_text()
     )
     monkeypatch.delattr(Api, "upload_folder")
     assert "--push me/words" in refused(capsys, ckpt, tmp_path / "hub2", "--push", "me/words")

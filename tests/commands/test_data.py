@@ -37,7 +37,9 @@ def make(*argv):
     folder = Path(argv[argv.index("--out") + 1])
     meta = read_meta(str(folder))
     assert not folder.with_name(folder.name + ".partial").exists()
-    assert {p.name for p in folder.iterdir()} == {"meta.json"} | {f"{s}.bin" for s in meta["splits"]}
+    assert {p.name for p in folder.iterdir()} == {"meta.json"} | {
+        f"{s}.bin" for s in meta["splits"]
+    }
     return meta, {s: np.fromfile(folder / f"{s}.bin", meta["dtype"]) for s in meta["splits"]}
 
 
@@ -84,7 +86,9 @@ TRICKY = [
 
 SPECS = [  # text to be covered -> spec
     pytest.param(lambda text: train_bpe(["the cat sat on the mat " * 20], 300), id="bpe"),
-    pytest.param(lambda text: {"kind": "char", "characters": "".join(sorted(set(text)))}, id="char"),
+    pytest.param(
+        lambda text: {"kind": "char", "characters": "".join(sorted(set(text)))}, id="char"
+    ),
     pytest.param(lambda text: {"kind": "gpt2"}, id="gpt2", marks=needs_gpt2),
 ]
 
@@ -93,7 +97,9 @@ SPECS = [  # text to be covered -> spec
 def test_decoding_an_encoding_returns_the_text(spec_for):
     rng = random.Random(0)
     texts = TRICKY + [rng.randbytes(rng.randrange(300)).decode("latin-1") for _ in range(20)]
-    texts += ["".join(chr(rng.choice([65, 233, 0x4E00, 0x1F600]) + rng.randrange(60)) for _ in range(80))]
+    texts += [
+        "".join(chr(rng.choice([65, 233, 0x4E00, 0x1F600]) + rng.randrange(60)) for _ in range(80))
+    ]
     spec = json.loads(json.dumps(spec_for("".join(texts))))  # as a checkpoint would return it
     tokenizer = load_tokenizer(spec)
     for text in texts:
@@ -198,7 +204,9 @@ def check_text8(text, meta, ids):
 
 
 def test_text8_from_a_zip_and_from_the_raw_file(small_text8, tmp_path, capsys):
-    check_text8(small_text8, *make("text8", "--input", tmp_path / "text8.zip", "--out", tmp_path / "a"))
+    check_text8(
+        small_text8, *make("text8", "--input", tmp_path / "text8.zip", "--out", tmp_path / "a")
+    )
     (tmp_path / "text8").write_text(small_text8)
     check_text8(small_text8, *make("text8", "--input", tmp_path / "text8", "--out", tmp_path / "b"))
     assert f"python train.py text8_mdlm --data={tmp_path}/b\n" in capsys.readouterr().out
@@ -273,13 +281,18 @@ def test_text8_bad_input(small_text8, tmp_path, refuses):
         ("other.zip", (tmp_path / "other.zip").read_bytes(), ["no member named text8"]),
         ("short", small_text8[:-1].encode(), ["10,006 characters", "10,007"]),
         ("empty", b"", ["0 characters"]),
-        ("capital", small_text8[:77].encode() + b"A" + small_text8[78:].encode(), ["byte 65 at offset 77"]),
+        (
+            "capital",
+            small_text8[:77].encode() + b"A" + small_text8[78:].encode(),
+            ["byte 65 at offset 77"],
+        ),
     ]:
         if content is not None:
             (tmp_path / name).write_bytes(content)
         refuses(["text8", "--input", tmp_path / name], name, *words)
     refuses(
-        ["text8", "--input", tmp_path / "text8.zip", tmp_path / "short"], "short: text8 is made of one file"
+        ["text8", "--input", tmp_path / "text8.zip", tmp_path / "short"],
+        "short: text8 is made of one file",
     )
 
 
@@ -287,7 +300,8 @@ def test_text8_bad_input(small_text8, tmp_path, refuses):
 # openwebtext
 
 DOCS = [
-    f"Document {i}: " + " ".join(["naïve", "cats 🐈 sat", "\n\n", "<|endoftext|>"][: i % 5]) * (i % 7)
+    f"Document {i}: "
+    + " ".join(["naïve", "cats 🐈 sat", "\n\n", "<|endoftext|>"][: i % 5]) * (i % 7)
     for i in range(45)
 ]
 DOCS[3] = ""  # an empty document is still a document
@@ -336,7 +350,11 @@ def test_openwebtext(tmp_path, wrap, val_docs, capsys):
     meta, ids = make("openwebtext", "--input", *paths, *options, "--out", tmp_path / "a")
     expected = reference_openwebtext(val_docs, wrap)
     assert {split: part.tolist() for split, part in ids.items()} == expected
-    assert list(meta["splits"]) == ["train", "val"] and meta["wrap"] == wrap and meta["vocab_size"] == 50257
+    assert (
+        list(meta["splits"]) == ["train", "val"]
+        and meta["wrap"] == wrap
+        and meta["vocab_size"] == 50257
+    )
     assert meta["tokenizer"] == {"kind": "gpt2"}
     assert {split: of["tokens"] for split, of in meta["splits"].items()} == {
         s: len(x) for s, x in expected.items()
@@ -378,7 +396,9 @@ def test_openwebtext_resumes_after_a_failure(tmp_path, refused, monkeypatch):
     two.write_bytes(whole[:-100])
     refused(lambda: prepare.main(argv), two)
     assert (
-        (work / "00000.bin").exists() and not (work / "00001.bin").exists() and not (tmp_path / "a").exists()
+        (work / "00000.bin").exists()
+        and not (work / "00001.bin").exists()
+        and not (tmp_path / "a").exists()
     )
     before = (work / "00000.bin").stat()
     two.write_bytes(whole)
@@ -389,11 +409,17 @@ def test_openwebtext_resumes_after_a_failure(tmp_path, refused, monkeypatch):
             tmp_path / "a.partial",
             "other inputs or options",
         )
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # killed again, at the very end
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ZeroDivisionError),
+    ):  # killed again, at the very end
         patch.setattr(prepare, "finish", lambda *a: 1 / 0)
         prepare.main(argv)
     after = (work / "00000.bin").stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)  # not done again
+    assert (after.st_ino, after.st_mtime_ns) == (
+        before.st_ino,
+        before.st_mtime_ns,
+    )  # not done again
     assert (work / "00001.bin").exists()
     meta, ids = make(*argv)
     assert {split: part.tolist() for split, part in ids.items()} == reference_openwebtext(9)
@@ -402,7 +428,16 @@ def test_openwebtext_resumes_after_a_failure(tmp_path, refused, monkeypatch):
 @needs_gpt2
 def test_openwebtext_redoes_a_shard_whose_file_changed(tmp_path, refused):
     one, two = write_shards(tmp_path / "shards", docs=DOCS[::-1])
-    argv = ["openwebtext", "--input", str(one), str(two), "--val_docs", "9", "--out", f"{tmp_path}/a"]
+    argv = [
+        "openwebtext",
+        "--input",
+        str(one),
+        str(two),
+        "--val_docs",
+        "9",
+        "--out",
+        f"{tmp_path}/a",
+    ]
     two.write_bytes(b"PAR1")
     refused(lambda: prepare.main(argv), two)
     write_shards(tmp_path / "shards")  # both have other contents now
@@ -417,12 +452,17 @@ def test_openwebtext_from_the_hub(tmp_path, serve):
     one, two = write_shards(tmp_path / "shards")
     sha, repo = "c0ffee" * 6 + "c0de", prepare.OPENWEBTEXT
     names = ["README.md", f"data/{two.name}", f"data/{one.name}", "data/test-0.parquet"]
-    info = dict(id=repo, sha=sha, siblings=[dict(rfilename=n) for n in names], tags=[], downloads=0, likes=0)
+    info = dict(
+        id=repo, sha=sha, siblings=[dict(rfilename=n) for n in names], tags=[], downloads=0, likes=0
+    )
     files = {f"/api/datasets/{repo}": json.dumps({**info, "private": False}).encode()}
     for path in (one, two):
         files[f"/datasets/{repo}/resolve/{sha}/data/{path.name}"] = path.read_bytes()
     env = dict(
-        os.environ, HF_ENDPOINT=serve(files), HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_TELEMETRY="1"
+        os.environ,
+        HF_ENDPOINT=serve(files),
+        HF_HOME=str(tmp_path / "hf"),
+        HF_HUB_DISABLE_TELEMETRY="1",
     )
 
     def run(docs, *more):
@@ -443,7 +483,9 @@ def test_openwebtext_from_the_hub(tmp_path, serve):
         assert np.fromfile(tmp_path / "a" / f"{split}.bin", np.uint16).tolist() == expected
     env["HF_ENDPOINT"] = serve({})
     gone = run(45, "--overwrite")
-    assert gone.returncode == 2 and gone.stderr.count("\n") == 1 and repo in gone.stderr, gone.stderr
+    assert gone.returncode == 2 and gone.stderr.count("\n") == 1 and repo in gone.stderr, (
+        gone.stderr
+    )
     assert read_meta(f"{tmp_path}/a") == meta
 
 
@@ -497,18 +539,20 @@ def test_text_of_the_users(tmp_path, tokenizer, capsys):
     whole = one + one + b.read_bytes().decode()
     n = len(whole)
     expected = dict(
-        train=whole[: n * 9 // 10], val=whole[n * 9 // 10 : n * 95 // 100], test=whole[n * 95 // 100 :]
+        train=whole[: n * 9 // 10],
+        val=whole[n * 9 // 10 : n * 95 // 100],
+        test=whole[n * 95 // 100 :],
     )
-    meta, ids = make("text", "--input", a, a, b, "--tokenizer", tokenizer, "--out", tmp_path / "mine")
+    meta, ids = make(
+        "text", "--input", a, a, b, "--tokenizer", tokenizer, "--out", tmp_path / "mine"
+    )
     codec = load_tokenizer(meta["tokenizer"])
     assert {split: codec.decode(part) for split, part in ids.items()} == expected
     assert meta["vocab_size"] == codec.vocab_size and meta["source"] == "a.txt, a.txt, b.txt"
     assert {s: of["characters"] for s, of in meta["splits"].items()} == {
         s: len(t) for s, t in expected.items()
     }
-    command = (
-        f"train.py pydocs_mdlm --data={tmp_path}/mine --vocab_size={codec.vocab_size} --out_dir=out/mine\n"
-    )
+    command = f"train.py pydocs_mdlm --data={tmp_path}/mine --vocab_size={codec.vocab_size} --out_dir=out/mine\n"
     assert command in capsys.readouterr().out
     if tokenizer == "char":
         assert meta["tokenizer"]["characters"] == "".join(sorted(set(whole)))
@@ -518,18 +562,24 @@ def test_text_of_the_users(tmp_path, tokenizer, capsys):
 def test_text_longer_than_one_piece(tmp_path):
     text = "".join(random.Random(2).choices("ab \n", k=2**20 * 5 // 4))
     (tmp_path / "a.txt").write_text(text)
-    meta, ids = make("text", "--input", tmp_path / "a.txt", "--tokenizer", "char", "--out", tmp_path / "a")
+    meta, ids = make(
+        "text", "--input", tmp_path / "a.txt", "--tokenizer", "char", "--out", tmp_path / "a"
+    )
     assert load_tokenizer(meta["tokenizer"]).decode(np.concatenate(list(ids.values()))) == text
 
 
 def test_text_vocab_size(tmp_path):
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 30)
-    meta, _ = make("text", "--input", tmp_path / "a.txt", "--vocab_size", 270, "--out", tmp_path / "a")
+    meta, _ = make(
+        "text", "--input", tmp_path / "a.txt", "--vocab_size", 270, "--out", tmp_path / "a"
+    )
     assert meta["vocab_size"] == 270
 
 
 def test_text_bad_input(tmp_path, refuses):
-    good, bad, empty, small = (tmp_path / n for n in ("good.txt", "bad.txt", "empty.txt", "small.txt"))
+    good, bad, empty, small = (
+        tmp_path / n for n in ("good.txt", "bad.txt", "empty.txt", "small.txt")
+    )
     good.write_text("some text\n" * 100)
     bad.write_bytes(b"fine so far \xff and on")
     empty.write_text("")
@@ -541,21 +591,30 @@ def test_text_bad_input(tmp_path, refuses):
     refuses(["text", "--input", good, empty], "empty.txt: empty")
     refuses(["text", "--input", small], "small.txt: 19 characters are too few")
     for kind in ("words", "wordpiece"):
-        refuses(["text", "--input", good, "--tokenizer", kind], f"--tokenizer={kind}", "char, bpe, gpt2")
+        refuses(
+            ["text", "--input", good, "--tokenizer", kind], f"--tokenizer={kind}", "char, bpe, gpt2"
+        )
     for n in (0, 256, 65537):
         refuses(["text", "--input", good, "--vocab_size", n], f"--vocab_size={n}", "257 to 65536")
-    refuses(["text", "--input", good, "--tokenizer", "char", "--vocab_size", 300], "only for --tokenizer=bpe")
+    refuses(
+        ["text", "--input", good, "--tokenizer", "char", "--vocab_size", 300],
+        "only for --tokenizer=bpe",
+    )
 
 
 def test_options_and_names(tmp_path, refuses):
-    refuses(["wikitext"], "'wikitext'", "pydocs, text8, openwebtext, lm1b, ptb", "wikitext2", "text")
+    refuses(
+        ["wikitext"], "'wikitext'", "pydocs, text8, openwebtext, lm1b, ptb", "wikitext2", "text"
+    )
     refuses(["pydocs", "--input", "x"], "--input does not apply to pydocs")
     refuses(["text8", "--wrap", "8"], "--wrap does not apply to text8", "--input")
     refuses(["text", "--workers", "2"], "--workers does not apply to text")
     refuses(["openwebtext", "--tokenizer", "char"], "--tokenizer does not apply to openwebtext")
     refuses(["openwebtext", "--packed"], "--packed does not apply to openwebtext")
     refuses(["lm1b", "--no_eot"], "--no_eot does not apply to lm1b")
-    refuses(["ptb", "--val_docs", "1"], "--val_docs does not apply to ptb", "--input --wrap --no_eot")
+    refuses(
+        ["ptb", "--val_docs", "1"], "--val_docs does not apply to ptb", "--input --wrap --no_eot"
+    )
     refuses(["openwebtext", "--wrap", "wide"], "--wrap", "wide")
     refuses(["pydocs", "--fast"], "--fast")
 
@@ -608,7 +667,9 @@ def test_an_epoch_covers_every_window_once(counting):
         assert rows.shape == (9, 10) and rows.dtype == np.int64
         assert (np.diff(rows, axis=1) == 1).all()
         starts = sorted(rows[:, 0])
-        assert (np.diff(starts) == 10).all()  # side by side: no token twice, none left out in between
+        assert (
+            np.diff(starts) == 10
+        ).all()  # side by side: no token twice, none left out in between
         assert rows[:, 0].tolist() != starts  # in random order
         offsets.add(int(starts[0]))
     assert offsets <= set(range(10)) and len(offsets) > 4
@@ -642,11 +703,17 @@ def test_the_smallest_corpora(counting):
 
 def test_damaged_corpora_are_refused(counting, refused):
     folder = Path(counting.data)
-    read = lambda split="train", **changes: read_split(counting.data, split, replace(counting, **changes))
+    read = lambda split="train", **changes: read_split(
+        counting.data, split, replace(counting, **changes)
+    )
     refused(lambda: read("test"), "test.bin: no such split; there are train, val")
     refused(lambda: read(vocab_size=104), "vocab_size 103", "--vocab_size=103")
     refused(lambda: read(seq_len=104), "train.bin: 103 tokens, fewer than one row of seq_len 104")
-    refused(lambda: read_split(f"{folder}/gone", "train", counting), f"{folder}/gone/meta.json", "prepare")
+    refused(
+        lambda: read_split(f"{folder}/gone", "train", counting),
+        f"{folder}/gone/meta.json",
+        "prepare",
+    )
     text = (folder / "meta.json").read_text()
 
     (folder / "meta.json").write_text(text.replace('"vocab_size": 103', '"vocab_size": 50'))

@@ -23,7 +23,8 @@ def test_the_demo_learns_words(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     bits, error = map(
-        float, re.search(r"validation: ([\d.]+) ± ([\d.]+) bits per character", done.stdout).groups()
+        float,
+        re.search(r"validation: ([\d.]+) ± ([\d.]+) bits per character", done.stdout).groups(),
     )
     assert bits + 2 * error < 1.95, done.stdout
     samples = done.stdout.split("--- sample\n")[1:]

@@ -18,17 +18,18 @@ from conftest import make_corpus, tiny_run
 from test_cli import refused
 from test_data import ROOT, needs_gpt2
 from test_data import serve as serve
-from test_generative import save
+from test_judge import save
 from test_pretraining_data import DOCS, OURS, TEXT, slow_ids, write_parquet
 from world import MASK, TEXTS, L, V, exact_model, expected_loss, hostile_model, random_joint, tiny
 
+import common
 import data.prepare as prepare_data
 import evaluate
 import train
 from configs import Config, as_ar, as_d3pm, as_sedd
 from data.corpus import read_meta, read_split
 from data.prepare import prepare
-from diffusion import mdlm, stratified, time_of
+from diffusion import cross_entropy, mdlm, scatter, stratify, training_time
 from evaluate import bound, strata
 from model import load
 
@@ -40,8 +41,9 @@ class Network(torch.nn.Module):
         super().__init__()
         self.function, self.device_of = function, torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, x, t, at):
-        return self.function(x, t, at)
+    def forward(self, x, t, at, tokens):
+        nats, log_z = cross_entropy(self.function(x, t, at), tokens[at])
+        return scatter(nats, at), scatter(log_z, at)
 
 
 class Markov:
@@ -75,7 +77,9 @@ class Markov:
         right = torch.where(x < self.V, i, self.L).flip(-1).cummin(-1)[0].flip(-1)
         a = x.gather(-1, left.clamp(min=0)).clamp(max=self.V - 1)
         b = x.gather(-1, right.clamp(max=x.shape[1] - 1)).clamp(max=self.V - 1)
-        forward = torch.where((left < 0)[..., None], self.start, self.power[(i - left).clamp(0, self.L), a])
+        forward = torch.where(
+            (left < 0)[..., None], self.start, self.power[(i - left).clamp(0, self.L), a]
+        )
         backward = self.power[(right - i).clamp(0, self.L), :, b]
         backward = torch.where((right == self.L)[..., None], 1.0, backward)
         return (forward * backward).log()[at]
@@ -89,8 +93,10 @@ def runs():
         x = world.text(32, rng)
         ours = bound(Network(world.model), x.reshape(-1), {}, world.cfg, "text", seed=seed)
         x0 = torch.from_numpy(x)
-        t = time_of(stratified(32), world.cfg)
-        theirs = mdlm(world.model, x0, torch.ones_like(x0, dtype=torch.bool), world.cfg, t).mean().item()
+        t = training_time(stratify(32), world.cfg)
+        theirs = (
+            mdlm(world.model, x0, torch.ones_like(x0, dtype=torch.bool), world.cfg, t).mean().item()
+        )
         rows.append((world.nats(x).mean().item() / world.L, ours["nats"], ours["se"], theirs))
     return np.array(rows)
 
@@ -148,7 +154,9 @@ def test_every_T_estimates_its_own_bound(T, schedule):
     """With a time-dependent network each T has another bound; a split that repeats one text converges to it."""
     model, text = hostile_model(), torch.tensor([0, 2, 1])
     cfg = tiny(schedule=schedule, time_cond=True, cond_dim=8)
-    got = bound(Network(model), np.tile(text.numpy(), 20_000), {}, cfg, "text", T=T, batch_size=10_000)
+    got = bound(
+        Network(model), np.tile(text.numpy(), 20_000), {}, cfg, "text", T=T, batch_size=10_000
+    )
     want = expected_loss("mdlm", model, text, replace(cfg, T=T)) / L
     assert abs(got["nats"] - want) < 4 * got["se"] + 1e-9 and got["se"] < 0.02
 
@@ -173,13 +181,17 @@ def test_the_last_short_window_and_every_token_count():
 
 
 def test_few_windows_give_no_error_bar_rather_than_a_wrong_one():
-    result = bound(Network(exact_model(random_joint())), TEXTS[:4].numpy().reshape(-1), {}, tiny(), "text")
+    result = bound(
+        Network(exact_model(random_joint())), TEXTS[:4].numpy().reshape(-1), {}, tiny(), "text"
+    )
     assert math.isnan(result["se"]) and math.isfinite(result["nats"])
     meta = {"splits": {"val": {"tokens": 12, "characters": 12}}}
     shown = evaluate.report(result, meta, "val")
     assert evaluate.figure(shown, "perplexity").endswith("± ?")
-    assert json.loads(evaluate.to_json({"val": shown}))["val"]["se"] is None
-    assert evaluate.report(result | {"nats": 1e6}, meta, "val")["perplexity"] == pytest.approx(math.exp(700))
+    assert json.loads(common.to_json({"val": shown}))["val"]["se"] is None
+    assert evaluate.report(result | {"nats": 1e6}, meta, "val")["perplexity"] == pytest.approx(
+        math.exp(700)
+    )
 
 
 def test_windows_takes_evenly_spaced_ones():
@@ -211,7 +223,9 @@ def test_the_command_reports_the_whole_split(checkpoint, corpus, capsys):
     assert out["tokens"] == len(ids) == meta["splits"]["val"]["tokens"] and out["split"] == "val"
     direct = bound(model, ids, {}, cfg, "val", batch_size=32)
     assert out["nats"] == pytest.approx(direct["nats"], rel=1e-6)
-    assert out["bits_per_char"] == pytest.approx(out["nats"] / math.log(2))  # one token is one character
+    assert out["bits_per_char"] == pytest.approx(
+        out["nats"] / math.log(2)
+    )  # one token is one character
     assert out["perplexity"] == pytest.approx(math.exp(out["nats"]))
     assert out["perplexity_se"] == pytest.approx(math.exp(out["nats"]) * out["se"])
     text = run(capsys, checkpoint).out
@@ -219,7 +233,9 @@ def test_the_command_reports_the_whole_split(checkpoint, corpus, capsys):
 
 
 def test_options_of_the_command(checkpoint, corpus, capsys):
-    get = lambda *args: json.loads(run(capsys, checkpoint, "--json", "--dtype", "float32", *args).out)
+    get = lambda *args: json.loads(
+        run(capsys, checkpoint, "--json", "--dtype", "float32", *args).out
+    )
     base = get()
     assert get() == base and get("--seed", 1)["nats"] != base["nats"]
     assert get("--batch_size", 5)["nats"] == pytest.approx(base["nats"], abs=6 * base["se"])
@@ -228,7 +244,9 @@ def test_options_of_the_command(checkpoint, corpus, capsys):
     assert many["forwards"] == 8 * base["forwards"] and many["se"] < base["se"]
     assert abs(many["nats"] - base["nats"]) < 4 * base["se"]
     one, hundred = get("--T", 1, "--passes", 4), get("--T", 100, "--passes", 4)
-    assert one["nats"] > hundred["nats"] > many["nats"] - 4 * many["se"]  # fewer steps, looser bound
+    assert (
+        one["nats"] > hundred["nats"] > many["nats"] - 4 * many["se"]
+    )  # fewer steps, looser bound
     assert base["dtype"] == "float32" and base["step"] == 100 and base["T"] == 0
     assert read_meta(str(corpus))["vocab_size"] == 27
 
@@ -247,7 +265,11 @@ KINDS = {  # name: a config's change, the --T that it has a bound for, and those
     "mdlm": (lambda cfg: cfg, (0, 1, 50), {}),
     "mdlm in steps": (lambda cfg: replace(cfg, T=20, schedule="cosine"), (0, 20), {}),
     "sedd": (as_sedd, (0, 50), {}),
-    "d3pm": (lambda cfg: replace(cfg, loss="d3pm", T=20, aux_ce=0.1, time_cond=True), (0, 20, 50), {}),
+    "d3pm": (
+        lambda cfg: replace(cfg, loss="d3pm", T=20, aux_ce=0.1, time_cond=True),
+        (0, 20, 50),
+        {},
+    ),
     "d3pm with MASK": (as_d3pm, (1, 1000), {0: "zero_masking=False"}),
     "ar": (as_ar, (0,), {5: "no diffusion steps"}),
     "ar with BOS": (lambda cfg: replace(as_ar(cfg), bos=True), (0,), {5: "no diffusion steps"}),
@@ -269,7 +291,13 @@ def test_every_kind_of_model_in_steps_and_in_continuous_time(kind, corpus, tmp_p
         assert out["tokens"] == len(ids) - (len(ids) + 31) // 32 * cfg.bos
     for T, word in refusals.items():
         refused(capsys, lambda T=T: evaluate.main([str(path), "--T", str(T)]), f"--T {T}", word)
-    kind = "exact" if cfg.causal else f"bound in {cfg.T} steps" if cfg.T else "bound in continuous time"
+    kind = (
+        "exact"
+        if cfg.causal
+        else f"bound in {cfg.T} steps"
+        if cfg.T
+        else "bound in continuous time"
+    )
     text = run(capsys, path).out
     assert f", {kind}, " in text and ("perplexity      = " in text) == cfg.causal
 
@@ -279,7 +307,10 @@ def sets(tmp_path, monkeypatch):
     """Texts of two zero-shot sets where the others would be downloaded; yields the names as they are prepared."""
     monkeypatch.setattr("data.corpus.ROOT", tmp_path)
     prepared = []
-    for name, line in (("ptb", " mr. <unk> is N years old \n"), ("wikitext2", " = Title = \n some text \n")):
+    for name, line in (
+        ("ptb", " mr. <unk> is N years old \n"),
+        ("wikitext2", " = Title = \n some text \n"),
+    ):
         (tmp_path / f"{name}.txt").write_text(line * 20)
 
     def from_file(name, **options):
@@ -293,7 +324,9 @@ def sets(tmp_path, monkeypatch):
 @needs_gpt2
 def test_zero_shot(tmp_path, sets, capsys):
     """Missing sets are prepared for the model's length, once; every figure is `bound`'s on the set."""
-    small = replace(tiny_run("nowhere"), vocab_size=50257, n_embd=8, n_head=1, n_layer=1, seq_len=16)
+    small = replace(
+        tiny_run("nowhere"), vocab_size=50257, n_embd=8, n_head=1, n_layer=1, seq_len=16
+    )
     gpt2, names = {"kind": "gpt2"}, ["ptb", "wikitext2"]
     path = save(tmp_path / "mdlm.pt", small, gpt2)
     out = json.loads(run(capsys, path, "--zero_shot", *names, "--json").out)
@@ -316,12 +349,20 @@ def test_zero_shot(tmp_path, sets, capsys):
     table = run(capsys, path, "--zero_shot", *names).out
     for name, result in out["sets"].items():
         figures = [re.escape(evaluate.figure(result, f)) for f in ("perplexity", "bits_per_token")]
-        assert re.search(rf"\n{name} +<= {figures[0]} +<= {figures[1]} +{result['tokens']:,}\n", table)
-    assert table.endswith("cut to rows [BOS] 14 tokens [EOS]\n") and "bound in continuous time" in table
+        assert re.search(
+            rf"\n{name} +<= {figures[0]} +<= {figures[1]} +{result['tokens']:,}\n", table
+        )
+    assert (
+        table.endswith("cut to rows [BOS] 14 tokens [EOS]\n")
+        and "bound in continuous time" in table
+    )
     assert len(sets) == 2  # not prepared again
 
     exact = run(
-        capsys, save(tmp_path / "ar.pt", replace(as_ar(small), bos=True), gpt2), "--zero_shot", "ptb"
+        capsys,
+        save(tmp_path / "ar.pt", replace(as_ar(small), bos=True), gpt2),
+        "--zero_shot",
+        "ptb",
     ).out
     rows = out["sets"]["ptb"]["tokens"] // 16
     assert re.search(rf"\nptb +[^<]= [\d.]+ ± .* {rows * 15:,}\nexact; ", exact)  # BOS is given
@@ -334,7 +375,10 @@ def test_zero_shot(tmp_path, sets, capsys):
 def test_zero_shot_by_default_and_refused(checkpoint, sets, tmp_path, capsys, monkeypatch):
     command = [str(checkpoint), "--zero_shot"]
     refused(
-        capsys, lambda: evaluate.main([*command, "ptb", "c4"]), "c4", "ptb, wikitext2, wikitext103, lm1b_gpt2"
+        capsys,
+        lambda: evaluate.main([*command, "ptb", "c4"]),
+        "c4",
+        "ptb, wikitext2, wikitext103, lm1b_gpt2",
     )
     refused(capsys, lambda: evaluate.main([*command, "ptb"]), "GPT-2", str(checkpoint))
     assert not sets
@@ -344,7 +388,7 @@ def test_zero_shot_by_default_and_refused(checkpoint, sets, tmp_path, capsys, mo
     refused(capsys, lambda: evaluate.main([*command, "ptb"]), "ptb_wrap32", "another tokenizer")
     asked = []
     monkeypatch.setattr("data.prepare.prepare", lambda name, wrap: asked.append((name, wrap)))
-    monkeypatch.setattr(evaluate, "report_on", lambda *args: evaluate.fail("here"))
+    monkeypatch.setattr(evaluate, "evaluate_split", lambda *args: evaluate.fail("here"))
     refused(capsys, lambda: evaluate.main(command), "here")
     papers = ["wikitext103", "lm1b_gpt2", "lambada", "ag_news", "pubmed", "arxiv"]
     assert asked == [(name, 32) for name in papers]  # ptb is there
@@ -377,7 +421,9 @@ def test_perplexity_over_time(tmp_path, serve, monkeypatch):
     (tmp_path / "llama.json").write_text(TEXT)
     source = [str(write_parquet(tmp_path / f"{i}.parquet", DOCS)) for i in range(9)]
     prepare("slimpajama", input=source, vocab=f"{tmp_path}/llama.json", val_docs=60, workers=1)
-    small = replace(tiny_run("slimpajama"), vocab_size=OURS.vocab_size, steps=100, muon_lr=0.02, samples=0)
+    small = replace(
+        tiny_run("slimpajama"), vocab_size=OURS.vocab_size, steps=100, muon_lr=0.02, samples=0
+    )
     train.main(replace(small, out_dir=f"{tmp_path}/run", eval_every=1000, save_every=1000))
 
     later = [text.upper() for text in DOCS]
@@ -391,7 +437,9 @@ def test_perplexity_over_time(tmp_path, serve, monkeypatch):
         "evaluate.main([ckpt, *argv, '--json'])\n"
         "evaluate.main([ckpt, *argv])\n"
     )
-    env = dict(os.environ, HF_ENDPOINT=address, HF_HOME=f"{tmp_path}/hf", HF_HUB_DISABLE_TELEMETRY="1")
+    env = dict(
+        os.environ, HF_ENDPOINT=address, HF_HOME=f"{tmp_path}/hf", HF_HUB_DISABLE_TELEMETRY="1"
+    )
     argv = [
         sys.executable,
         "-c",
@@ -414,12 +462,21 @@ def test_perplexity_over_time(tmp_path, serve, monkeypatch):
         want = bound(model, ids, {}, cfg, name, passes=3, batch_size=32)
         assert sets[name]["nats"] == pytest.approx(want["nats"], rel=1e-6)
         assert sets[name]["tokens"] == 1200 and name[8:] in read_meta(name)["source"]
-        figures = [re.escape(evaluate.figure(sets[name], f)) for f in ("perplexity", "bits_per_token")]
-        assert any(re.fullmatch(rf"{name} +<= {figures[0]} +<= {figures[1]} +1,200", line) for line in table)
+        figures = [
+            re.escape(evaluate.figure(sets[name], f)) for f in ("perplexity", "bits_per_token")
+        ]
+        assert any(
+            re.fullmatch(rf"{name} +<= {figures[0]} +<= {figures[1]} +1,200", line)
+            for line in table
+        )
     one, two = (sets[name] for name in names)
     assert one["nats"] + 4 * math.hypot(one["se"], two["se"]) < two["nats"]
-    assert table[-4].startswith("set".ljust(len(names[0]) + 11) + "perplexity")  # right-aligned in 20
-    assert table[-1].endswith("of a set one after the other, <s> before each, cut to rows of 32 tokens")
+    assert table[-4].startswith(
+        "set".ljust(len(names[0]) + 11) + "perplexity"
+    )  # right-aligned in 20
+    assert table[-1].endswith(
+        "of a set one after the other, <s> before each, cut to rows of 32 tokens"
+    )
 
 
 def test_dumps_need_llamas_pieces_and_a_name(checkpoint, tmp_path, capsys):
@@ -428,7 +485,13 @@ def test_dumps_need_llamas_pieces_and_a_name(checkpoint, tmp_path, capsys):
         lambda *sets: evaluate.main([str(checkpoint), "--zero_shot", *sets]),
     )
     refused(capsys, lambda: command(dump), f"{dump}: is in Llama-2's pieces")
-    for name in ("fineweb", "fineweb_2024-10", "fineweb_CC-MAIN-2024-1", f"{dump}_wrap32", "CC-MAIN-2024-10"):
+    for name in (
+        "fineweb",
+        "fineweb_2024-10",
+        "fineweb_CC-MAIN-2024-1",
+        f"{dump}_wrap32",
+        "CC-MAIN-2024-10",
+    ):
         refused(
             capsys,
             lambda name=name: command(name),
@@ -437,7 +500,9 @@ def test_dumps_need_llamas_pieces_and_a_name(checkpoint, tmp_path, capsys):
         )
     small = replace(tiny_run("nowhere"), vocab_size=OURS.vocab_size)
     path = str(save(tmp_path / "llama.pt", small, {"kind": "llama", "json": TEXT}))
-    refused(capsys, lambda: evaluate.main([path, "--zero_shot", dump, "ptb"]), "ptb: is in GPT-2's BPE")
+    refused(
+        capsys, lambda: evaluate.main([path, "--zero_shot", dump, "ptb"]), "ptb: is in GPT-2's BPE"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -475,7 +540,11 @@ def test_a_killed_evaluation_goes_on_to_the_same_numbers(checkpoint, tmp_path, c
         (left,) = found()
         left.write_bytes(left.read_bytes()[: -torn or None])
         before = left.read_bytes()
-        assert run(capsys, *argv, "--resume", "--seed", 1).out == run(capsys, *argv, "--seed", 1).out != want
+        assert (
+            run(capsys, *argv, "--resume", "--seed", 1).out
+            == run(capsys, *argv, "--seed", 1).out
+            != want
+        )
         assert found() == [left] and left.read_bytes() == before  # nobody else's
         if call > 4:  # and again, behind the batch that was cut short
             killed([*argv, "--resume"], 2)
@@ -488,8 +557,16 @@ def test_a_killed_evaluation_goes_on_to_the_same_numbers(checkpoint, tmp_path, c
 @needs_gpt2
 def test_zero_shot_sets_go_on_too(tmp_path, sets, capsys):
     """Killed in the second set, the first is not evaluated again."""
-    small = replace(tiny_run("nowhere"), vocab_size=50257, n_embd=8, n_head=1, n_layer=1, seq_len=16)
-    argv = [save(tmp_path / "mdlm.pt", small, {"kind": "gpt2"}), "--json", "--zero_shot", "ptb", "wikitext2"]
+    small = replace(
+        tiny_run("nowhere"), vocab_size=50257, n_embd=8, n_head=1, n_layer=1, seq_len=16
+    )
+    argv = [
+        save(tmp_path / "mdlm.pt", small, {"kind": "gpt2"}),
+        "--json",
+        "--zero_shot",
+        "ptb",
+        "wikitext2",
+    ]
     want = run(capsys, *argv).out
     calls, loss = [], evaluate.exact_count_bound
     with pytest.MonkeyPatch.context() as patch:
@@ -523,6 +600,5 @@ def test_what_another_evaluation_left_is_another_file(checkpoint, tmp_path, caps
         )
         refused(capsys, lambda: command(f"{tmp_path}/a/ckpt.pt", "--T", "0"), "found")  # as without
     assert len(names) == 9
-    refused(capsys, lambda: command(f"{tmp_path}/a", "--gen_ppl", "x"), "--resume: not with --gen_ppl")
-    monkeypatch.setattr(evaluate, "beside", lambda ckpt, name: tmp_path / "gone" / name)
+    monkeypatch.setattr(evaluate, "sibling", lambda ckpt, name: tmp_path / "gone" / name)
     refused(capsys, lambda: command(f"{tmp_path}/a"), "gone", "No such file")

@@ -38,12 +38,18 @@ def make(*argv, every=1):
         ids, _ = read_split(folder, split, cfg)
         rows = take(ids, range(0, len(ids), meta["wrap"]), meta["wrap"], cfg, split)
         x0, maskable = unpack(rows, meta, cfg)
-        assert maskable.any(1).all() and not maskable[:, 0].any() and (x0[:, 0] == tokenizer.bos).all()
+        assert (
+            maskable.any(1).all() and not maskable[:, 0].any() and (x0[:, 0] == tokenizer.bos).all()
+        )
         assert int(maskable.sum()) == of["tokens"] - of["padding"] - of["given"]
-        ends = maskable.shape[1] - maskable.flip(1).int().argmax(1)  # the padding that is not trained
+        ends = maskable.shape[1] - maskable.flip(1).int().argmax(
+            1
+        )  # the padding that is not trained
         assert int((maskable.shape[1] - ends).sum()) == of["padding"]
         out[split] = []
-        for x, m, end in zip(x0[::every].tolist(), maskable[::every].tolist(), ends[::every].tolist()):
+        for x, m, end in zip(
+            x0[::every].tolist(), maskable[::every].tolist(), ends[::every].tolist()
+        ):
             assert x[end - 1] == tokenizer.eos and set(x[end:]) <= {tokenizer.eos}
             out[split].append(shown(x[1:end], m[1:end], tokenizer))
     return meta, out
@@ -55,7 +61,11 @@ def shown(ids, maskable, tokenizer):
     for i in range(1, len(ids) + 1):
         if i == len(ids) or maskable[i] != maskable[begin]:
             # Behind an id of its own a text keeps the space that decoding may take from the first.
-            part = tokenizer.decode([tokenizer.bos, *ids[begin:i]]) if begin else tokenizer.decode(ids[:i])
+            part = (
+                tokenizer.decode([tokenizer.bos, *ids[begin:i]])
+                if begin
+                else tokenizer.decode(ids[:i])
+            )
             part = part.removeprefix("".join(tokenizer.pieces([tokenizer.bos]))) if begin else part
             text, begin = text + (part if maskable[begin] else f"⟨{part}⟩"), i
     return text
@@ -84,7 +94,9 @@ NATALIAS = (
 def test_gsm8k(tmp_path, capsys):
     train, test, out = REAL / "gsm8k" / "train.jsonl", tmp_path / "test.jsonl", tmp_path / "a"
     test.write_text("".join((REAL / "gsm8k" / "test.jsonl").open().readlines()[:60]))
-    meta, rows = make("gsm8k", "--input", train, test, "--tokenizer", "gpt2", "--out", out, every=25)
+    meta, rows = make(
+        "gsm8k", "--input", train, test, "--tokenizer", "gpt2", "--out", out, every=25
+    )
     said = capsys.readouterr().out
     assert rows["train"][0] == f"⟨{NATALIA}⟩{NATALIAS}{END}"
     assert rows["train"][1].startswith(
@@ -104,7 +116,8 @@ def test_gsm8k(tmp_path, capsys):
         thoughts = [f" Answer: {thought.strip()}" for thought in thoughts]
         answers = [f" #### {answer}" for answer in answers]
         lengths = [
-            len(ids) + 2 for ids in gpt2.encode_batch([*map("".join, zip(questions, thoughts, answers))])
+            len(ids) + 2
+            for ids in gpt2.encode_batch([*map("".join, zip(questions, thoughts, answers))])
         ]
         lasts = [len(ids) for ids in gpt2.encode_batch(answers)]
         expected = []  # (row, characters, tokens)
@@ -118,9 +131,14 @@ def test_gsm8k(tmp_path, capsys):
         assert f"{split}: left out {len(expected) - len(fit):,} of {len(expected):,} rows" in said
 
     tests = [json.loads(line) for line in (out / "test.jsonl").open()]
-    assert len(tests) == 60 and tests[0]["prompt"].startswith("Question: Janet’s ducks lay 16 eggs per day.")
+    assert len(tests) == 60 and tests[0]["prompt"].startswith(
+        "Question: Janet’s ducks lay 16 eggs per day."
+    )
     assert tests[0]["answer"] == "18" and tests[2]["answer"] == "70000"
-    assert f"train.py owt_mdlm --data={out} --seq_len=256 --bos=True --init_from=out/owt_mdlm/ckpt.pt" in said
+    assert (
+        f"train.py owt_mdlm --data={out} --seq_len=256 --bos=True --init_from=out/owt_mdlm/ckpt.pt"
+        in said
+    )
 
 
 LINES = """A has 2 and 3. How many?||<<2+3=5>> #### 5
@@ -140,22 +158,33 @@ def test_gsm8k_augmented(tmp_path, capsys):
     assert rows["val"] == [f"⟨{a}⟩{b}{END}", f"⟨{a}{b}⟩ #### 8{END}"]
     said = capsys.readouterr().out
     assert "train.txt: left out 2 of 4, not of the right form\n" in said and "init_from" not in said
-    assert meta["vocab_size"] == 270 and meta["tokenizer"]["eos"] is True and meta["dtype"] == "uint32"
+    assert (
+        meta["vocab_size"] == 270 and meta["tokenizer"]["eos"] is True and meta["dtype"] == "uint32"
+    )
 
 
 def test_gsm8k_parquet_and_trained_padding(tmp_path):
-    records = [dict(question=f" {i}+{i}? ", answer=f"It is {2 * i}.\n#### {2 * i}") for i in range(1, 41)]
+    records = [
+        dict(question=f" {i}+{i}? ", answer=f"It is {2 * i}.\n#### {2 * i}") for i in range(1, 41)
+    ]
     path = tmp_path / "train-00000-of-00001.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
     test = jsonl(tmp_path / "test.jsonl", dict(question="1+1?", answer="#### 2"))
     (tmp_path / "tokenizer.json").write_text(TEXT)
     argv = ["gsm8k", "--input", path, test, "--vocab", tmp_path / "tokenizer.json", "--wrap", 80]
     meta, rows = make(*argv, "--out", tmp_path / "a")
-    assert rows["val"][0] == "⟨Question: 39+39?⟩ Answer: It is 78.</s>" and len(rows["val"]) == 2 * 2
+    assert (
+        rows["val"][0] == "⟨Question: 39+39?⟩ Answer: It is 78.</s>" and len(rows["val"]) == 2 * 2
+    )
     assert rows["train"][-1] == "⟨Question: 38+38? Answer: It is 76.⟩ #### 76</s>"
     meta, longer = make(*argv, "--train_padding", "--out", tmp_path / "b")
-    assert [row.rstrip("</s>") for row in longer["train"]] == [row.rstrip("</s>") for row in rows["train"]]
-    assert longer["val"][0].startswith(rows["val"][0] + "</s></s>") and meta["splits"]["val"]["padding"] == 0
+    assert [row.rstrip("</s>") for row in longer["train"]] == [
+        row.rstrip("</s>") for row in rows["train"]
+    ]
+    assert (
+        longer["val"][0].startswith(rows["val"][0] + "</s></s>")
+        and meta["splits"]["val"]["padding"] == 0
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -168,19 +197,27 @@ def test_reversal(tmp_path):
     argv = ["--input", *files, "--tokenizer", "bpe", "--out", tmp_path / "a"]
     meta, rows = make("reversal", *argv)
     assert {split: len(part) for split, part in rows.items()} == dict(train=3600, val=600, test=600)
-    assert len(set(rows["train"])) == 3600 and meta["wrap"] == 64 and meta["splits"]["train"]["given"] == 3600
+    assert (
+        len(set(rows["train"])) == 3600
+        and meta["wrap"] == 64
+        and meta["splits"]["train"]["given"] == 3600
+    )
     work = 'the virtual reality masterpiece, "A Journey Through Time."'
     film = f" the acclaimed director of {work}."
     assert rows["train"][0] == f"Daphne Barrington, known far and wide for being{film}{END}"
     assert rows["val"][300] == f"⟨The trailblazer known as Daphne Barrington was once⟩{film}{END}"
-    assert rows["test"][300] == f"⟨Immersed in the world of directing {work},⟩ Daphne Barrington{END}"
+    assert (
+        rows["test"][300] == f"⟨Immersed in the world of directing {work},⟩ Daphne Barrington{END}"
+    )
     records = [json.loads(line) for line in files[0].open()]
     assert rows["train"] == [r["prompt"] + r["completion"] + END for r in records]
 
     tests = [json.loads(line) for line in (tmp_path / "a" / "test.jsonl").open()]
     for i, of in enumerate(("d2p", "d2p_reverse", "p2d", "p2d_reverse")):
         assert {test["of"] for test in tests[i * 300 :][:300]} == {of}
-    assert tests[0]["prompt"].startswith("Immersed in the world of composing the world's first underwater")
+    assert tests[0]["prompt"].startswith(
+        "Immersed in the world of composing the world's first underwater"
+    )
     assert tests[0]["answer"] == "Uriah Hawthorne"
 
 
@@ -195,7 +232,9 @@ def test_reversal_without_tests(tmp_path, refuses):
     size = max(len(encode(row.removesuffix(END))) for row in rows["train"]) + 2
     assert make(*argv, "--wrap", size, "--out", tmp_path / "b")[1] == rows
     refuses([*argv, "--wrap", size - 1], f"no row of val fits into --wrap={size - 1}")
-    refuses([*argv, jsonl(tmp_path / "p2d_reverse_prompts_test.jsonl", *facts)], "tests in reverse only")
+    refuses(
+        [*argv, jsonl(tmp_path / "p2d_reverse_prompts_test.jsonl", *facts)], "tests in reverse only"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -271,8 +310,20 @@ def test_unpack():
 
 
 def test_training_rows_and_ids_out_of_range(tmp_path, refused):
-    path = jsonl(tmp_path / "train.jsonl", *(dict(prompt=f"{i} is", completion=f" {i}") for i in range(40)))
-    argv = ["reversal", "--tokenizer", "bpe", "--vocab_size", "258", "--wrap", "16", "--input", str(path)]
+    path = jsonl(
+        tmp_path / "train.jsonl", *(dict(prompt=f"{i} is", completion=f" {i}") for i in range(40))
+    )
+    argv = [
+        "reversal",
+        "--tokenizer",
+        "bpe",
+        "--vocab_size",
+        "258",
+        "--wrap",
+        "16",
+        "--input",
+        str(path),
+    ]
     prepare.main([*argv, "--out", f"{tmp_path}/a"])
     cfg = Config(data=f"{tmp_path}/a", vocab_size=258, seq_len=16, bos=True)
     ids, meta = read_split(cfg.data, "train", cfg)
@@ -282,7 +333,8 @@ def test_training_rows_and_ids_out_of_range(tmp_path, refused):
     assert seen == {f"{i} is {i}{END}" for i in range(38)}  # each once in an epoch
     small = replace(cfg, vocab_size=257)
     refused(
-        lambda: take(ids, [0], 16, small, "train.bin"), "train.bin: holds token id 257, but vocab_size is 257"
+        lambda: take(ids, [0], 16, small, "train.bin"),
+        "train.bin: holds token id 257, but vocab_size is 257",
     )
 
 
@@ -297,7 +349,8 @@ def test_a_bpe_with_an_end():
 
 def test_bad_input(tmp_path, refuses):
     good = jsonl(
-        tmp_path / "train.jsonl", *[dict(question="1?", answer="a #### 2", prompt="1", completion=" 2")] * 3
+        tmp_path / "train.jsonl",
+        *[dict(question="1?", answer="a #### 2", prompt="1", completion=" 2")] * 3,
     )
     gsm8k = ["gsm8k", "--tokenizer", "bpe", "--input"]
     for content, words in [
@@ -318,14 +371,20 @@ def test_bad_input(tmp_path, refuses):
     path.write_bytes(b"\xff")
     refuses([*gsm8k, path], "bad.jsonl: 'utf-8'")
     refuses([*gsm8k, tmp_path / "gone.jsonl"], "gone.jsonl: no such file")
-    refuses([*gsm8k, jsonl(tmp_path / "test.jsonl", json.loads(good.open().readline()))], "needs two or more")
+    refuses(
+        [*gsm8k, jsonl(tmp_path / "test.jsonl", json.loads(good.open().readline()))],
+        "needs two or more",
+    )
     refuses([*gsm8k, good, "--wrap", 2], "--wrap=2: must be at least 3")
     refuses([*gsm8k, good, "--wrap", 5], "no row of train fits into --wrap=5")
     refuses([*gsm8k, good, "--vocab_size", 257], "--vocab_size=257", "258 to 65536")
     refuses([*gsm8k, good, "--vocab", good], "only for --tokenizer=llama")
     refuses([*gsm8k, good, "--first_turn"], "--first_turn does not apply to gsm8k")
     refuses(["gsm8k", "--input", good, "--vocab", good], "not a tokenizer.json")
-    refuses(["gsm8k", "--input", good, "--tokenizer", "char"], "--tokenizer=char: must be bpe, gpt2 or llama")
+    refuses(
+        ["gsm8k", "--input", good, "--tokenizer", "char"],
+        "--tokenizer=char: must be bpe, gpt2 or llama",
+    )
     refuses(["reversal"], "needs --input all_prompts_train.jsonl")
     for content in (
         "{}",
@@ -336,4 +395,6 @@ def test_bad_input(tmp_path, refuses):
         '["a"]',
     ):
         (tmp_path / "talks.json").write_text(content)
-        refuses(["sharegpt", "--tokenizer", "bpe", "--input", tmp_path / "talks.json"], "talks.json: ")
+        refuses(
+            ["sharegpt", "--tokenizer", "bpe", "--input", tmp_path / "talks.json"], "talks.json: "
+        )

@@ -76,7 +76,9 @@ def test_the_chain_rule_is_the_law_of_the_sampler_ar(world):
 
 def test_the_chain_rule_of_the_exact_network_is_the_truth():
     joint = random_joint()
-    np.testing.assert_allclose(chain(exact_model(joint), tiny(), EVERY), conditionals(joint), atol=1e-5)
+    np.testing.assert_allclose(
+        chain(exact_model(joint), tiny(), EVERY), conditionals(joint), atol=1e-5
+    )
 
 
 def test_scores_are_normalised():
@@ -132,7 +134,9 @@ def test_the_number_of_masks_is_stratified():
 def orders(request, k, seed):
     """In place of `noise`: with 3 x 3! samples, every number of masks and every order, each once."""
     order = list(itertools.permutations(range(3)))[k % 6]
-    return torch.tensor([0.5, *((place + 0.5) / 3 for place in order[: len(request.target)])]).double()
+    return torch.tensor(
+        [0.5, *((place + 0.5) / 3 for place in order[: len(request.target)])]
+    ).double()
 
 
 @pytest.mark.parametrize("world", ["exact", "hostile"])
@@ -144,7 +148,9 @@ def test_monte_carlo_over_all_masks_is_the_mean_over_all_orders(world, monkeypat
     model = lambda x, t, at: table(x, 0 * t, at)
     got = mc(model, tiny(), requests, samples=18)
     if world == "exact":
-        np.testing.assert_allclose(got, [joint[tuple(r.target)].log().item() for r in requests], atol=1e-5)
+        np.testing.assert_allclose(
+            got, [joint[tuple(r.target)].log().item() for r in requests], atol=1e-5
+        )
     for request, value in zip(requests, got):
         text, want = torch.tensor(request.target), []
         for order in itertools.permutations(range(L)):
@@ -328,11 +334,15 @@ def test_sampled_text_is_that_of_sample_py(options):
     model, cfg = network()
     canvases = [torch.tensor([a, b] + [cfg.mask_id] * 5) for a in range(3) for b in range(2)]
     rows = [4, 1, 0, 5, 3, 2]
-    got = write(model, cfg, torch.stack(canvases), rows, steps=4, seed=3, **{"temperature": 1.0} | options)
+    got = write(
+        model, cfg, torch.stack(canvases), rows, steps=4, seed=3, **{"temperature": 1.0} | options
+    )
     theirs = {"guidance" if k == "w" else k: v for k, v in options.items() if k != "sampler"}
     for text, row, canvas in zip(got, rows, canvases):
         sampler = options.get("sampler", "ddpm_cache")
-        assert (text == last(frames(model, cfg, canvas, [row], 4, sampler, seed=3, **theirs))[0]).all()
+        assert (
+            text == last(frames(model, cfg, canvas, [row], 4, sampler, seed=3, **theirs))[0]
+        ).all()
     assert len(got.unique(dim=0)) == 6
 
 
@@ -351,7 +361,9 @@ def test_splitting_a_text():
     pieces = {"": [], "a": [0], "b": [1], "c": [2], "ab": [3], "abc": [3, 2], "bc": [4]}
     merging = lambda text, inside=False: pieces[text]
     assert split(merging, "a", "b") == Request([0], [1])  # whole text: one piece
-    assert split(merging, "a", "bc") == Request([0], [2])  # the harness's rule: what the whole has more
+    assert split(merging, "a", "bc") == Request(
+        [0], [2]
+    )  # the harness's rule: what the whole has more
 
 
 def test_long_texts_lose_their_beginning(capsys):
@@ -418,7 +430,12 @@ def tasks(tmp_path, monkeypatch):
          "higher_is_better: true}", "generation_kwargs: {until: [' '], max_gen_toks: 9}"),
     ):  # fmt: skip
         text = TASK.format(
-            name=name, docs=folder / "docs.jsonl", kind=kind, target=target, metrics=metrics, more=more
+            name=name,
+            docs=folder / "docs.jsonl",
+            kind=kind,
+            target=target,
+            metrics=metrics,
+            more=more,
         )
         (folder / f"{name}.yaml").write_text(text)
     (folder / "scorer.py").write_text(  # a task may import the package `evaluate`
@@ -445,10 +462,14 @@ def test_free_text_is_what_follows_the_prompt(monkeypatch):
         assert (w, top_p, dtype, seed) == (0.5, 1.0, "float32", 9)
         calls.append((x.tolist(), rows, temperature))
         new = torch.tensor([5, 7, 6, 3, 4])  # elms fir [SEP] oak
-        return torch.cat((x[:, : -(x == 8).sum(-1).max()], new[: (x[0] == 8).sum()].repeat(len(x), 1)), 1)
+        return torch.cat(
+            (x[:, : -(x == 8).sum(-1).max()], new[: (x[0] == 8).sum()].repeat(len(x), 1)), 1
+        )
 
     monkeypatch.setattr(harness, "write", write)
-    lm = harness.adapter(DiT(cfg), cfg, load_tokenizer(spec), chain, w=0.5, batch_size=2, writing={"seed": 9})
+    lm = harness.adapter(
+        DiT(cfg), cfg, load_tokenizer(spec), chain, w=0.5, batch_size=2, writing={"seed": 9}
+    )
     asked = [
         ("oak", {"until": ["fir"], "max_gen_toks": 5}),
         ("elm", {"until": "nothing", "max_gen_toks": 5}),
@@ -485,7 +506,18 @@ def test_every_kind_of_task_end_to_end(tasks, checkpoint, capsys):
     import evaluate
 
     folder, docs = tasks
-    argv = (checkpoint, "--tasks", "choose", "last", "page", "free", "--include_path", folder, "--mc", 8)
+    argv = (
+        checkpoint,
+        "--tasks",
+        "choose",
+        "last",
+        "page",
+        "free",
+        "--include_path",
+        folder,
+        "--mc",
+        8,
+    )
     first = line(capsys, *argv)
     assert line(capsys, *argv) == first
     results = first["results"]
@@ -515,7 +547,9 @@ def test_every_kind_of_task_end_to_end(tasks, checkpoint, capsys):
     pages, parts = [f"{doc['text']} {doc['text']} {doc['text']}" for doc in docs], []
     for i, page in enumerate(pages):
         ids = encode(page)
-        parts += [Request([], ids[a : a + cfg.seq_len], (i, a)) for a in range(0, len(ids), cfg.seq_len)]
+        parts += [
+            Request([], ids[a : a + cfg.seq_len], (i, a)) for a in range(0, len(ids), cfg.seq_len)
+        ]
     bits = -sum(mc(model, cfg, parts, samples=8)) / sum(map(len, pages)) / math.log(2)
     assert results["page"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)
 
@@ -525,8 +559,13 @@ def test_options_reach_the_estimators(tasks, checkpoint, capsys):
     chained = line(capsys, *argv, "last", "--estimator", "chain")
     assert chained["estimator"] == "chain rule" and chained["results"]["last"]["sample_len"] == 3
     guided = line(capsys, *argv, "last", "--estimator", "chain", "--guidance", 0.5)
-    assert guided["results"]["last"]["perplexity,none"] != chained["results"]["last"]["perplexity,none"]
-    harness.main([*map(str, argv), "free", "--gen_kwargs", "temperature=1,max_gen_toks=4", "--steps", "3"])
+    assert (
+        guided["results"]["last"]["perplexity,none"]
+        != chained["results"]["last"]["perplexity,none"]
+    )
+    harness.main(
+        [*map(str, argv), "free", "--gen_kwargs", "temperature=1,max_gen_toks=4", "--steps", "3"]
+    )
     assert "|free" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         harness.main([*map(str, argv), "free", "--gen_kwargs", "max_gen_toks=32"])
@@ -548,13 +587,24 @@ def test_the_ar_twin_end_to_end(tasks, tmp_path, capsys):
         },
         tmp_path / "ar.pt",
     )
-    record = line(capsys, tmp_path / "ar.pt", "--tasks", "choose", "page", "free", "--include_path", tasks[0])
+    record = line(
+        capsys, tmp_path / "ar.pt", "--tasks", "choose", "page", "free", "--include_path", tasks[0]
+    )
     assert record["estimator"] == "exact"
     assert record["results"]["page"]["bits_per_byte,none"] == pytest.approx(
         math.log2(27), rel=1e-4
     )  # zero head
     with pytest.raises(SystemExit):
-        line(capsys, tmp_path / "ar.pt", "--tasks", "choose", "--include_path", tasks[0], "--guidance", 1)
+        line(
+            capsys,
+            tmp_path / "ar.pt",
+            "--tasks",
+            "choose",
+            "--include_path",
+            tasks[0],
+            "--guidance",
+            1,
+        )
 
 
 @pytest.mark.parametrize("argv, message", [

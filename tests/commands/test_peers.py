@@ -87,14 +87,21 @@ def rows(clones, what, *args):
 def test_training_in_turns(clones):
     ours, theirs = rows(clones, "train", "--sides", "mdlm", "--dtype", "float32", "--repeats", 2)
     assert (ours["side"], theirs["side"]) == ("ours float32", "mdlm float32")
-    assert theirs["seconds"] > 0.02 and theirs["tokens_per_s"] == pytest.approx(64 / theirs["seconds"])
+    assert theirs["seconds"] > 0.02 and theirs["tokens_per_s"] == pytest.approx(
+        64 / theirs["seconds"]
+    )
     assert ours["over_ours_float32"] == 1 and ours["MB"] > 0 and theirs["over_ours_float32"] > 0
-    assert theirs["loss"] == pytest.approx(math.log(28), abs=0.01)  # untrained, with MASK among its answers
+    assert theirs["loss"] == pytest.approx(
+        math.log(28), abs=0.01
+    )  # untrained, with MASK among its answers
 
 
 @pytest.mark.slow
 def test_sampling_in_turns(clones):
-    got = {r["side"]: r for r in rows(clones, "sample", "--steps", 40, "--dtype", "float32", "--repeats", 1)}
+    got = {
+        r["side"]: r
+        for r in rows(clones, "sample", "--steps", 40, "--dtype", "float32", "--repeats", 1)
+    }
     assert got.keys() == {"ours float32", "mdlm ddpm_cache float32", "mdlm ddpm float32"}
     assert got["mdlm ddpm float32"]["calls"] == 40 and got["mdlm ddpm_cache float32"]["calls"] == 20
     assert 0 < got["ours float32"]["calls"] <= 32 and got["mdlm ddpm float32"]["seconds"] > 0.1
@@ -102,7 +109,9 @@ def test_sampling_in_turns(clones):
 
 @pytest.mark.slow
 def test_learning_ends_after_its_seconds_and_is_measured_by_our_bound(clones, corpus):
-    (row,) = rows(clones, "learn", "--data", corpus, "--seconds", 1, "--lr", 0.1, "--dtype", "float32")
+    (row,) = rows(
+        clones, "learn", "--data", corpus, "--seconds", 1, "--lr", 0.1, "--dtype", "float32"
+    )
     assert 1 <= row["seconds"] < 2 and 5 < row["steps"] <= 50 and row["data"] == str(corpus)
     uniform = math.log2(27)  # its average, put back, answers every letter alike
     assert row["average"] == pytest.approx(uniform, abs=1e-5) and row["last"] < uniform - 0.2
@@ -138,7 +147,9 @@ def test_the_real_projects():
     at = Path(os.environ.get("NANOMDLM_CLONES", Path(peers.__file__).parents[2]))
     missing = [name for name in peers.PROJECTS if not (at / name).is_dir()]
     if missing:
-        pytest.skip(f"no clone of {', '.join(missing)} in {at}; NANOMDLM_CLONES=DIR says where they are")
+        pytest.skip(
+            f"no clone of {', '.join(missing)} in {at}; NANOMDLM_CLONES=DIR says where they are"
+        )
     got = {r["side"]: r for r in rows(at, "train", "--repeats", 1)}
     assert len(got) == 10 and all(r["seconds"] > 0 and r["MB"] > 0 for r in got.values())
     for dtype in peers.BOTH:

@@ -27,17 +27,35 @@ refused, refuses, serve = test_data.refused, test_data.refuses, test_data.serve 
 GITHUB = {"redpajama_set_name": "RedPajamaGithub"}
 WORDS = "the cat sat on a mat , naïve façades ; 🐈 and <s> tags </s>\n\n  four    spaces\tand <unk> 日本"
 WORDS = WORDS.split(" ")
-DOCS = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(i % 23)) + " end" * (i % 3) for i in range(60)]
+DOCS = [
+    " ".join(WORDS[(i * j) % len(WORDS)] for j in range(i % 23)) + " end" * (i % 3)
+    for i in range(60)
+]
 DOCS[7] = ""  # an empty document is still a document
 
 
 def llama_file():
     """A tokenizer.json as Llama-2's is, but of 500 pieces, and the library's tokenizer that it stands for."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    steps = (
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    )
     tokenizer.decoder = decoders.Sequence([*steps])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
         "▁", "merged_with_next"
@@ -81,7 +99,9 @@ def write_parquet(path, texts, meta=None):
 
 
 def metas(texts):
-    return [GITHUB if i % 5 == 1 else {"redpajama_set_name": "RedPajamaC4"} for i in range(len(texts))]
+    return [
+        GITHUB if i % 5 == 1 else {"redpajama_set_name": "RedPajamaC4"} for i in range(len(texts))
+    ]
 
 
 def slow_slimpajama(texts, github=True):
@@ -98,14 +118,31 @@ def test_llama_is_what_the_library_makes_of_its_file(vocab):
     assert spec == {"kind": "llama", "json": TEXT}
     llama = load_tokenizer(json.loads(json.dumps(spec)))
     assert (llama.vocab_size, llama.bos, llama.eos) == (LIBRARY.get_vocab_size(), 1, 2)
-    for text in [*TRICKY, *DOCS, " leading", "  two", "trailing ", "a▁b", "<0x0A>\n<s><unk></s>▁", "\u2581"]:
+    for text in [
+        *TRICKY,
+        *DOCS,
+        " leading",
+        "  two",
+        "trailing ",
+        "a▁b",
+        "<0x0A>\n<s><unk></s>▁",
+        "\u2581",
+    ]:
         ids = llama.encode(text)
         assert ids == slow_ids(text) == llama.encode_batch([text, "the"], 4)[0]
         assert not {0, 1, 2} & set(ids)  # neither unknown nor special
-        assert llama.decode(ids) == LIBRARY.decode(ids, skip_special_tokens=False) == text.replace("▁", " ")
+        assert (
+            llama.decode(ids)
+            == LIBRARY.decode(ids, skip_special_tokens=False)
+            == text.replace("▁", " ")
+        )
         pieces = llama.pieces(ids)
-        assert len(pieces) == len(ids) and (not text.isascii() or "".join(pieces).removeprefix(" ") == text)
-    assert any(len(llama.encode(text)) < len(text) / 2 for text in DOCS)  # there is something to merge
+        assert len(pieces) == len(ids) and (
+            not text.isascii() or "".join(pieces).removeprefix(" ") == text
+        )
+    assert any(
+        len(llama.encode(text)) < len(text) / 2 for text in DOCS
+    )  # there is something to merge
     assert llama.pieces([1, 2, 3 + 0x41, llama.vocab_size]) == ["<s>", "</s>", "A", MASK_SHOWN]
     with pytest.raises(ValueError, match="^[^\n]+$"):
         llama.encode("\ud800")
@@ -119,15 +156,26 @@ def test_text_behind_other_text_begins_without_a_space():
     assert OURS.encode("the cat") == OURS.encode("the") + OURS.encode(" cat", inside=True)
     assert OURS.encode("cat") == OURS.encode(" cat", inside=True) != OURS.encode("cat", inside=True)
     assert OURS.encode("", inside=True) == OURS.encode("") == []
-    bpe = load_tokenizer(test_data.train_bpe(["the cat"], 260))  # and for the others it makes no difference
+    bpe = load_tokenizer(
+        test_data.train_bpe(["the cat"], 260)
+    )  # and for the others it makes no difference
     assert bpe.encode(" cat", inside=True) == bpe.encode(" cat")
 
 
 def test_of_the_file_only_pieces_and_merges_matter():
     file = json.loads(TEXT)
-    file["model"]["merges"] = [" ".join(pair) for pair in file["model"]["merges"]]  # as it was written once
-    file["truncation"] = {"max_length": 3, "stride": 0, "strategy": "LongestFirst", "direction": "Right"}
-    token = dict(id=999, single_word=False, lstrip=False, rstrip=False, normalized=True, special=False)
+    file["model"]["merges"] = [
+        " ".join(pair) for pair in file["model"]["merges"]
+    ]  # as it was written once
+    file["truncation"] = {
+        "max_length": 3,
+        "stride": 0,
+        "strategy": "LongestFirst",
+        "direction": "Right",
+    }
+    token = dict(
+        id=999, single_word=False, lstrip=False, rstrip=False, normalized=True, special=False
+    )
     file |= dict(normalizer=None, added_tokens=[*file["added_tokens"], token | {"content": "cat"}])
     other = load_tokenizer({"kind": "llama", "json": json.dumps(file)})
     assert other.vocab_size == OURS.vocab_size
@@ -155,7 +203,10 @@ def test_other_files_are_no_llama_vocabulary(tmp_path, refuses):
         change(file)
         path.write_text(json.dumps(file)[: 100 if name == "half" else None])
         for data in ("slimpajama", "fineweb"):
-            refuses([data, "--input", docs, "--vocab", path], f"{path}: not a tokenizer.json of Llama's form")
+            refuses(
+                [data, "--input", docs, "--vocab", path],
+                f"{path}: not a tokenizer.json of Llama's form",
+            )
     (tmp_path / "latin").write_bytes(b"\xff")
     refuses(["slimpajama", "--input", docs, "--vocab", tmp_path / "latin"], "latin: ")
     refuses(["slimpajama", "--input", docs, "--vocab", tmp_path / "gone"], "gone: No such file")
@@ -174,7 +225,8 @@ def test_slimpajama(tmp_path, vocab, capsys):
     }
     parts["train-00000-of-00002-ef"] = DOCS[12:40]
     paths = [
-        write_parquet(tmp_path / "s" / f"{name}.parquet", part, metas(part)) for name, part in parts.items()
+        write_parquet(tmp_path / "s" / f"{name}.parquet", part, metas(part))
+        for name, part in parts.items()
     ]
     argv = ["--input", *paths[:1], paths[3], *paths[1:3], "--vocab", vocab, "--workers", 2]
     meta, ids = make("slimpajama", *argv, "--out", tmp_path / "a")
@@ -183,8 +235,13 @@ def test_slimpajama(tmp_path, vocab, capsys):
         "val": slow_slimpajama(DOCS[:9], False),
         "test": slow_slimpajama(DOCS[9:12], False),
     }
-    assert {split: part.tolist() for split, part in ids.items()} == expected and list(ids) == list(expected)
-    assert meta["tokenizer"] == {"kind": "llama", "json": TEXT} and meta["vocab_size"] == OURS.vocab_size
+    assert {split: part.tolist() for split, part in ids.items()} == expected and list(ids) == list(
+        expected
+    )
+    assert (
+        meta["tokenizer"] == {"kind": "llama", "json": TEXT}
+        and meta["vocab_size"] == OURS.vocab_size
+    )
     assert meta["dtype"] == "uint16" and meta["wrap"] == 0 and meta["pad"] is None
     kept = [text for text, about in zip(DOCS[:9], metas(DOCS[:9])) if about is not GITHUB]
     assert meta["splits"]["val"]["characters"] == sum(map(len, kept))
@@ -198,10 +255,15 @@ def test_slimpajama_as_first_published(tmp_path, vocab):
         "train/chunk1/example_train_0.jsonl.zst": DOCS[:25],
         "train/chunk1/example_train_1.jsonl.gz": DOCS[25:30],
     }
-    parts |= {"validation/chunk2/example_holdout_0.jsonl.zst": DOCS[30:50], "train/chunk2/a.jsonl": DOCS[50:]}
+    parts |= {
+        "validation/chunk2/example_holdout_0.jsonl.zst": DOCS[30:50],
+        "train/chunk2/a.jsonl": DOCS[50:],
+    }
     for name, part in parts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(dict(text=t, meta=m), ensure_ascii=False) for t, m in zip(part, metas(part))]
+        lines = [
+            json.dumps(dict(text=t, meta=m), ensure_ascii=False) for t, m in zip(part, metas(part))
+        ]
         raw = "".join(f"{line}\n" for line in lines).encode()
         if name.endswith("gz"):
             raw = gzip.compress(raw)
@@ -212,13 +274,27 @@ def test_slimpajama_as_first_published(tmp_path, vocab):
     meta, ids = make(*argv, "--out", tmp_path / "a")
     train = [part for name, part in parts.items() if name.startswith("train")]
     assert ids["train"].tolist() == sum([slow_slimpajama(part, False) for part in train], [])
-    assert ids["val"].tolist() == slow_slimpajama(DOCS[30:50], False) and list(ids) == ["train", "val"]
+    assert ids["val"].tolist() == slow_slimpajama(DOCS[30:50], False) and list(ids) == [
+        "train",
+        "val",
+    ]
 
 
 def test_slimpajama_without_validation_files_and_meta(tmp_path, vocab):
     """Any parquet with texts will do, FineWeb's for example; val is then the end."""
     one, two = (write_parquet(tmp_path / f"00{i}.parquet", DOCS[i * 30 :][:30]) for i in range(2))
-    argv = ["slimpajama", "--input", one, two, "--val_docs", 35, "--vocab", vocab, "--out", tmp_path / "a"]
+    argv = [
+        "slimpajama",
+        "--input",
+        one,
+        two,
+        "--val_docs",
+        35,
+        "--vocab",
+        vocab,
+        "--out",
+        tmp_path / "a",
+    ]
     meta, ids = make(*argv)
     assert ids["train"].tolist() == slow_slimpajama(DOCS[:25])
     assert ids["val"].tolist() == slow_slimpajama(DOCS[25:])
@@ -275,9 +351,16 @@ def test_slimpajama_bad_input(tmp_path, vocab, refuses):
 
 
 def test_slimpajama_too_small(tmp_path, vocab, refused):
-    argv = ["slimpajama", "--input", str(write_parquet(tmp_path / "d.parquet", DOCS)), "--vocab", str(vocab)]
+    argv = [
+        "slimpajama",
+        "--input",
+        str(write_parquet(tmp_path / "d.parquet", DOCS)),
+        "--vocab",
+        str(vocab),
+    ]
     refused(
-        lambda: prepare.main([*argv, "--out", f"{tmp_path}/a"]), "60 documents, too few for --val_docs=10000"
+        lambda: prepare.main([*argv, "--out", f"{tmp_path}/a"]),
+        "60 documents, too few for --val_docs=10000",
     )
 
 
@@ -293,7 +376,9 @@ def slow_fineweb(tokens):
 def test_fineweb(tmp_path, vocab, tokens, capsys):
     """The first ids, of as few files as will do, be they cut in the middle of a document or of a file."""
     files = [write_parquet(tmp_path / f"{i}.parquet", DOCS[i * 15 :][:15]) for i in range(4)]
-    sizes = np.cumsum([sum(1 + len(slow_ids(text)) for text in DOCS[i * 15 :][:15]) for i in range(4)])
+    sizes = np.cumsum(
+        [sum(1 + len(slow_ids(text)) for text in DOCS[i * 15 :][:15]) for i in range(4)]
+    )
     assert sizes[0] < 383 < 1200 < sizes[-1] and (tokens != 383 or tokens < sizes[1])
     needed = int(np.searchsorted(sizes, tokens)) + 1
     if tokens == 383:
@@ -304,7 +389,9 @@ def test_fineweb(tmp_path, vocab, tokens, capsys):
     assert list(ids) == ["test"] and ids["test"].tolist() == slow_fineweb(tokens)
     whole, _, rest = "".join(map(chr, slow_fineweb(tokens))).rpartition("\x01")  # ids as characters
     expected = sum(map(len, DOCS[: whole.count("\x01")])) + len(OURS.decode(map(ord, rest)))
-    assert abs(meta["splits"]["test"]["characters"] - expected) <= 4  # it may end inside of a character
+    assert (
+        abs(meta["splits"]["test"]["characters"] - expected) <= 4
+    )  # it may end inside of a character
     assert "CC-MAIN-2024-10, sha256 " in meta["source"] and meta["source"].count(" ") < 8 + needed
     assert f"evaluate.py out/smdm_170/ckpt.pt --data={tmp_path}/a\n" in capsys.readouterr().out
 
@@ -372,7 +459,8 @@ def test_from_the_hub(tmp_path, serve):
     path = write_parquet(tmp_path / "web.parquet", DOCS)
     names = [f"data/{dump}/000_0000{i}.parquet" for i in range(3)]
     tree = [
-        dict(type="file", path=name, size=9, oid="0") for name in [*names[::-1], f"data/{dump}/README.md"]
+        dict(type="file", path=name, size=9, oid="0")
+        for name in [*names[::-1], f"data/{dump}/README.md"]
     ]
     files[f"/datasets/{prepare.FINEWEB}/resolve/{sha}/{names[0]}"] = path.read_bytes()
     files[f"/api/datasets/{prepare.FINEWEB}"] = json.dumps(dict(info, id=prepare.FINEWEB)).encode()
@@ -389,15 +477,25 @@ def test_from_the_hub(tmp_path, serve):
         + repr(runs)
         + ":\n try: p.main(run)\n except SystemExit: pass"
     )
-    env = dict(os.environ, HF_ENDPOINT=serve(files), HF_HOME=f"{tmp_path}/hf", HF_HUB_DISABLE_TELEMETRY="1")
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.startswith(f"error: {prepare.FINEWEB}: cannot list its files on the hub ("), (
-        done.stderr
+    env = dict(
+        os.environ, HF_ENDPOINT=serve(files), HF_HOME=f"{tmp_path}/hf", HF_HUB_DISABLE_TELEMETRY="1"
     )
-    assert done.stderr.count("\n") == 1 and "CC-MAIN-2030-01" in done.stderr and not (tmp_path / "c").exists()
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stderr.startswith(
+        f"error: {prepare.FINEWEB}: cannot list its files on the hub ("
+    ), done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and "CC-MAIN-2030-01" in done.stderr
+        and not (tmp_path / "c").exists()
+    )
     for split, name in zip(("train", "val", "test"), slim):
         ids = np.fromfile(tmp_path / "a" / f"{split}.bin", np.uint16)
         assert ids.tolist() == slow_slimpajama(slim[name], False)
     assert read_meta(f"{tmp_path}/a")["source"] == f"{prepare.SLIMPAJAMA}@{sha}"
     assert np.fromfile(tmp_path / "b" / "test.bin", np.uint16).tolist() == slow_fineweb(500)
-    assert read_meta(f"{tmp_path}/b")["source"].startswith(f"{prepare.FINEWEB}@{sha}, {dump}, sha256 ")
+    assert read_meta(f"{tmp_path}/b")["source"].startswith(
+        f"{prepare.FINEWEB}@{sha}, {dump}, sha256 "
+    )

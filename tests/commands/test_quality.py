@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import LETTERS, tiny_run
 from test_cli import refused
-from test_generative import save
+from test_judge import save
 
-import evaluate
 from data.corpus import read_split
-from diffusion import SAMPLERS, STEPLESS, options_of
+from samplers import SAMPLERS, STEPLESS, default_options
+from tasks import judge as judge_task
 from tasks import quality
 
 ARGS = ["--num", "3", "--steps", "2", "5", "--batch_size", "2", "--device", "cpu"]
@@ -34,29 +34,45 @@ def run(capsys, checkpoints, *more):
 def test_every_sampler_and_setting_is_judged_as_evaluate_does(checkpoints, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     png = tmp_path / "quality.png"
-    rows = [json.loads(line) for line in run(capsys, checkpoints, "--json", "--png", png).splitlines()]
+    rows = [
+        json.loads(line) for line in run(capsys, checkpoints, "--json", "--png", png).splitlines()
+    ]
     assert png.read_bytes().startswith(b"\x89PNG")
     of = {(row["sampler"], row["setting"]): row for row in rows}
-    assert len(of) == len(rows) and {name for name, _ in of} == {"validation text"} | set(SAMPLERS) - set(
-        quality.SAME_LAW
-    )
+    assert len(of) == len(rows) and {name for name, _ in of} == {"validation text"} | set(
+        SAMPLERS
+    ) - set(quality.SAME_LAW)
     assert of["confidence", "steps=2"]["calls"] == 2 and of["first_hitting", ""]["calls"] == 32
-    assert of["threshold", "threshold=0.1"]["calls"] < of["threshold", "threshold=0.99"]["calls"] <= 32
+    assert (
+        of["threshold", "threshold=0.1"]["calls"] < of["threshold", "threshold=0.99"]["calls"] <= 32
+    )
     assert of["entropy_bound", "gamma=10"]["calls"] < of["entropy_bound", "gamma=0.01"]["calls"]
     assert of["remdm_cap", "steps=5"]["calls"] <= 5
     ckpt, judge = checkpoints
-    theirs = [ckpt, "--gen_ppl", judge, "--num", "3", "--batch_size", "2", "--device", "cpu", "--json"]
+    theirs = [
+        ckpt,
+        judge,
+        "--num",
+        "3",
+        "--batch_size",
+        "2",
+        "--device",
+        "cpu",
+        "--json",
+    ]
     for more, key in (
         (["--sampler", "ddpm_cache", "--steps", "5"], ("ddpm_cache", "steps=5")),
         (["--sampler", "threshold", "--threshold", "0.3"], ("threshold", "threshold=0.3")),
     ):
-        evaluate.main([*theirs, *more])
+        judge_task.main([*theirs, *more])
         want = json.loads(capsys.readouterr().out)
         assert [of[key][f] for f in ("nats", "entropy")] == [want[f] for f in ("nats", "entropy")]
 
 
 def test_the_first_row_is_the_validation_text(checkpoints, corpus, capsys):
-    first = json.loads(run(capsys, checkpoints, "--json", "--samplers", "ddpm_cache").splitlines()[0])
+    first = json.loads(
+        run(capsys, checkpoints, "--json", "--samplers", "ddpm_cache").splitlines()[0]
+    )
     assert first["sampler"] == "validation text" and first["calls"] is None
     ids = read_split(str(corpus), "val", tiny_run(corpus))[0]
     rows = [ids[int(i) :][:32] for i in (0, (len(ids) - 32) // 2, len(ids) - 32)]
@@ -65,7 +81,7 @@ def test_the_first_row_is_the_validation_text(checkpoints, corpus, capsys):
 
 
 def test_steps_are_of_samplers_that_have_them_and_values_of_the_others():
-    assert all(set(quality.VALUES) >= set(options_of(SAMPLERS[name])) for name in STEPLESS)
+    assert all(set(quality.VALUES) >= set(default_options(SAMPLERS[name])) for name in STEPLESS)
     assert quality.settings("ddpm_cache", [3, 4]) == [dict(steps=3), dict(steps=4)]
     assert quality.settings("first_hitting", [3, 4]) == [{}]
 
@@ -79,11 +95,20 @@ def test_steps_are_of_samplers_that_have_them_and_values_of_the_others():
 ])  # fmt: skip
 def test_bad_arguments(checkpoints, capsys, more, words):
     refused(capsys, lambda: run(capsys, checkpoints, *more), *words)
-    refused(capsys, lambda: quality.main([checkpoints[1], "--judge", checkpoints[1]]), "left to right")
-    refused(capsys, lambda: quality.main([checkpoints[0], "--judge", checkpoints[0]]), "judge", "AR")
+    refused(
+        capsys, lambda: quality.main([checkpoints[1], "--judge", checkpoints[1]]), "left to right"
+    )
+    refused(
+        capsys, lambda: quality.main([checkpoints[0], "--judge", checkpoints[0]]), "judge", "AR"
+    )
 
 
 def test_a_judge_that_cannot_read_the_texts(checkpoints, corpus, capsys, tmp_path):
     ar = replace(tiny_run(corpus), loss="ar", causal=True, cond_dim=0)
     judge = str(save(tmp_path / "capitals.pt", ar, {"kind": "char", "characters": LETTERS.upper()}))
-    refused(capsys, lambda: run(capsys, (checkpoints[0], judge)), "capitals.pt: cannot read", "vocabulary")
+    refused(
+        capsys,
+        lambda: run(capsys, (checkpoints[0], judge)),
+        "capitals.pt: cannot read",
+        "vocabulary",
+    )

@@ -18,9 +18,15 @@ from model import DiT
 from tasks import reversal
 
 PEOPLE = [
-    f"{first} {last}" for first in ("Ann", "Bob", "Cy") for last in ("Ash", "Birch", "Cedar", "Dogwood")
+    f"{first} {last}"
+    for first in ("Ann", "Bob", "Cy")
+    for last in ("Ash", "Birch", "Cedar", "Dogwood")
 ]
-DEEDS = [f"the {a} of {b}" for a in ("maker", "thief", "ghost") for b in ("clocks", "maps", "soup", "rain")]
+DEEDS = [
+    f"the {a} of {b}"
+    for a in ("maker", "thief", "ghost")
+    for b in ("clocks", "maps", "soup", "rain")
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,12 @@ def facts(tmp_path_factory):
 @pytest.fixture
 def cfg(facts, tmp_path):
     fields = dict(
-        data=str(facts), vocab_size=300, bos=True, cond_dim=0, samples=0, out_dir=str(tmp_path / "out")
+        data=str(facts),
+        vocab_size=300,
+        bos=True,
+        cond_dim=0,
+        samples=0,
+        out_dir=str(tmp_path / "out"),
     )
     return replace(tiny_run(facts), **fields)
 
@@ -74,7 +85,9 @@ def test_costs_are_the_models(cfg):
     maskable[:, 0], maskable[:, 1] = False, True
     flat = DiT(cfg).eval()  # uniform: every token costs log V, whatever is masked
     got = reversal.costs(flat, cfg, x0, maskable, samples=4, batch_size=16)
-    torch.testing.assert_close(got, maskable.sum(-1) * math.log(300.0), check_dtype=False, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        got, maskable.sum(-1) * math.log(300.0), check_dtype=False, rtol=1e-5, atol=0
+    )
     twin = as_ar(cfg)
     model = DiT(twin).eval()
     torch.nn.init.normal_(model.head.weight)
@@ -87,7 +100,10 @@ def test_the_command_trains_both_asks_both_and_writes_the_table(cfg, facts, caps
     results = reversal.main(replace(cfg, steps=4), seeds=2, samples=1, most=5)
     assert {name: len(runs) for name, runs in results.items()} == {"mdlm": 2, "ar": 2}
     assert all(
-        0 <= run[kind] <= 1 for runs in results.values() for run in runs for kind in reversal.QUESTIONS
+        0 <= run[kind] <= 1
+        for runs in results.values()
+        for run in runs
+        for kind in reversal.QUESTIONS
     )
     table = (Path(cfg.out_dir) / "table.md").read_text().splitlines()
     assert len(table) == 4 and table[3].startswith("| `ar` |") and table[3].count(" %") == 4

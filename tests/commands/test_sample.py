@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import LETTERS
 
+import common
 import sample
 from configs import Config
 from data.tokenizer import load_tokenizer, train_bpe
@@ -29,7 +30,11 @@ def test_samples_are_text_of_the_models_length(checkpoint, capsys):
 
 def test_a_seed_is_a_text(checkpoint, capsys):
     first = run(capsys, checkpoint, "--num", 3)
-    assert run(capsys, checkpoint, "--num", 3) == first != run(capsys, checkpoint, "--num", 3, "--seed", 1)
+    assert (
+        run(capsys, checkpoint, "--num", 3)
+        == first
+        != run(capsys, checkpoint, "--num", 3, "--seed", 1)
+    )
 
 
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
@@ -49,7 +54,9 @@ def test_a_row_does_not_depend_on_its_batch(checkpoint, capsys, sampler):
         ("remdm_cap", "--eta", 0, 1), ("remdm_rescale", "--eta", 0, 1),
     ],
 )  # fmt: skip
-def test_a_samplers_own_option_reaches_it(checkpoint, capsys, monkeypatch, sampler, option, low, high):
+def test_a_samplers_own_option_reaches_it(
+    checkpoint, capsys, monkeypatch, sampler, option, low, high
+):
     """From the command line, alone and window by window; without the option the default is used."""
     seen, real = [], sample.SAMPLERS[sampler]
 
@@ -57,12 +64,14 @@ def test_a_samplers_own_option_reaches_it(checkpoint, capsys, monkeypatch, sampl
         seen.append(own)
         return real(denoise, x, steps, cfg, gen, **own)
 
-    get = lambda *args: run(capsys, checkpoint, "--sampler", sampler, "--steps", 20, "--num", 2, *args)
+    get = lambda *args: run(
+        capsys, checkpoint, "--sampler", sampler, "--steps", 20, "--num", 2, *args
+    )
     default = get()
-    value = sample.options_of(real)[option[2:]]
+    value = common.default_options(real)[option[2:]]
     assert get(option, value) == default
     assert get(option, low) != get(option, high)
-    monkeypatch.setattr(sample, "options_of", lambda f: {option[2:]: value})
+    monkeypatch.setattr(common, "default_options", lambda f: {option[2:]: value})
     monkeypatch.setitem(sample.SAMPLERS, sampler, spy)
     get(option, low, "--semi_ar", "--length", 40)
     assert len(seen) == 2 and all(own == {option[2:]: low} for own in seen)
@@ -82,14 +91,22 @@ def test_a_samplers_own_option_reaches_it(checkpoint, capsys, monkeypatch, sampl
         (["--threshold", "-1", "--sampler", "threshold"], ["--threshold -1", "from 0 to 1"]),
         (["--gamma", "nan", "--sampler", "entropy_bound"], ["--gamma nan", "from 0 to inf"]),
         (["--gamma", "x", "--sampler", "entropy_bound"], ["--gamma", "float"]),
-        (["--noise_removal", "greedy", "--sampler", "threshold"], ["--noise_removal greedy", "no steps"]),
+        (
+            ["--noise_removal", "greedy", "--sampler", "threshold"],
+            ["--noise_removal greedy", "no steps"],
+        ),
     ],
 )
 def test_options_that_the_sampler_has_not_are_refused(checkpoint, capsys, args, words):
     with pytest.raises(SystemExit) as stop:
         run(capsys, checkpoint, *args)
     out, err = capsys.readouterr()
-    assert stop.value.code == 2 and not out and err.count("\n") == 1 and all(word in err for word in words)
+    assert (
+        stop.value.code == 2
+        and not out
+        and err.count("\n") == 1
+        and all(word in err for word in words)
+    )
 
 
 def test_help_names_the_samplers_of_every_option(capsys):
@@ -144,13 +161,20 @@ class Terminal(io.StringIO):
 
 def test_watch_redraws_a_terminal_and_is_plain_in_a_pipe(checkpoint, capsys, monkeypatch):
     plain = run(capsys, checkpoint, "--seed", 5, "--steps", 8)
-    assert run(capsys, checkpoint, "--seed", 5, "--steps", 8, "--watch") == plain and "\x1b" not in plain
+    assert (
+        run(capsys, checkpoint, "--seed", 5, "--steps", 8, "--watch") == plain
+        and "\x1b" not in plain
+    )
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     sample.main([str(checkpoint), "--seed", "5", "--steps", "8", "--watch", "--num", "2"])
     shown = terminal.getvalue()
-    assert shown.count("\x1b[?1049h") == shown.count("\x1b[?1049l") == 2  # the second screen, and back
-    views = [part.split("\x1b[?1049l")[0].split("\x1b[H")[1:] for part in shown.split("\x1b[?1049h")[1:]]
+    assert (
+        shown.count("\x1b[?1049h") == shown.count("\x1b[?1049l") == 2
+    )  # the second screen, and back
+    views = [
+        part.split("\x1b[?1049l")[0].split("\x1b[H")[1:] for part in shown.split("\x1b[?1049h")[1:]
+    ]
     for i, frames in enumerate(views):
         assert f"sample {i + 1} of 2" in frames[0]
         masks = [f.count("█") for f in frames]
@@ -158,7 +182,9 @@ def test_watch_redraws_a_terminal_and_is_plain_in_a_pipe(checkpoint, capsys, mon
         assert 3 < len(frames) <= 9  # the canvas and at most 8 events
         bright = [f.count("\x1b[1;32m") for f in frames]
         assert bright == [0, *(-b for b in torch.tensor(masks).diff().tolist())]
-    left = re.sub(r"\x1b\[\?1049h.*?\x1b\[\?1049l", "", shown, flags=re.DOTALL)  # what stays on the terminal
+    left = re.sub(
+        r"\x1b\[\?1049h.*?\x1b\[\?1049l", "", shown, flags=re.DOTALL
+    )  # what stays on the terminal
     assert left.startswith(f"--- sample 1\n{plain}--- sample 2\n") and "\x1b" not in left
 
 
@@ -172,7 +198,9 @@ def test_watch_fits_the_terminal(checkpoint, monkeypatch):
     view = terminal.getvalue().split("\x1b[?1049l")[0]
     for frame in view.split("\x1b[H")[1:]:
         lines = re.sub(r"\x1b\[[0-9;]*[a-zA-Z]", "", frame).split("\n")
-        assert len(lines) == 4 and max(map(len, lines)) == 10 and len(lines[2]) == len(lines[3]) == 10
+        assert (
+            len(lines) == 4 and max(map(len, lines)) == 10 and len(lines[2]) == len(lines[3]) == 10
+        )
 
 
 def test_caller_work_between_frames_is_not_autocast(checkpoint):
@@ -194,10 +222,14 @@ def test_semi_ar_writes_any_length_and_keeps_prompt_and_holes(checkpoint, capsys
     )
     out = run(capsys, checkpoint, "--semi_ar", "--infill", f"one ____{'x' * 40}[3]end")
     assert re.fullmatch(f"one [a-z ]{{4}}{'x' * 40}[a-z ]{{3}}end\n", out)
-    short = run(capsys, checkpoint, "--length", 20)  # a text of one window is that of the plain sampler
+    short = run(
+        capsys, checkpoint, "--length", 20
+    )  # a text of one window is that of the plain sampler
     assert run(capsys, checkpoint, "--semi_ar", "--length", 20) == short
     texts = run(capsys, checkpoint, "--semi_ar", "--length", 50, "--num", 5)
-    assert run(capsys, checkpoint, "--semi_ar", "--length", 50, "--num", 5, "--batch_size", 2) == texts
+    assert (
+        run(capsys, checkpoint, "--semi_ar", "--length", 50, "--num", 5, "--batch_size", 2) == texts
+    )
 
 
 def test_guidance_by_the_prompt(checkpoint, capsys):
@@ -211,10 +243,13 @@ def test_guidance_by_the_prompt(checkpoint, capsys):
 
 def test_a_text_ends_at_the_first_eos_that_was_written():
     canvas = torch.tensor([9, 1, 50, 50, 50])  # 9 ends texts, and begins this one
-    assert sample.written([9, 1, 2, 9, 9], canvas, Config(), 9) == [9, 1, 2]
-    assert sample.written([9, 1, 2, 3, 4], canvas, Config(), 9) == [9, 1, 2, 3, 4]
-    assert sample.written([9, 1, 2, 9, 9], canvas, Config()) == [9, 1, 2, 9, 9]
-    assert sample.written([9, 1, 2, 9, 9], canvas, Config(bos=True), 9) == [1, 2]  # which is no text
+    assert sample.text_ids([9, 1, 2, 9, 9], canvas, Config(), 9) == [9, 1, 2]
+    assert sample.text_ids([9, 1, 2, 3, 4], canvas, Config(), 9) == [9, 1, 2, 3, 4]
+    assert sample.text_ids([9, 1, 2, 9, 9], canvas, Config()) == [9, 1, 2, 9, 9]
+    assert sample.text_ids([9, 1, 2, 9, 9], canvas, Config(bos=True), 9) == [
+        1,
+        2,
+    ]  # which is no text
 
 
 def test_the_greedy_end_acts_in_the_last_step(checkpoint, capsys):

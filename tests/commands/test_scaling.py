@@ -46,7 +46,9 @@ def test_steps_by_hand():
     N = 12 * 4096 + 5 * 64 + 3 * 64
     assert scaling.parameters(c) == scaling.parameters(as_ar(c)) == N == 49_664
     assert (
-        c.steps == 3277 == int(1e12 / (6 * N * 1024)) and c.warmup == 100 and (c.n_embd, c.n_head) == (64, 2)
+        c.steps == 3277 == int(1e12 / (6 * N * 1024))
+        and c.warmup == 100
+        and (c.n_embd, c.n_head) == (64, 2)
     )
     assert scaling.sized(cfg, "198k", 2.5e11).warmup == 20  # of 205 steps: a tenth
     assert scaling.sized(cfg, "50k", 1e13).warmup == 327  # of 32,771: a hundredth
@@ -86,7 +88,9 @@ def test_exact_laws_are_found_exactly():
     for name, (alpha, beta, b, log_a) in WORLD.items():
         law = laws[name]
         for key, want in dict(alpha=alpha, beta=beta, b=b, log_a=log_a).items():
-            np.testing.assert_allclose(law[key], want, rtol=1e-7)  # without noise the replicates agree
+            np.testing.assert_allclose(
+                law[key], want, rtol=1e-7
+            )  # without noise the replicates agree
         np.testing.assert_allclose(law["N"][0], np.exp(log_a) * np.array(BUDGETS) ** b, rtol=1e-8)
         assert law["sigma"] < 1e-9 and not law["outside"].any() and not law["flat"]
     # The loss of ar at C: exp(-0.064 log C + 3.8); mdlm has it where -0.06 log C' + 3.9 is the same.
@@ -181,7 +185,10 @@ def test_budgets_without_a_minimum_are_left_out_and_named(capsys):
     kept = [run for run in runs if run["C"] in (1e18, 1e20)]
     with pytest.raises(SystemExit) as e:
         scaling.fit(kept, replicates=10)
-    assert e.value.code == 2 and "ar: 1 of the 2 or more budgets with a minimum" in capsys.readouterr().err
+    assert (
+        e.value.code == 2
+        and "ar: 1 of the 2 or more budgets with a minimum" in capsys.readouterr().err
+    )
     noisy = world(0.02, rng=np.random.default_rng(3), width=1.0)
     laws = scaling.fit(noisy, replicates=400)
     share = np.isnan(laws["ar"]["N"][1:]).any(1).mean()
@@ -197,7 +204,11 @@ def test_fewer_than_three_sizes_are_refused(capsys):
     with pytest.raises(SystemExit) as e:
         scaling.fit(missing, replicates=10)
     err = capsys.readouterr().err
-    assert e.value.code == 2 and err.count("\n") == 1 and "ar, C=4e+18: 2 of the 3 or more sizes" in err
+    assert (
+        e.value.code == 2
+        and err.count("\n") == 1
+        and "ar, C=4e+18: 2 of the 3 or more sizes" in err
+    )
 
 
 def test_the_table_says_what_the_laws_are():
@@ -207,7 +218,9 @@ def test_the_table_says_what_the_laws_are():
     text = scaling.table(laws, runs)
     optima, slopes, versus, notes = text.split("\n\n")
     number = r"([\d.e+-]+) \[([\d.e+-]+), ([\d.e+-]+)\]"
-    for row, (name, i) in zip(optima.splitlines()[2:], [(n, i) for n in ("mdlm", "ar") for i in range(3)]):
+    for row, (name, i) in zip(
+        optima.splitlines()[2:], [(n, i) for n in ("mdlm", "ar") for i in range(3)]
+    ):
         cells = [c.strip() for c in row.split("|")[1:-1]]
         N, D, L = ([float(x) for x in re.fullmatch(number, c).groups()] for c in cells[3:])
         assert cells[0] == f"`{name}`" and float(cells[1]) == BUDGETS[i]
@@ -215,13 +228,17 @@ def test_the_table_says_what_the_laws_are():
         assert L[0] == pytest.approx(laws[name]["L"][0, i], rel=5e-4) and L[1] < L[0] < L[2]
         assert 6 * N[0] * D[0] == pytest.approx(BUDGETS[i], rel=1e-2)
     assert "recipes" not in text
-    assert "have 2 different recipes" in scaling.table(laws, [*runs[1:], dict(runs[0], config={"lr": 2})])
+    assert "have 2 different recipes" in scaling.table(
+        laws, [*runs[1:], dict(runs[0], config={"lr": 2})]
+    )
     for row, name in zip(slopes.splitlines()[2:], ("mdlm", "ar")):
         values = [float(re.fullmatch(number, c.strip())[1]) for c in row.split("|")[2:-2]]
         want = [laws[name][key][0] for key in ("alpha", "beta", "b")]
         assert values == pytest.approx([*want, 1 - want[2]], rel=6e-3)
     more = scaling.times_more(laws["mdlm"], laws["ar"], 1e18)
-    assert f"| {scaling.cell(more)}" in versus and versus.count("extrapolated beyond its budgets") == 3
+    assert (
+        f"| {scaling.cell(more)}" in versus and versus.count("extrapolated beyond its budgets") == 3
+    )
     ratio = scaling.cell(laws["mdlm"]["N"][:, 2] / laws["ar"]["N"][:, 2])
     assert versus.splitlines()[-1].endswith(f"| {ratio} |")
     assert (
@@ -238,7 +255,9 @@ def test_damaged_lines_are_named(tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
     good = json.dumps(dict(loss="ar", N=1e5, C=1e12, nats=3.0, se=None, size="x", seed=1))
     path.write_text(good + "\n")
-    assert scaling.read_runs(path)[0]["nats"] == 3.0 and list(scaling.lines(path)) == [("ar", "x", 1e12, 1)]
+    assert scaling.read_runs(path)[0]["nats"] == 3.0 and list(scaling.lines(path)) == [
+        ("ar", "x", 1e12, 1)
+    ]
     for bad in (
         "{", "[1]", "3", '{"loss": "ar", "N": 1e5, "C": 1e12}', good.replace("3.0", "NaN"), good.replace("3.0", "-1"),
         good.replace("1e12", "0").replace("1000000000000.0", "0"), good.replace("null", "-0.1"),
@@ -248,7 +267,9 @@ def test_damaged_lines_are_named(tmp_path, capsys):
         with pytest.raises(SystemExit) as e:
             scaling.read_runs(path)
         err = capsys.readouterr().err
-        assert e.value.code == 2 and f"{path}, line 2: not a run: " in err and err.count("\n") == 1, (
+        assert (
+            e.value.code == 2 and f"{path}, line 2: not a run: " in err and err.count("\n") == 1
+        ), (
             bad,
             err,
         )
@@ -264,7 +285,9 @@ SWEEP = (["13k", "28k", "50k"], [4e8, 1.6e9], 1, 2)  # sizes, budgets, seeds, pa
 
 @pytest.fixture(scope="module")
 def base(corpus, tmp_path_factory):
-    cfg = replace(tiny_run(corpus), cond_dim=0, vocab_size=5, muon_lr=0.02, eval_every=100, save_every=100)
+    cfg = replace(
+        tiny_run(corpus), cond_dim=0, vocab_size=5, muon_lr=0.02, eval_every=100, save_every=100
+    )
     return replace(cfg, out_dir=str(tmp_path_factory.mktemp("scaling") / "run"))
 
 
@@ -279,7 +302,9 @@ def test_a_sweep_from_end_to_end(base, swept):
     runs = scaling.read_runs(out / "runs.jsonl")
     assert len(runs) == 12 and set(swept) == {"ar", "mdlm"}
     for run in runs:
-        cfg = json.loads((out / f"{run['loss']}_{run['size']}_{run['C']:g}_1" / "config.json").read_text())
+        cfg = json.loads(
+            (out / f"{run['loss']}_{run['size']}_{run['C']:g}_1" / "config.json").read_text()
+        )
         assert (
             run["steps"] == cfg["steps"] == int(run["C"] / (6 * run["N"] * 8 * 32))
             and cfg["loss"] == run["loss"]
@@ -302,7 +327,11 @@ def test_complete_runs_are_kept_and_a_killed_sweep_goes_on(base, swept, monkeypa
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
     assert all(np.array_equal(again[n]["L"], swept[n]["L"], equal_nan=True) for n in swept)
 
-    cfg, count, final = replace(base, vocab_size=27, out_dir=str(tmp_path / "run")), [], scaling.final
+    cfg, count, final = (
+        replace(base, vocab_size=27, out_dir=str(tmp_path / "run")),
+        [],
+        scaling.final,
+    )
 
     def killed(*args):
         count.append(1)
@@ -334,7 +363,9 @@ def test_another_recipe_is_refused_and_other_sizes_join(base, swept, capsys):
     laws = scaling.main(base, ["111k"], [1.6e9], 2, 1)
     joined = scaling.read_runs(path)
     assert (
-        len(joined) == 16 and {run["seed"] for run in joined[12:]} == {1, 2} and joined[12]["size"] == "111k"
+        len(joined) == 16
+        and {run["seed"] for run in joined[12:]} == {1, 2}
+        and joined[12]["size"] == "111k"
     )
     assert [len(law["points"][1.6e9][0]) for law in laws.values()] == [5, 5]
     elsewhere = replace(base, out_dir=base.out_dir + "_fit")
@@ -398,7 +429,9 @@ def test_the_plot_shows_the_laws(monkeypatch, tmp_path):
             assert any(y.min() == pytest.approx(lowest, abs=1e-4) for y in curves)
         assert any(np.array_equal(d, [law["N"][0], law["L"][0]]) for d in drawn(left))  # the stars
     fitted = [line.get_data() for line in right.lines if line.get_linestyle() != "None"]
-    np.testing.assert_allclose(fitted, [(law["C"], law["L"][0]) for law in laws.values()])  # no noise: exact
+    np.testing.assert_allclose(
+        fitted, [(law["C"], law["L"][0]) for law in laws.values()]
+    )  # no noise: exact
 
 
 def test_without_matplotlib_there_is_a_hint(monkeypatch, tmp_path, capsys):

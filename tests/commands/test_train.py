@@ -18,11 +18,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from common import read_checkpoint
 from configs import CONFIGS, Config, as_ar, as_d3pm, as_sedd
+from data import batches
 from data.corpus import GIVEN, finish, partial_of, read_split, training_rows
 from diffusion import LOSSES, alpha
 from evaluate import bound
-from model import DiT, load, read_checkpoint
+from extra import muon
+from model import DiT, load
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,23 +54,30 @@ def same(a, b):
 
 def test_a_batch_is_a_pure_function_of_seed_step_and_row(cfg):
     ids, meta = read_split(cfg.data, "train", cfg)
-    whole = train.batch(ids, meta, cfg, 5, np.arange(8))
+    whole = batches.batch(ids, meta, cfg, 5, np.arange(8))
     for rows in ([3], [7, 1], [0, 2, 4, 6]):
-        part = train.batch(ids, meta, cfg, 5, np.array(rows))
+        part = batches.batch(ids, meta, cfg, 5, np.array(rows))
         assert all(torch.equal(a[rows], b) for a, b in zip(whole, part))
     x0, maskable, t, xt, weight = whole
     assert (torch.floor(t * 8) == torch.arange(8)).all()  # stratified over the whole batch
-    log_t = train.batch(ids, meta, replace(cfg, time_draw="importance", t_min=1e-3), 5, np.arange(8))[2].log()
-    assert (torch.floor((1 - log_t / math.log(1e-3)) * 8) == torch.arange(8)).all()  # importance, too
+    log_t = batches.batch(
+        ids, meta, replace(cfg, time_draw="importance", t_min=1e-3), 5, np.arange(8)
+    )[2].log()
+    assert (
+        torch.floor((1 - log_t / math.log(1e-3)) * 8) == torch.arange(8)
+    ).all()  # importance, too
     iid = torch.cat(
-        [train.batch(ids, meta, replace(cfg, time_draw="iid"), s, np.arange(8))[2] for s in range(40)]
+        [
+            batches.batch(ids, meta, replace(cfg, time_draw="iid"), s, np.arange(8))[2]
+            for s in range(40)
+        ]
     )
     assert (torch.floor(iid * 8) != torch.arange(8).repeat(40)).double().mean() > 0.8  # 7 of 8
     assert abs(iid.mean() - 0.5) < 4 / (12 * 320) ** 0.5 and (weight == 1).all()
     assert ((xt == x0) | (xt == cfg.mask_id)).all() and maskable.all()
     for other in (replace(cfg, seed=2), cfg):
         step = 5 if other.seed == 2 else 6
-        differs = train.batch(ids, meta, other, step, np.arange(8))
+        differs = batches.batch(ids, meta, other, step, np.arange(8))
         assert not torch.equal(differs[0], x0) and not torch.equal(differs[2], t)
 
 
@@ -77,7 +87,7 @@ def test_batches_are_masked_by_the_schedule(cfg, schedule):
     ids, meta = read_split(cfg.data, "train", cfg)
     masked, wanted = 0.0, 0.0
     for step in range(150):
-        _, _, t, xt, _ = train.batch(ids, meta, cfg, step, np.arange(4))
+        _, _, t, xt, _ = batches.batch(ids, meta, cfg, step, np.arange(4))
         masked += (xt == cfg.mask_id).double().mean().item() / 150
         wanted += (1 - alpha(schedule, t)).mean().item() / 150
     assert abs(masked - wanted) < 4 * 0.5 / math.sqrt(150 * 4 * 32)
@@ -91,7 +101,10 @@ def test_training_learns_and_reports(cfg):
     ids, _ = read_split(cfg.data, "val", cfg)
     p = np.bincount(ids) / len(ids)
     unigram = -(p[p > 0] * np.log2(p[p > 0])).sum()
-    assert val["bits_per_char"] < unigram - 5 * val["bits_per_char_se"] and 0 < val["bits_per_char_se"] < 0.2
+    assert (
+        val["bits_per_char"] < unigram - 5 * val["bits_per_char_se"]
+        and 0 < val["bits_per_char_se"] < 0.2
+    )
     assert val["perplexity"] == pytest.approx(2 ** val["bits_per_token"])
     loss = records(cfg, "loss")
     assert list(loss) == list(range(10, 301, 10)) and loss[300] < loss[10]
@@ -101,21 +114,30 @@ def test_training_learns_and_reports(cfg):
         and model.step == 300
         and model.tokenizer == {"kind": "char", "characters": LETTERS}
     )
-    assert not model.training and json.loads((Path(cfg.out_dir) / "config.json").read_text())["lr"] == 3e-3
+    assert (
+        not model.training
+        and json.loads((Path(cfg.out_dir) / "config.json").read_text())["lr"] == 3e-3
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [as_ar, as_sedd, as_d3pm, lambda cfg: replace(as_ar(cfg), bos=True)])
+@pytest.mark.parametrize(
+    "change", [as_ar, as_sedd, as_d3pm, lambda cfg: replace(as_ar(cfg), bos=True)]
+)
 def test_every_baseline_trains_evaluates_and_samples(cfg, change, capsys):
     """Better than single characters, as above; the given first character is none that sampling could know."""
     bos = change(cfg).bos
     cfg = change(
-        replace(cfg, steps=300, muon_lr=0.02, eval_every=1000, save_every=1000, samples=0 if bos else 1)
+        replace(
+            cfg, steps=300, muon_lr=0.02, eval_every=1000, save_every=1000, samples=0 if bos else 1
+        )
     )
     val = train.main(cfg)
     ids, _ = read_split(cfg.data, "val", cfg)
     p = np.bincount(ids) / len(ids)
-    assert val["bits_per_char"] < -(p[p > 0] * np.log2(p[p > 0])).sum() - 5 * val["bits_per_char_se"]
+    assert (
+        val["bits_per_char"] < -(p[p > 0] * np.log2(p[p > 0])).sum() - 5 * val["bits_per_char_se"]
+    )
     assert val["tokens"] == len(ids) - bos * math.ceil(len(ids) / cfg.seq_len)
     assert bos or "--- sample" in capsys.readouterr().out
 
@@ -129,7 +151,15 @@ def padded_corpus(folder, pad=0):
     for split in ("train", "val"):
         rows.tofile(partial / f"{split}.bin")
     spec = {"kind": "char", "characters": LETTERS}
-    finish(folder, "made up", spec, 27, dict.fromkeys(("train", "val"), int((rows != pad).sum())), 32, pad)
+    finish(
+        folder,
+        "made up",
+        spec,
+        27,
+        dict.fromkeys(("train", "val"), int((rows != pad).sum())),
+        32,
+        pad,
+    )
     return rows
 
 
@@ -138,13 +168,15 @@ def test_padding_is_never_masked_trained_or_counted(cfg, tmp_path):
     rows = padded_corpus(tmp_path / "padded")
     cfg = replace(cfg, data=str(tmp_path / "padded"), steps=2, samples=0, eval_every=100)
     ids, meta = read_split(cfg.data, "train", cfg)
-    x0, maskable, t, xt, _ = train.batch(ids, meta, cfg, 0, np.arange(8))
+    x0, maskable, t, xt, _ = batches.batch(ids, meta, cfg, 0, np.arange(8))
     assert (maskable == (x0 != 0)).all() and (xt == 0)[~maskable].all() and not maskable.all()
     device, grads = torch.device("cpu"), []
     for micro in (8, 2):
         torch.manual_seed(0)
         model = DiT(cfg)
-        parts = [train.batch(ids, meta, cfg, 0, np.arange(i, i + micro)) for i in range(0, 8, micro)]
+        parts = [
+            batches.batch(ids, meta, cfg, 0, np.arange(i, i + micro)) for i in range(0, 8, micro)
+        ]
         got, _ = train.train_step(model, train.make_optimizers(model, cfg), parts, 1, cfg, device)
         grads.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         torch.manual_seed(0)
@@ -152,7 +184,10 @@ def test_padding_is_never_masked_trained_or_counted(cfg, tmp_path):
         assert got.item() == pytest.approx(nats.sum().item() / maskable.sum().item(), rel=1e-5)
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
     val = train.main(cfg)
-    assert val["tokens"] == (rows != 0).sum() and 0.5 < val["bits_per_char"] / val["bits_per_token"] < 1.01
+    assert (
+        val["tokens"] == (rows != 0).sum()
+        and 0.5 < val["bits_per_char"] / val["bits_per_token"] < 1.01
+    )
 
 
 def answers_corpus(folder):
@@ -175,20 +210,29 @@ def test_answers_alone_are_noised_and_trained_on(cfg, tmp_path):
     cfg = replace(cfg, data=str(tmp_path / "sft"), bos=True, samples=0, steps=2)
     ids, meta = read_split(cfg.data, "train", cfg)
     stored = torch.from_numpy(training_rows(ids, meta, cfg, np.arange(8)).astype(np.int64))
-    x0, maskable, t, xt, _ = train.batch(ids, meta, cfg, 0, np.arange(8))
+    x0, maskable, t, xt, _ = batches.batch(ids, meta, cfg, 0, np.arange(8))
     assert (maskable == (stored < GIVEN)).all() and (x0 == stored % GIVEN).all() and x0.max() < 27
     assert (xt == x0)[~maskable].all() and (xt == cfg.mask_id).any()
-    dropped = [train.batch(ids, meta, replace(cfg, prompt_dropout=0.3), s, np.arange(8)) for s in range(40)]
+    dropped = [
+        batches.batch(ids, meta, replace(cfg, prompt_dropout=0.3), s, np.arange(8))
+        for s in range(40)
+    ]
     prompts, answers = [], []
     for _, m, _, y, _ in dropped:
-        prompt = ~m & (torch.arange(32) > 0) & (torch.arange(32) <= m.int().argmax(-1, keepdim=True))
+        prompt = (
+            ~m & (torch.arange(32) > 0) & (torch.arange(32) <= m.int().argmax(-1, keepdim=True))
+        )
         masked = y == cfg.mask_id
-        assert ((masked & prompt).any(-1) == (masked | ~prompt).all(-1)).all()  # a row's prompt as a whole
-        assert not masked[:, 0].any() and not (masked & ~m & ~prompt).any()  # neither BOS nor what is behind
+        assert (
+            (masked & prompt).any(-1) == (masked | ~prompt).all(-1)
+        ).all()  # a row's prompt as a whole
+        assert (
+            not masked[:, 0].any() and not (masked & ~m & ~prompt).any()
+        )  # neither BOS nor what is behind
         prompts.append((masked & prompt).any(-1))
         answers.append(masked & m)
     assert abs(torch.cat(prompts).double().mean() - 0.3) < 4 * (0.21 / 320) ** 0.5
-    plain = [train.batch(ids, meta, cfg, s, np.arange(8)) for s in range(40)]
+    plain = [batches.batch(ids, meta, cfg, s, np.arange(8)) for s in range(40)]
     assert all(torch.equal((p[3] == cfg.mask_id) & p[1], a) for p, a in zip(plain, answers))
     val = train.main(cfg)
     assert val["tokens"] == (rows < GIVEN).sum() and val["bits_per_char"] == pytest.approx(
@@ -205,13 +249,18 @@ def test_fine_tuning_begins_with_the_averaged_weights(cfg, tmp_path, capsys):
         out_dir=str(tmp_path / "tuned"),
     )  # fmt: skip
     train.main(tuned)
-    averaged, after = read_checkpoint(start)["ema"], read_checkpoint(tmp_path / "tuned/ckpt.pt")["model"]
+    averaged, after = (
+        read_checkpoint(start)["ema"],
+        read_checkpoint(tmp_path / "tuned/ckpt.pt")["model"],
+    )
     for name in averaged:
         torch.testing.assert_close(after[name], averaged[name])
-    assert any((read_checkpoint(start)["model"][n] - averaged[n]).abs().max() > 1e-4 for n in averaged)
+    assert any(
+        (read_checkpoint(start)["model"][n] - averaged[n]).abs().max() > 1e-4 for n in averaged
+    )
     train.main(replace(tuned, steps=3), resume=True)  # goes on, and does not begin again
     for change, words in (
-        (dict(n_embd=64), ("its network is another", "ckpt.pt")),
+        (dict(n_embd=64), ("its network differs", "ckpt.pt")),
         (dict(init_from="nowhere.pt"), ("nowhere.pt: no such checkpoint",)),
         (dict(short_rows=0.5), ("short_rows=0.5", "sft")),
     ):
@@ -235,8 +284,8 @@ def test_short_rows_are_cut_at_random_and_nothing_is_thrown_away(cfg, bos):
     lengths, cut = set(), 0
     for step in range(30):
         rows = np.arange(8)
-        whole = train.batch(ids, meta, cfg, step, rows)
-        parts = train.shorten(whole, cfg, step, rows)
+        whole = batches.batch(ids, meta, cfg, step, rows)
+        parts = batches.shorten(whole, cfg, step, rows)
         flat = lambda batches, i: torch.cat([b[i].reshape(-1) for b in batches])
         long = [b for b in parts if b[0].shape[1] == 32]
         lengths |= {b[0].shape[1] for b in parts}
@@ -248,14 +297,20 @@ def test_short_rows_are_cut_at_random_and_nothing_is_thrown_away(cfg, bos):
             assert m[:, 1:].all() and (m[:, 0] != bos).all()
             if x.shape[1] < 32:
                 assert t.unique().numel() == 1 and t[0] in whole[2]
-        again = train.shorten(train.batch(ids, meta, cfg, step, rows[[2, 5]]), cfg, step, rows[[2, 5]])
+        again = batches.shorten(
+            batches.batch(ids, meta, cfg, step, rows[[2, 5]]), cfg, step, rows[[2, 5]]
+        )
         shapes = sorted(
             tuple(b[0].shape)
             for r in (2, 5)
-            for b in train.shorten(train.batch(ids, meta, cfg, step, rows[[r]]), cfg, step, rows[[r]])
+            for b in batches.shorten(
+                batches.batch(ids, meta, cfg, step, rows[[r]]), cfg, step, rows[[r]]
+            )
             if b[0].shape[1] < 32
         )
-        assert sorted(tuple(b[0].shape) for b in again if b[0].shape[1] < 32) == shapes  # a row's own draw
+        assert (
+            sorted(tuple(b[0].shape) for b in again if b[0].shape[1] < 32) == shapes
+        )  # a row's own draw
     assert abs(cut - 120) < 4 * 60**0.5 and len(lengths) > 25
     val = train.main(replace(cfg, steps=3, samples=0, eval_every=100))
     assert 0 < val["bits_per_char"] < 6
@@ -279,8 +334,12 @@ def test_resume_is_exact_to_the_bit(cfg, recipe, tmp_path, monkeypatch):
             "adamw": {},
             "muon_dropout": dict(muon_lr=0.02, dropout=0.2, cond_dim=0, micro_batch=4),
             "ar": dict(loss="ar", causal=True, cond_dim=0),
-            "sedd_counts_short": dict(loss="sedd", time_cond=True, time_draw="counts", short_rows=0.3),
-            "d3pm": dict(loss="d3pm", T=50, aux_ce=0.05, time_cond=True, lr_decay="cosine", weight_decay=0.1),
+            "sedd_counts_short": dict(
+                loss="sedd", time_cond=True, time_draw="counts", short_rows=0.3
+            ),
+            "d3pm": dict(
+                loss="d3pm", T=50, aux_ce=0.05, time_cond=True, lr_decay="cosine", weight_decay=0.1
+            ),
         }[recipe],
     )
     straight = replace(cfg, out_dir=str(tmp_path / "straight"))
@@ -288,11 +347,16 @@ def test_resume_is_exact_to_the_bit(cfg, recipe, tmp_path, monkeypatch):
 
     update_ema = train.update_ema
     monkeypatch.setattr(
-        train, "update_ema", lambda *a: (update_ema(*a), a[2] == 7 and os.kill(os.getpid(), signal.SIGTERM))
+        train,
+        "update_ema",
+        lambda *a: (update_ema(*a), a[2] == 7 and os.kill(os.getpid(), signal.SIGTERM)),
     )
     with pytest.raises(SystemExit) as e:
         train.main(cfg)
-    assert e.value.code == 128 + signal.SIGTERM and read_checkpoint(cfg.out_dir + "/ckpt.pt")["step"] == 7
+    assert (
+        e.value.code == 128 + signal.SIGTERM
+        and read_checkpoint(cfg.out_dir + "/ckpt.pt")["step"] == 7
+    )
     monkeypatch.setattr(train, "update_ema", update_ema)
     train.main(cfg, resume=True)
     assert same(weights(cfg), weights(straight)) and same(
@@ -342,7 +406,9 @@ def test_sigterm_under_torchrun_leaves_a_checkpoint(cfg):
     """Only one of the two processes hears it, and both end after the same step."""
     cfg = replace(cfg, steps=100_000, save_every=100_000, eval_every=100_000)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.Popen([*launch, *command(cfg)], cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    run = subprocess.Popen(
+        [*launch, *command(cfg)], cwd=ROOT, env=environment(), stderr=subprocess.PIPE
+    )
     log = Path(cfg.out_dir) / "log.jsonl"
     for _ in range(1200):
         if run.poll() is not None or (log.exists() and log.read_text()):
@@ -382,7 +448,9 @@ def test_kill_9_loses_nothing_before_the_last_checkpoint(cfg, tmp_path):
 def torchrun(cfg, *extra):
     """Train in two processes on this CPU."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launch, *command(cfg, *extra)], cwd=ROOT, env=environment(), capture_output=True)
+    done = subprocess.run(
+        [*launch, *command(cfg, *extra)], cwd=ROOT, env=environment(), capture_output=True
+    )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert b"FutureWarning" not in done.stderr
 
@@ -395,7 +463,9 @@ def close(a, b):
 def test_two_processes_train_the_other_losses_like_one(cfg, tmp_path):
     """D3PM with its two forwards per step, on padded rows, of which the processes have different numbers of tokens."""
     padded_corpus(tmp_path / "padded")
-    cfg = replace(as_d3pm(cfg), data=str(tmp_path / "padded"), micro_batch=2, eval_every=10, samples=0)
+    cfg = replace(
+        as_d3pm(cfg), data=str(tmp_path / "padded"), micro_batch=2, eval_every=10, samples=0
+    )
     one, two = (replace(cfg, steps=10, out_dir=str(tmp_path / name)) for name in ("one", "two"))
     train.main(one)
     torchrun(two)
@@ -427,11 +497,13 @@ def test_two_processes_train_like_one_and_resume_each_other(cfg, tmp_path):
 def test_processes_share_a_batch_and_each_micro_batch_has_all_strata_of_time(cfg):
     ids, meta = read_split(cfg.data, "train", cfg)
     cfg = replace(cfg, batch_size=24, micro_batch=4)
-    whole = train.batch(ids, meta, cfg, 3, np.arange(24))
-    shares = [train.micro_batches(ids, meta, cfg, 3, rank, 2) for rank in range(2)]
+    whole = batches.batch(ids, meta, cfg, 3, np.arange(24))
+    shares = [batches.micro_batches(ids, meta, cfg, 3, rank, 2) for rank in range(2)]
     assert [[len(b[0]) for b in share] for share in shares] == [[4, 4, 4]] * 2
     for i, tensor in enumerate(whole):  # rows rank, rank + 2 x 3, ...: strided
-        parts = torch.stack([torch.stack([b[i] for b in share]) for share in shares])  # (2, 3, 4, ...)
+        parts = torch.stack(
+            [torch.stack([b[i] for b in share]) for share in shares]
+        )  # (2, 3, 4, ...)
         assert torch.equal(parts.permute(2, 1, 0, *range(3, parts.ndim)).flatten(0, 2), tensor)
 
 
@@ -448,12 +520,16 @@ def test_micro_batches_do_not_change_the_losses(cfg, micro, tmp_path):
 
 def test_learning_rates_are_upstreams():
     mdlm, nanodd = CONFIGS["owt_mdlm"](), CONFIGS["text8_d3pm"]()
-    assert [train.lr_at(s, mdlm) for s in (0, 1250, 2500, 999_999)] == pytest.approx([0, 1.5e-4, 3e-4, 3e-4])
+    assert [train.lr_at(s, mdlm) for s in (0, 1250, 2500, 999_999)] == pytest.approx(
+        [0, 1.5e-4, 3e-4, 3e-4]
+    )
     middle = 2500 + (500_000 - 2500) // 2
     want = [0, 1e-3, 1e-5 + (1e-3 - 1e-5) / 2, 1e-5]
     assert [train.lr_at(s, nanodd) for s in (0, 2500, middle, 500_000)] == pytest.approx(want)
     wsd = Config(lr=1, lr_decay="linear", warmup=10, steps=100, decay_steps=20, min_lr=0.1)
-    assert [train.lr_at(s, wsd) for s in (5, 10, 80, 90, 100)] == pytest.approx([0.5, 1, 1, 0.55, 0.1])
+    assert [train.lr_at(s, wsd) for s in (5, 10, 80, 90, 100)] == pytest.approx(
+        [0.5, 1, 1, 0.55, 0.1]
+    )
 
 
 class Waits(TorchDispatchMode):
@@ -465,9 +541,18 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.overloadpacket.__name__
-        lists = [a for a in args if isinstance(a, (list, tuple))]  # the indices of `index` and `index_put`
-        by_mask = "index" in name and any(getattr(i, "dtype", 0) == torch.bool for a in lists for i in a)
-        if by_mask or name in ("nonzero", "masked_select", "masked_scatter_backward", "_local_scalar_dense"):
+        lists = [
+            a for a in args if isinstance(a, (list, tuple))
+        ]  # the indices of `index` and `index_put`
+        by_mask = "index" in name and any(
+            getattr(i, "dtype", 0) == torch.bool for a in lists for i in a
+        )
+        if by_mask or name in (
+            "nonzero",
+            "masked_select",
+            "masked_scatter_backward",
+            "_local_scalar_dense",
+        ):
             self.seen.append("wait")
         return op(*args, **(kwargs or {}))
 
@@ -476,18 +561,20 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize(
     "make", [lambda cfg: cfg, as_sedd, lambda cfg: replace(as_d3pm(cfg), carry_over=True), as_ar]
 )
-def test_a_step_waits_for_the_device_between_trunk_and_way_back_alone(cfg, make, large, monkeypatch):
+def test_a_step_waits_for_the_device_between_trunk_and_way_back_alone(
+    cfg, make, large, monkeypatch
+):
     """Once, for where tokens are masked: never before the trunk is on its way, in the way back or the update."""
-    monkeypatch.setattr("model.LARGE", large)
+    monkeypatch.setattr("head.LARGE", large)
     cfg, device, seen = make(replace(cfg, muon_lr=0.01)), torch.device("cpu"), []
     ids, meta = read_split(cfg.data, "train", cfg)
-    model, ema, optimizers = train.start(cfg, meta, device)
-    batches = train.micro_batches(ids, meta, cfg, 0)
+    model, ema, optimizers = train.build(cfg, meta, device)
+    parts = batches.micro_batches(ids, meta, cfg, 0)
     model.blocks[-1].register_forward_hook(lambda *_: seen.append("trunk"))
     back = torch.Tensor.backward
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: back(loss, seen.append("back")))
     with Waits(seen):
-        train.train_step(model, optimizers, batches, 0, cfg, device)
+        train.train_step(model, optimizers, parts, 0, cfg, device)
         train.update_ema(ema, model, 1, cfg)
     assert seen == ["trunk", "wait", "back"]
 
@@ -501,11 +588,13 @@ def test_training_compiles_the_trunk_once(cfg, recompute):
     ids, meta = read_split(cfg.data, "train", cfg)
     trained = []
     for compiled in (False, True):
-        model, _, optimizers = train.start(cfg, meta, device)
+        model, _, optimizers = train.build(cfg, meta, device)
         if compiled:
             model.hidden = torch.compile(model.hidden, backend=counter, fullgraph=True)
         for step in range(4):
-            train.train_step(model, optimizers, train.micro_batches(ids, meta, cfg, step), step, cfg, device)
+            train.train_step(
+                model, optimizers, batches.micro_batches(ids, meta, cfg, step), step, cfg, device
+            )
         trained.append(list(model.parameters()))
     assert counter.frame_count == 1
     torch.testing.assert_close(*trained)
@@ -515,7 +604,7 @@ def test_without_an_average_there_is_no_second_model_and_validation_changes_noth
     """Dropout, which a model left in evaluation would no longer have, is on again after a validation."""
     cfg = replace(cfg, ema=0.0, dropout=0.5, eval_every=4, save_every=12)
     ids, meta = read_split(cfg.data, "train", cfg)
-    model, ema, _ = train.start(cfg, meta, torch.device("cpu"))
+    model, ema, _ = train.build(cfg, meta, torch.device("cpu"))
     assert all(a is b for a, b in zip(model.parameters(), ema.parameters()))
     report = train.main(cfg)
     train.main(rare := replace(cfg, eval_every=12, out_dir=str(tmp_path / "rare")))
@@ -553,7 +642,12 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(cfg):
         owned = [id(p) for g in groups for p in g["params"]]
         assert sorted(owned) == sorted(id(p) for p in model.parameters())
         assert all((g["weight_decay"] > 0) == (p.ndim >= 2) for g in groups for p in g["params"])
-        muon = [p for o in optimizers if isinstance(o, torch.optim.Muon) for p in o.param_groups[0]["params"]]
+        muon = [
+            p
+            for o in optimizers
+            if isinstance(o, torch.optim.Muon)
+            for p in o.param_groups[0]["params"]
+        ]
         assert len(muon) == (4 * cfg.n_layer if muon_lr else 0)  # qkv, attn_out, mlp_in, mlp_out
 
 
@@ -561,10 +655,11 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(cfg):
 def test_muon_in_bfloat16_is_torchs_to_the_bit(shape, monkeypatch):
     monkeypatch.setattr(train, "compute_dtype", lambda device, dtype: "bfloat16")
     ours, theirs = (
-        torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1))) for _ in "ab"
+        torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(1)))
+        for _ in "ab"
     )
     optimizers = (
-        train.Muon([ours], lr=0.02, weight_decay=0.1),
+        muon.Muon([ours], lr=0.02, weight_decay=0.1),
         torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1),
     )
     for step in range(5):
@@ -581,7 +676,7 @@ def test_muon_in_float32_orthogonalises(shape):
     """Same singular vectors as the gradient's; its five steps bring singular values to 0.68 .. 1.14."""
     u, s, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     s = torch.linspace(1, 0.05, len(s), dtype=torch.float64)
-    rotated = u.T @ train.orthogonalize(u @ s.diag() @ vh, torch.float32).double() @ vh.T
+    rotated = u.T @ muon.orthogonalize(u @ s.diag() @ vh, torch.float32).double() @ vh.T
     values = rotated.diagonal()
     assert 0.6 < values.min() and values.max() < 1.25
     assert (rotated - values.diag()).abs().max() < 1e-4
@@ -598,13 +693,13 @@ def test_muon_in_float32_orthogonalises(shape):
 )
 def test_muon_multiplies_in_what_the_cpu_has_instructions_for(capability, dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
-    seen, orthogonalize = [], train.orthogonalize
+    seen, orthogonalize = [], muon.orthogonalize
     monkeypatch.setattr(
-        train, "orthogonalize", lambda g, dtype: seen.append(dtype) or orthogonalize(g, dtype)
+        muon, "orthogonalize", lambda g, dtype: seen.append(dtype) or orthogonalize(g, dtype)
     )
     p = torch.nn.Parameter(torch.randn(4, 4))
     p.grad = torch.randn(4, 4)
-    train.Muon([p]).step()
+    muon.Muon([p]).step()
     assert seen == [dtype]
 
 
@@ -624,7 +719,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_checkpoint(
     """Wherever it first shows, at a save, a validation or a line of the log: nothing is saved after it."""
     train.main(cfg)
     before = weights(cfg)
-    monkeypatch.setitem(train.LOSSES, "mdlm", lambda net, x0, *a: net(x0, a[2].float()).sum(-1) * factor)
+    monkeypatch.setitem(
+        train.LOSSES, "mdlm", lambda net, x0, *a: net(x0, a[2].float()).sum(-1) * factor
+    )
     with pytest.raises(SystemExit, match=f"loss .* at step {step}"):
         train.main(replace(cfg, steps=24, save_every=save_every), resume=True)
     assert same(weights(cfg), before)
@@ -643,7 +740,7 @@ def test_signals_are_given_back(cfg, interruptible):
     before = handlers()
     train.main(cfg)
     assert handlers() == before
-    with train.signals_noted() as noted:
+    with train.catch_signals() as noted:
         os.kill(os.getpid(), signal.SIGINT)
         assert noted == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
@@ -656,8 +753,8 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on_from_the_best(cfg, tmp
     train.main(straight)
     train.main(replace(cfg, steps=6))
     os.remove(cfg.out_dir + "/ckpt.pt")
-    steps, batch = [], train.batch
-    monkeypatch.setattr(train, "batch", lambda *a: (steps.append(a[3]), batch(*a))[1])
+    steps, batch = [], batches.batch
+    monkeypatch.setattr(batches, "batch", lambda *a: (steps.append(a[3]), batch(*a))[1])
     train.main(cfg, resume=True)
     assert steps[0] == 6 and same(weights(cfg), weights(straight))
 
@@ -688,7 +785,9 @@ def test_speeds_count_no_validation_and_all_steps(cfg, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(train.time, "time", lambda: clock[0])
     step, validate = train.train_step, train.bound
-    monkeypatch.setattr(train, "train_step", lambda *a: (clock.__setitem__(0, clock[0] + 1), step(*a))[1])
+    monkeypatch.setattr(
+        train, "train_step", lambda *a: (clock.__setitem__(0, clock[0] + 1), step(*a))[1]
+    )
     monkeypatch.setattr(
         train, "bound", lambda *a, **k: (clock.__setitem__(0, clock[0] + 50), validate(*a, **k))[1]
     )

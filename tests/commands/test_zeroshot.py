@@ -107,10 +107,12 @@ def test_detokenisers_do_what_upstreams_do(name):
 # ---------------------------------------------------------------------------------------------------------
 # WordPiece
 
-PIECES = (
-    "[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] the cat cats ##s ##at un ##happiness we ' . , ! ? & $ 中 [ ]"
-)
-PIECES = [*PIECES.split(), *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrtuvwxy")]
+PIECES = "[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] the cat cats ##s ##at un ##happiness we ' . , ! ? & $ 中 [ ]"
+PIECES = [
+    *PIECES.split(),
+    *"abcdefghijklmnopqrstuvwxyz",
+    *(f"##{c}" for c in "abcdefghijklmnopqrtuvwxy"),
+]
 SPEC = {"kind": "wordpiece", "vocab": "".join(f"{piece}\n" for piece in PIECES)}
 SENTENCES = [
     "The cat sat , the cats sat .", "We were n't UNHAPPY !", "naïve café", "unhappiness zz", "[MASK] [SEP] the [PAD]",
@@ -121,10 +123,16 @@ SENTENCES = [
 def slow_wordpiece(text, pieces=PIECES):
     """Lower case without accents, split at spaces, punctuation and Chinese, then the longest pieces that fit."""
     text = "".join(
-        c for c in text if c in "\t\n\r" or c not in "\0\ufffd" and unicodedata.category(c)[0] != "C"
+        c
+        for c in text
+        if c in "\t\n\r" or c not in "\0\ufffd" and unicodedata.category(c)[0] != "C"
     )
-    text = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn")
-    apart = lambda c: "\u4e00" <= c <= "\u9fff" or unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~"
+    text = "".join(
+        c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn"
+    )
+    apart = lambda c: (
+        "\u4e00" <= c <= "\u9fff" or unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~"
+    )
     ids = []
     for word in "".join(f" {c} " if apart(c) else c for c in text).split():
         found, rest = [], word
@@ -169,7 +177,11 @@ def test_wordpiece_files(tmp_path):
     shuffled = random.Random(1).sample(list(enumerate(PIECES)), len(PIECES))
     as_json = {"model": {"type": "WordPiece", "vocab": {piece: i for i, piece in shuffled}}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(as_json))
-    assert read_wordpiece(tmp_path / "vocab.txt") == read_wordpiece(tmp_path / "tokenizer.json") == SPEC
+    assert (
+        read_wordpiece(tmp_path / "vocab.txt")
+        == read_wordpiece(tmp_path / "tokenizer.json")
+        == SPEC
+    )
     for text in ("{", "{}", '{"model": {"vocab": ["a"]}}'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match="bad.json: neither"):
@@ -215,11 +227,15 @@ def test_the_vocabulary_that_is_asked_for_is_berts(refused, tmp_path):
     copy, spec = read_wordpiece(BERT), prepare.bert_vocabulary(BERT)
     assert hashlib.sha256(spec["vocab"].encode()).hexdigest() == prepare.BERT_VOCAB_SHA256
     differ = [
-        i for i, (a, b) in enumerate(zip(copy["vocab"].split("\n"), spec["vocab"].split("\n"))) if a != b
+        i
+        for i, (a, b) in enumerate(zip(copy["vocab"].split("\n"), spec["vocab"].split("\n")))
+        if a != b
     ]
     assert differ == list(range(1, 20))
     (tmp_path / "vocab.txt").write_text(spec["vocab"].replace("\nhello\n", "\nhallo2\n"))
-    refused(lambda: prepare.bert_vocabulary(tmp_path / "vocab.txt"), "not the vocabulary of google-bert")
+    refused(
+        lambda: prepare.bert_vocabulary(tmp_path / "vocab.txt"), "not the vocabulary of google-bert"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -235,7 +251,9 @@ LM1B = (
 @pytest.fixture
 def vocab(tmp_path, monkeypatch):
     """vocab.txt of the small vocabulary, which is accepted in place of BERT's."""
-    monkeypatch.setattr(prepare, "BERT_VOCAB_SHA256", hashlib.sha256(SPEC["vocab"].encode()).hexdigest())
+    monkeypatch.setattr(
+        prepare, "BERT_VOCAB_SHA256", hashlib.sha256(SPEC["vocab"].encode()).hexdigest()
+    )
     (tmp_path / "vocab.txt").write_text(SPEC["vocab"])
     return tmp_path / "vocab.txt"
 
@@ -266,7 +284,12 @@ def clean(sentence):
 def test_lm1b_padded(tmp_path, vocab, sentences, capsys):
     L, options = 12, ["--val_docs", 5, "--vocab", vocab, "--wrap", 12, "--workers", 2]
     meta, ids = make("lm1b", "--input", *sentences, *options, "--out", tmp_path / "lm1b")
-    assert (meta["wrap"], meta["pad"], meta["vocab_size"], meta["tokenizer"]) == (L, 0, len(PIECES), SPEC)
+    assert (meta["wrap"], meta["pad"], meta["vocab_size"], meta["tokenizer"]) == (
+        L,
+        0,
+        len(PIECES),
+        SPEC,
+    )
     some_cut = 0
     for split, texts in LM1B_SPLITS.items():
         expected, characters = [], 0
@@ -281,7 +304,10 @@ def test_lm1b_padded(tmp_path, vocab, sentences, capsys):
         assert of["characters"] == characters and of["tokens"] == len(expected) * L
         assert of["padding"] == sum(row.count(0) for row in expected)
     assert some_cut > 3
-    assert f" --data={tmp_path}/lm1b --vocab_size={len(PIECES)} --seq_len=12\n" in capsys.readouterr().out
+    assert (
+        f" --data={tmp_path}/lm1b --vocab_size={len(PIECES)} --seq_len=12\n"
+        in capsys.readouterr().out
+    )
 
     # What train.py reads: whole rows in random order, nothing maskable but text and its ends.
     cfg = Config(data=str(tmp_path / "lm1b"), vocab_size=len(PIECES), seq_len=L)
@@ -303,7 +329,9 @@ def test_rows_are_padded_in_several_pieces(tmp_path):
     for rows in (3, 100):
         write_padded(tmp_path / "out", documents, 2, 19, 8, 0, rows)
         ends = np.cumsum(tokens)
-        expected = [ids[end - n : end].tolist() + [0] * (8 - n) for n, end in zip(tokens, ends)][2:19]
+        expected = [ids[end - n : end].tolist() + [0] * (8 - n) for n, end in zip(tokens, ends)][
+            2:19
+        ]
         assert np.fromfile(tmp_path / "out", np.uint16).reshape(-1, 8).tolist() == expected
 
 
@@ -330,7 +358,15 @@ def test_lm1b_with_the_real_vocabulary(tmp_path):
     ]
     (tmp_path / "news.en-1").write_text("".join(f"{s}\n" for s in news))
     (tmp_path / "heldout").write_text(f"{news[1]}\n")
-    inputs = ["--input", tmp_path / "news.en-1", tmp_path / "heldout", "--vocab", BERT, "--val_docs", 1]
+    inputs = [
+        "--input",
+        tmp_path / "news.en-1",
+        tmp_path / "heldout",
+        "--vocab",
+        BERT,
+        "--val_docs",
+        1,
+    ]
     meta, ids = make("lm1b", *inputs, "--out", tmp_path / "a")
     from tokenizers import Tokenizer
 
@@ -368,7 +404,9 @@ def test_lm1b_bad_input(tmp_path, vocab, sentences, refuses, refused):
 
     # What is finished is kept, for a run with the same options only.
     argv = [*map(str, run), str(train), str(heldout), "--out", f"{tmp_path}/out"]
-    refused(lambda: prepare.main([*argv, "--val_docs", "12"]), "12 documents, too few for --val_docs=12")
+    refused(
+        lambda: prepare.main([*argv, "--val_docs", "12"]), "12 documents, too few for --val_docs=12"
+    )
     refused(
         lambda: prepare.main([*argv, "--val_docs", "12", "--packed"]),
         "out.partial",
@@ -391,7 +429,9 @@ PLAIN |= {"lm1b_gpt2": "news.en.heldout-00000-of-00050", "pubmed": "val.txt", "a
 def write_plain(path, name, texts):
     """The texts as they were first published; returns the documents that this makes."""
     if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps({prepare.ZERO_SHOT[name].column: t}) + "\n" for t in texts))
+        path.write_text(
+            "".join(json.dumps({prepare.ZERO_SHOT[name].column: t}) + "\n" for t in texts)
+        )
         return texts
     if name in ("pubmed", "arxiv"):
         path.write_text(
@@ -409,7 +449,8 @@ def reference_zero_shot(name, documents, wrap, eot=True):
     encoding, ids = tiktoken.get_encoding("gpt2"), []
     for text in documents:
         ids += (
-            encoding.encode_ordinary(DETOKENIZERS[prepare.ZERO_SHOT[name].detokenizer](text)) + [50256] * eot
+            encoding.encode_ordinary(DETOKENIZERS[prepare.ZERO_SHOT[name].detokenizer](text))
+            + [50256] * eot
         )
     rows = [ids[i : i + wrap - 2] for i in range(0, len(ids), wrap - 2)]
     return [[50256, *row, 50256] for row in rows if len(row) == wrap - 2]
@@ -432,10 +473,16 @@ def test_zero_shot_sets(name, tmp_path, capsys):
         50257,
     )
     for path in (first, second):
-        assert path.name in meta["source"] and hashlib.sha256(path.read_bytes()).hexdigest() in meta["source"]
+        assert (
+            path.name in meta["source"]
+            and hashlib.sha256(path.read_bytes()).hexdigest() in meta["source"]
+        )
     whole = sum(len(DETOKENIZERS[of.detokenizer](text)) for text in documents)
     assert whole - 30 * 8 < meta["splits"]["test"]["characters"] <= whole
-    assert f"python evaluate.py out/owt_mdlm/ckpt.pt --data={tmp_path}/{name}\n" in capsys.readouterr().out
+    assert (
+        f"python evaluate.py out/owt_mdlm/ckpt.pt --data={tmp_path}/{name}\n"
+        in capsys.readouterr().out
+    )
 
 
 @needs_gpt2
@@ -455,7 +502,8 @@ def test_zero_shot_without_eot_and_default_folders(tmp_path, monkeypatch, refuse
         f"{tmp_path}/x/lm1b": f"lm1b --out {tmp_path}/x/lm1b",
     }.items():  # fmt: skip
         refused(
-            lambda folder=folder: read_meta(folder), f"prepare the data first: python data/prepare.py {how}"
+            lambda folder=folder: read_meta(folder),
+            f"prepare the data first: python data/prepare.py {how}",
         )
 
 
@@ -471,7 +519,9 @@ def test_zero_shot_bad_input(tmp_path, refuses):
     check("lambada", "d.jsonl", b'{"text": 5}\n', "line 1: its field 'text' is not text")
     check("lambada", "e.jsonl", b'{"text": "half \\ud800"}\n', "surrogates")
     check("lambada", "f.jsonl", b"", "too little text in test for one row of --wrap=1024")
-    check("lambada", "g.txt", b"plain\n", "neither a parquet nor a .jsonl file with a column 'text'")
+    check(
+        "lambada", "g.txt", b"plain\n", "neither a parquet nor a .jsonl file with a column 'text'"
+    )
     check("ptb", "h.txt", b"caf\xe9\n", "line 1: not UTF-8")
     check("arxiv", "val.txt", b'{"text": "x"}\n', "line 1: must have a field 'article_text'")
     check("arxiv", "i.parquet", b"PAR1 and no more", "arquet")
@@ -530,7 +580,10 @@ def test_from_the_hub(tmp_path, serve, sentences):
         "0" * 64,
     )
     publish(
-        "Salesforce/wikitext", "", "wikitext-2-raw-v1/validation-00000-of-00001.parquet", parquet(TEXTS[1:])
+        "Salesforce/wikitext",
+        "",
+        "wikitext-2-raw-v1/validation-00000-of-00001.parquet",
+        parquet(TEXTS[1:]),
     )
     write_plain(tmp_path / "x.jsonl", "lambada", TEXTS)
     publish(
@@ -546,13 +599,28 @@ def test_from_the_hub(tmp_path, serve, sentences):
         ).encode()
     files["/google-bert/bert-base-uncased/resolve/main/vocab.txt"] = SPEC["vocab"].encode()
 
-    run = lambda name, *more: [name, "--out", f"{tmp_path}/out/{name}{len(more)}", "--wrap", "16", *more]
+    run = lambda name, *more: [
+        name,
+        "--out",
+        f"{tmp_path}/out/{name}{len(more)}",
+        "--wrap",
+        "16",
+        *more,
+    ]
     right = (20, 6), sha256(SPEC["vocab"].encode()), sha256((tmp_path / "x.jsonl").read_bytes())
     runs = [[run(name), *right] for name in ("ag_news", "ptb", "wikitext2", "lambada", "arxiv")]
-    runs += [[run("lm1b", "--val_docs", "5"), (20, 7), *right[1:]], [run("lm1b", "--val_docs", "5"), *right]]
-    runs += [[run(name, "--overwrite"), (20, 6), "0" * 64, "0" * 64] for name in ("lambada", "lm1b")]
+    runs += [
+        [run("lm1b", "--val_docs", "5"), (20, 7), *right[1:]],
+        [run("lm1b", "--val_docs", "5"), *right],
+    ]
+    runs += [
+        [run(name, "--overwrite"), (20, 6), "0" * 64, "0" * 64] for name in ("lambada", "lm1b")
+    ]
     env = dict(
-        os.environ, HF_ENDPOINT=serve(files), HF_HOME=str(tmp_path / "hf"), HF_HUB_DISABLE_TELEMETRY="1"
+        os.environ,
+        HF_ENDPOINT=serve(files),
+        HF_HOME=str(tmp_path / "hf"),
+        HF_HUB_DISABLE_TELEMETRY="1",
     )
     command = [sys.executable, "-c", HUB, json.dumps(runs)]
     result = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
@@ -600,4 +668,8 @@ def test_padding_is_counted_and_never_maskable(tmp_path):
     (folder / "meta.json").write_text(json.dumps(old))
     assert read_meta(str(folder))["pad"] is None
     assert unpack(x0, old, cfg)[1].all()
-    assert (~unpack(x0, old, replace(cfg, bos=True))[1]).nonzero().tolist() == [[0, 0], [1, 0], [2, 0]]
+    assert (~unpack(x0, old, replace(cfg, bos=True))[1]).nonzero().tolist() == [
+        [0, 0],
+        [1, 0],
+        [2, 0],
+    ]

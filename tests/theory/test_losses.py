@@ -29,13 +29,12 @@ from diffusion import (
     TIME_DRAWS,
     alpha,
     dalpha,
-    draw,
     exact_count_bound,
     mask_exactly,
     mask_tokens,
-    stratified,
+    stratify,
     time_at,
-    time_of,
+    training_time,
 )
 
 TEXT = torch.tensor([0, 2, 1])
@@ -50,7 +49,9 @@ def test_schedules_run_from_one_to_zero_with_the_right_slope(schedule):
     slope = torch.autograd.grad(a.sum(), t)[0]
     torch.testing.assert_close(dalpha(schedule, t.detach()), slope, rtol=1e-9, atol=1e-12)
     inner = t.detach()[1:-1]
-    torch.testing.assert_close(time_at(schedule, 1 - alpha(schedule, inner)), inner, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        time_at(schedule, 1 - alpha(schedule, inner)), inner, rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -64,7 +65,9 @@ def test_continuous_bound_is_tight_for_the_exact_denoiser(schedule, text):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_score_entropy_is_tight_for_the_exact_scores(schedule):
     joint = random_joint()
-    model = lambda x, t, at: exact_model(joint)(x, t, at) + math.log(V)  # their logits: log(s V / r)
+    model = lambda x, t, at: (
+        exact_model(joint)(x, t, at) + math.log(V)
+    )  # their logits: log(s V / r)
     bound = expected_loss("sedd", model, TEXT, tiny(schedule=schedule, loss="sedd"))
     assert bound == pytest.approx(-joint[tuple(TEXT)].log().item(), abs=1e-5)
 
@@ -85,7 +88,9 @@ def test_score_entropy_is_that_of_the_paper():
     )  # reads logits up to a constant
     assert (got >= normal - 1e-5).all() and (got > normal + 0.01).any()
     p = lambda x, t, at: model(x, t, at).log_softmax(-1) + math.log(V)
-    torch.testing.assert_close(LOSSES["sedd"](p, x0, ones(x0), cfg, t, xt), normal, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        LOSSES["sedd"](p, x0, ones(x0), cfg, t, xt), normal, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_ar_is_the_chain_rule():
@@ -94,7 +99,8 @@ def test_ar_is_the_chain_rule():
 
     def causal(x, t, at):
         parts = [
-            model(x.masked_fill(torch.arange(L) >= i, MASK), t, ones(x)).view(-1, L, V) for i in range(L)
+            model(x.masked_fill(torch.arange(L) >= i, MASK), t, ones(x)).view(-1, L, V)
+            for i in range(L)
         ]
         return torch.stack([part[:, i] for i, part in enumerate(parts)], 1)[at]
 
@@ -115,11 +121,14 @@ def test_discrete_bound_falls_to_the_exact_likelihood(form, schedule):
     if form == "may_answer_mask":
         model = lambda x, t, at: F.pad(exact_model(joint)(x, t, at), (0, 1), value=-math.inf)
     bounds = [
-        expected_loss(loss, model, TEXT, tiny(schedule=schedule, loss=loss, T=T, **fields)) for T in (1, 2000)
+        expected_loss(loss, model, TEXT, tiny(schedule=schedule, loss=loss, T=T, **fields))
+        for T in (1, 2000)
     ]
     marginals = [joint.sum([j for j in range(L) if j != i])[TEXT[i]].log().item() for i in range(L)]
     assert bounds[0] == pytest.approx(-sum(marginals), abs=1e-5)
-    assert bounds[1] == pytest.approx(exact, abs=0.02 if schedule in ("geometric", "sigma_linear") else 2e-3)
+    assert bounds[1] == pytest.approx(
+        exact, abs=0.02 if schedule in ("geometric", "sigma_linear") else 2e-3
+    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -129,7 +138,8 @@ def test_bounds_hold_on_average_over_texts(schedule):
     entropy = -(joint * joint.log()).sum().item()
     mean = [
         sum(
-            p.item() * expected_loss("mdlm", exact_model(joint), x, tiny(schedule=schedule, T=T), nodes=100)
+            p.item()
+            * expected_loss("mdlm", exact_model(joint), x, tiny(schedule=schedule, T=T), nodes=100)
             for x, p in zip(TEXTS, joint.flatten())
         )
         for T in (4, 0)
@@ -149,7 +159,9 @@ def dense_d3pm(model, x0, xt, t, cfg):
         eye = torch.eye(K, dtype=torch.float64)
         qbar_s = a_s * eye + (1 - a_s) * absorb
         q_st = (a_t / a_s) * eye + (1 - a_t / a_s) * absorb
-        prediction = model(xt[b : b + 1], t[b : b + 1], ones(xt[b : b + 1])).softmax(-1)  # (L, V or K)
+        prediction = model(xt[b : b + 1], t[b : b + 1], ones(xt[b : b + 1])).softmax(
+            -1
+        )  # (L, V or K)
         for i in range(L):
             pair = q_st[:, xt[b, i]] * qbar_s  # (K, K): q(x_s, xt | x0), as [x0, x_s]
             q, p = pair[x0[b, i]], prediction[i] @ pair[: prediction.shape[1]]
@@ -180,7 +192,12 @@ def test_losses_equal_the_dense_d3pm_posterior_kl(schedule, T):
     scale(want, LOSSES["d3pm"](model, x0, ones(x0), cfg, t, xt))
 
     cfg = tiny(schedule=schedule, T=T, loss="d3pm", carry_over=False)
-    copy = -model(x0, 0 * t, ones(x0)).log_softmax(-1).view(*x0.shape, V).gather(-1, x0[..., None])[..., 0]
+    copy = (
+        -model(x0, 0 * t, ones(x0))
+        .log_softmax(-1)
+        .view(*x0.shape, V)
+        .gather(-1, x0[..., None])[..., 0]
+    )
     scale(kl + copy, LOSSES["d3pm"](model, x0, ones(x0), cfg, t, xt))
 
     masking = hostile_model(outputs=V + 1)
@@ -230,7 +247,9 @@ def test_a_prompt_is_never_masked_and_never_counted(form):
     assert (xt == x0)[~maskable].all() and (loss == "ar" or (xt == MASK)[maskable].any())
     assert (nats[~maskable] == 0).all() and not at[~maskable].any() and nats.sum() > 0
     if not cfg.aux_ce and cfg.carry_over and loss != "ar":
-        assert (nats[xt != MASK] == 0).all() and (at == (xt == MASK)).all()  # the head runs on masks only
+        assert (nats[xt != MASK] == 0).all() and (
+            at == (xt == MASK)
+        ).all()  # the head runs on masks only
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -245,20 +264,22 @@ def test_masked_fraction_follows_the_schedule(schedule):
 
 def test_stratified_times_fill_every_stratum_once():
     for _ in range(20):
-        u = stratified(64)
+        u = stratify(64)
         assert (torch.floor(u * 64) == torch.arange(64)).all()
-        assert (time_of(u, tiny(T=64)) * 64).round().tolist() == list(range(1, 65))
-    assert time_of(torch.tensor([0.0, 0.999999]), tiny(T=5)).tolist() == [0.2, 1.0]
-    t = time_of(stratified(100_000), tiny(t_min=0.25))
-    assert 0.25 <= t.min() < 0.2501 and 0.9999 < t.max() <= 1 and abs(t.mean().item() - 0.625) < 1e-4
+        assert (training_time(u, tiny(T=64)) * 64).round().tolist() == list(range(1, 65))
+    assert training_time(torch.tensor([0.0, 0.999999]), tiny(T=5)).tolist() == [0.2, 1.0]
+    t = training_time(stratify(100_000), tiny(t_min=0.25))
+    assert (
+        0.25 <= t.min() < 0.2501 and 0.9999 < t.max() <= 1 and abs(t.mean().item() - 0.625) < 1e-4
+    )
 
 
 def test_the_bell_is_beta_2_2_and_training_alone_uses_it():
     """Its distribution function is 3 t^2 - 2 t^3; the ends stay where they are; steps of T follow it."""
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
-    t = time_of(u, tiny(time_law="bell"))
+    t = training_time(u, tiny(time_law="bell"))
     torch.testing.assert_close(3 * t**2 - 2 * t**3, u)
-    n = time_of(stratified(60_000), tiny(time_law="bell", T=4)) * 4
+    n = training_time(stratify(60_000), tiny(time_law="bell", T=4)) * 4
     share = torch.bincount(n.round().long(), minlength=5)[1:] / 60_000
     cdf = 3 * (k := torch.arange(5) / 4) ** 2 - 2 * k**3
     torch.testing.assert_close(share.float(), cdf.diff(), atol=1e-3, rtol=0)
@@ -277,7 +298,8 @@ def test_mask_exactly_draws_every_subset_equally_often():
     assert torch.special.gammaincc(torch.tensor(2.5), chi2 / 2) > 1e-4
     mean, var = 2 / 5, 2 * 3 / (25 * 6)  # of Beta(2, 3), which the fraction is, whatever was masked
     assert (
-        abs(fraction.mean().item() - mean) < 4 * (var / n) ** 0.5 and abs(fraction.var().item() - var) < 1e-3
+        abs(fraction.mean().item() - mean) < 4 * (var / n) ** 0.5
+        and abs(fraction.var().item() - var) < 1e-3
     )
     for i in range(5):
         if i != 1:
@@ -295,7 +317,9 @@ def test_every_draw_of_times_estimates_the_bound(time_draw, loss, schedule):
     x0, u = TEXT.repeat(n, 1), torch.rand(n, dtype=torch.float64)
     if time_draw == "stratified":
         u = (torch.arange(n) + u) / n
-    t, xt, weight = draw(x0, ones(x0), cfg, u, torch.rand(n, L, dtype=torch.float64))
+    t, xt, weight = TIME_DRAWS[cfg.time_draw](
+        x0, ones(x0), cfg, u, torch.rand(n, L, dtype=torch.float64)
+    )
     nats = LOSSES[loss](model, x0, ones(x0), cfg, t, xt).double().sum(-1) * weight
     assert abs(nats.mean().item() - want) < 4 * nats.std().item() / n**0.5 + 2e-3
     if time_draw in ("importance", "counts"):
@@ -305,26 +329,43 @@ def test_every_draw_of_times_estimates_the_bound(time_draw, loss, schedule):
 def test_importance_sampling_is_log_uniform_with_one_weight_for_all():
     cfg, x0 = tiny(time_draw="importance", t_min=1e-3), torch.zeros(1000, L, dtype=torch.long)
     u = (torch.arange(1000) + 0.5) / 1000
-    t, _, weight = draw(x0, ones(x0), cfg, u.double(), torch.rand(1000, L, dtype=torch.float64))
+    t, _, weight = TIME_DRAWS[cfg.time_draw](
+        x0, ones(x0), cfg, u.double(), torch.rand(1000, L, dtype=torch.float64)
+    )
     torch.testing.assert_close(t.log() / math.log(1e-3), 1 - u.double())
-    torch.testing.assert_close(weight / t, torch.full_like(t, math.log(1000) / 0.999))  # 6.9: MDLM's constant
+    torch.testing.assert_close(
+        weight / t, torch.full_like(t, math.log(1000) / 0.999)
+    )  # 6.9: MDLM's constant
 
 
 def test_drawn_counts_are_exact_and_even():
     cfg, x0 = tiny(time_draw="counts", t_min=0.3), torch.zeros(3000, 8, dtype=torch.long)
     maskable = torch.arange(8) < torch.tensor([8, 5, 1]).repeat(1000)[:, None]
     u = torch.rand(3000, dtype=torch.float64)
-    t, xt, weight = draw(x0, maskable, cfg, u, torch.rand(3000, 8, dtype=torch.float64))
+    t, xt, weight = TIME_DRAWS[cfg.time_draw](
+        x0, maskable, cfg, u, torch.rand(3000, 8, dtype=torch.float64)
+    )
     n, count = maskable.sum(-1), (xt == MASK).sum(-1)
-    assert (count == torch.floor(u * n) + 1).all() and count.min() == 1 and not (xt == MASK)[~maskable].any()
+    assert (
+        (count == torch.floor(u * n) + 1).all()
+        and count.min() == 1
+        and not (xt == MASK)[~maskable].any()
+    )
     torch.testing.assert_close(weight / t, n / count.double())
     last = torch.full(
         (3000,), 1 - 2**-53, dtype=torch.float64
     )  # stratification rounds up to it, times n to n
-    _, xt, _ = draw(x0, maskable, cfg, (511 + last) / 512, torch.rand(3000, 8, dtype=torch.float64))
+    _, xt, _ = TIME_DRAWS[cfg.time_draw](
+        x0, maskable, cfg, (511 + last) / 512, torch.rand(3000, 8, dtype=torch.float64)
+    )
     assert ((xt == MASK).sum(-1) == n).all()
     bell = replace(cfg, time_law="bell")
-    share = (draw(x0, maskable, bell, u, torch.rand(3000, 8, dtype=torch.float64))[1] == MASK).sum(-1) / n
+    share = (
+        TIME_DRAWS[cfg.time_draw](x0, maskable, bell, u, torch.rand(3000, 8, dtype=torch.float64))[
+            1
+        ]
+        == MASK
+    ).sum(-1) / n
     assert share[::3].std() < 0.9 * (count / n)[::3].std()  # it dwells in the middle
 
 
@@ -352,7 +393,9 @@ def test_exact_count_bound_of_a_time_conditioned_network_is_its_continuous_bound
     count = torch.arange(n) % L + 1
     nats = exact_count_bound(model, x0, ones(x0), cfg, count).double()
     assert abs(nats.mean().item() - want) < 4 * nats.std().item() / n**0.5
-    without = exact_count_bound(lambda x, t, at: model(x, 0 * t, at), x0, ones(x0), cfg, count).double()
+    without = exact_count_bound(
+        lambda x, t, at: model(x, 0 * t, at), x0, ones(x0), cfg, count
+    ).double()
     assert abs(without.mean().item() - want) > 0.1  # the test can tell
 
 

@@ -9,18 +9,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import configs
+from common import autocast
 from configs import CONFIGS, Config
-from diffusion import LOSSES, alpha, costs, draw
-from model import (
-    Costs,
-    DiT,
-    autocast,
-    count_parameters,
-    flops_per_token,
-    rotary_tables,
-    rotate,
-    rounded,
-)
+from diffusion import LOSSES, TIME_DRAWS, alpha, cross_entropy
+from head import SlicedCrossEntropy, cast_linears
+from model import DiT, count_parameters, flops_per_token, rotary_tables, rotate
 
 SMALL = Config(vocab_size=11, seq_len=16, n_layer=2, n_head=2, n_embd=16, cond_dim=8)
 AR = dict(loss="ar", causal=True, cond_dim=0)
@@ -77,7 +70,14 @@ def test_smdms_thirty_sizes_have_its_parameter_counts():
 def test_smdms_network_by_hand():
     """RMSNorm, SwiGLU, no biases, from the formulas; and the widths of SMDM's initialisation."""
     cfg = replace(
-        SMALL, cond_dim=0, norm="rms", mlp="swiglu", mlp_width=20, bias=False, init="smdm", n_embd=64
+        SMALL,
+        cond_dim=0,
+        norm="rms",
+        mlp="swiglu",
+        mlp_width=20,
+        bias=False,
+        init="smdm",
+        n_embd=64,
     )
     torch.manual_seed(0)
     model, (x, t) = DiT(cfg).eval(), canvas(cfg)
@@ -110,18 +110,25 @@ def test_flops_are_those_of_the_matrices(mlp, recompute, monkeypatch):
     cfg = replace(SMALL, cond_dim=0, n_embd=64, seq_len=32, recompute=recompute, **mlp)
     model = awake(cfg).train()
     x, t = canvas(cfg, 4)
-    at = torch.rand(x.shape).view(-1).argsort().view(x.shape) < 48  # a multiple of 8: nothing is padded
+    at = (
+        torch.rand(x.shape).view(-1).argsort().view(x.shape) < 48
+    )  # a multiple of 8: nothing is padded
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         model(x, t, at).sum().backward()
     ours = flops_per_token(cfg, at.double().mean().item()) * x.numel()
     head = 6 * 64 * 11 * at.sum().item()
     blocks = (ours - head) / 3 - cfg.n_layer * 2 * 64 * (cfg.mlp_width or 4 * 64) * x.numel()
     assert counter.get_total_flops() == pytest.approx(ours + recompute * blocks, rel=1e-12)
-    for large, again in ((2**24, 0), (0, head / 3)):  # logits that are kept, and that are worked out twice
-        monkeypatch.setattr("model.LARGE", large)
+    for large, again in (
+        (2**24, 0),
+        (0, head / 3),
+    ):  # logits that are kept, and that are worked out twice
+        monkeypatch.setattr("head.LARGE", large)
         with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
-            model.costs(x, t, at, x.clamp(max=10)[..., None])[0].sum().backward()
-        assert counter.get_total_flops() == pytest.approx(ours + recompute * blocks + again, rel=1e-12)
+            model(x, t, at, x.clamp(max=10)[..., None])[0].sum().backward()
+        assert counter.get_total_flops() == pytest.approx(
+            ours + recompute * blocks + again, rel=1e-12
+        )
 
 
 def test_flops_count_the_head_on_the_tokens_that_the_loss_asks_for():
@@ -138,14 +145,22 @@ def saved_bytes(run):
     """(what run() returns, bytes that autograd keeps of it for the way back, each storage once)."""
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda a: (kept.__setitem__(a.untyped_storage().data_ptr(), a.untyped_storage().nbytes()), a)[1],
+        lambda a: (
+            kept.__setitem__(a.untyped_storage().data_ptr(), a.untyped_storage().nbytes()),
+            a,
+        )[1],
         lambda a: a,
     ):
         return run(), sum(kept.values())
 
 
 @pytest.mark.parametrize(
-    "kind", [dict(dropout=0.3), dict(dropout=0.3, time_cond=True), dict(loss="ar", causal=True, cond_dim=0)]
+    "kind",
+    [
+        dict(dropout=0.3),
+        dict(dropout=0.3, time_cond=True),
+        dict(loss="ar", causal=True, cond_dim=0),
+    ],
 )
 def test_recomputing_blocks_changes_memory_and_no_bit_of_a_gradient(kind):
     """With the same dropout, too. What is kept of a block is then its input."""
@@ -159,10 +174,14 @@ def test_recomputing_blocks_changes_memory_and_no_bit_of_a_gradient(kind):
             h, kept = saved_bytes(lambda: model.hidden(x, t))  # noqa: B023
         after = torch.rand(3)
         h.square().sum().backward()
-        got.append((h.detach(), {n: p.grad for n, p in model.named_parameters()}, after, kept - weights))
+        got.append(
+            (h.detach(), {n: p.grad for n, p in model.named_parameters()}, after, kept - weights)
+        )
     (h, grads, after, kept), (h2, grads2, after2, kept2) = got
     assert torch.equal(h, h2) and torch.equal(after, after2)
-    assert all((grads[n] is None and grads2[n] is None) or torch.equal(grads[n], grads2[n]) for n in grads)
+    assert all(
+        (grads[n] is None and grads2[n] is None) or torch.equal(grads[n], grads2[n]) for n in grads
+    )
     assert kept2 < kept / 4
 
 
@@ -176,14 +195,14 @@ def test_the_costs_without_logits_are_those_with_them(V, kind, monkeypatch):
     at = torch.rand(x.shape) < 0.5
     tokens = torch.randint(0, V, (*x.shape, 2))
     N = int(at.sum())
-    monkeypatch.setattr("model.LARGE", N * V - 1)
+    monkeypatch.setattr("head.LARGE", N * V - 1)
     weight = torch.rand(N, 3) * 2 - 0.5  # of any sign, and of none
     weight[:5] = 0
     for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         values, gradients, memory = [], [], []
         for way in (
-            lambda: costs(model(x, t, at), tokens[at]),
-            lambda: [cost[at] for cost in model.costs(x, t, at, tokens)],
+            lambda: cross_entropy(model(x, t, at), tokens[at]),
+            lambda: [cost[at] for cost in model(x, t, at, tokens)],
         ):
             model.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -199,7 +218,7 @@ def test_the_costs_without_logits_are_those_with_them(V, kind, monkeypatch):
         if V > 11:  # but for a few numbers per token
             assert memory[0] - memory[1] > 3.9 * V * N
     with torch.no_grad():
-        nats, log_z = model.costs(x, t, torch.zeros_like(at), tokens)
+        nats, log_z = model(x, t, torch.zeros_like(at), tokens)
         assert nats.shape == (*x.shape, 2) and not nats.any() and not log_z.any()
 
 
@@ -208,7 +227,7 @@ def test_the_costs_without_logits_stand_large_logits_and_sure_answers():
     h, y = torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2)
     for size in (300.0, -300.0):
         weight = torch.nn.Parameter(size * torch.eye(4, 4))
-        nats, log_z = Costs.apply(h, weight, None, y[:, None])
+        nats, log_z = SlicedCrossEntropy.apply(h, weight, None, y[:, None])
         logits = h @ weight.T
         torch.testing.assert_close(nats[:, 0], F.cross_entropy(logits, y, reduction="none"))
         torch.testing.assert_close(log_z, logits.logsumexp(-1) - math.log(4))
@@ -234,9 +253,9 @@ def test_no_loss_writes_large_logits_down(fields, monkeypatch):
     cfg = replace(SMALL, vocab_size=V, **fields)
     model, x0, got = awake(cfg).train(), torch.randint(0, V, (80, 16)), []
     maskable = torch.ones(x0.shape, dtype=torch.bool)
-    t, xt, _ = draw(x0, maskable, cfg, torch.rand(80), torch.rand(x0.shape))
+    t, xt, _ = TIME_DRAWS[cfg.time_draw](x0, maskable, cfg, torch.rand(80), torch.rand(x0.shape))
     for large in (2**40, 0):
-        monkeypatch.setattr("model.LARGE", large)
+        monkeypatch.setattr("head.LARGE", large)
         model.zero_grad()
         nats, kept = saved_bytes(lambda: LOSSES[cfg.loss](model, x0, maskable, cfg, t, xt))
         nats.mean().backward()
@@ -307,7 +326,9 @@ def test_rotary_scores_depend_on_distance_alone():
     assert (score(3, 7) - score(3, 8)).abs() > 1e-3
     e = F.one_hot(torch.tensor(1), 8).float()  # second pair of four: (1, 5)
     angle = torch.tensor(5 * 10_000 ** (-2 * 1 / 8))
-    want = torch.zeros(8).index_put((torch.tensor([1, 5]),), torch.stack((angle.cos(), angle.sin())))
+    want = torch.zeros(8).index_put(
+        (torch.tensor([1, 5]),), torch.stack((angle.cos(), angle.sin()))
+    )
     torch.testing.assert_close(rotate(e, cos[5], sin[5]), want)
 
 
@@ -316,14 +337,18 @@ def test_adaln_reads_shift_scale_gate_in_upstreams_order():
     model, c, (cos, sin) = awake(SMALL), torch.randn(2, 1, 8), rotary_tables(16, 8)
     block, x = model.blocks[0], torch.randn(2, 16, 16)
     m = (c @ block.ada.weight.T + block.ada.bias).view(2, 1, 6, 16).unbind(2)
-    h = x + m[2] * block.attention(m[0] + (1 + m[1]) * F.layer_norm(x, (16,)) * block.norm1.weight, cos, sin)
+    h = x + m[2] * block.attention(
+        m[0] + (1 + m[1]) * F.layer_norm(x, (16,)) * block.norm1.weight, cos, sin
+    )
     h = h + m[5] * block.mlp(m[3] + (1 + m[4]) * F.layer_norm(h, (16,)) * block.norm2.weight)
     torch.testing.assert_close(block(x, c, cos, sin), h)
     ids, t = canvas(SMALL)
     model.blocks = torch.nn.ModuleList()
     c = model.time(model.time_input(t))
     m = (c @ model.final_ada.weight.T + model.final_ada.bias).view(-1, 1, 2, 16).unbind(2)
-    torch.testing.assert_close(model.hidden(ids, t), m[0] + (1 + m[1]) * model.final_norm(model.embed(ids)))
+    torch.testing.assert_close(
+        model.hidden(ids, t), m[0] + (1 + m[1]) * model.final_norm(model.embed(ids))
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -334,7 +359,9 @@ def test_attention_equals_scaled_dot_product_attention(length, causal):
     block = awake(cfg).blocks[0]
     x, (cos, sin) = torch.randn(2, length, 16), rotary_tables(length, 8)
     q, k, v = (a.view(2, length, 2, 8).transpose(1, 2) for a in block.qkv(x).chunk(3, -1))
-    y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=causal)
+    y = F.scaled_dot_product_attention(
+        rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=causal
+    )
     want = block.attn_out(y.transpose(1, 2).reshape(2, length, 16))
     plain = block.attention(x, cos, sin)
     torch.testing.assert_close(plain, want, rtol=1e-4, atol=1e-5)
@@ -370,8 +397,8 @@ def test_a_causal_network_reads_the_start_symbol_or_begins_after_a_given_token()
     (x, t), cfg = canvas(SMALL), SMALL
     x = x.clamp(max=cfg.vocab_size - 1)
     start = torch.cat((torch.full((len(x), 1), cfg.mask_id), x), 1)[:, :-1]
-    torch.testing.assert_close(plain(x, t), plain.logits(plain.hidden(start, t)))
-    torch.testing.assert_close(given(x, t)[:, 1:], given.logits(given.hidden(x, t))[:, :-1])
+    torch.testing.assert_close(plain(x, t), plain.logits(plain.trunk(start, t)))
+    torch.testing.assert_close(given(x, t)[:, 1:], given.logits(given.trunk(x, t))[:, :-1])
     at = torch.rand(x.shape) < 0.5
     torch.testing.assert_close(given(x, t, at), given(x, t)[at])
 
@@ -381,7 +408,9 @@ def test_reading_in_pieces_is_reading_at_once(bos):
     model, (x, t) = awake(replace(SMALL, **AR, bos=bos)), canvas(SMALL)
     x, past = x.clamp(max=SMALL.vocab_size - 1), [[] for _ in model.blocks]
     for i in (1, 2, 5, 6, 11):
-        torch.testing.assert_close(model.next_logits(x[:, :i], past), model(x, t)[:, i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            model.next_logits(x[:, :i], past), model(x, t)[:, i], rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("time_input", ["sigma", "step"])
@@ -392,13 +421,17 @@ def test_time_conditioning_is_per_row_and_can_be_switched_off(time_input):
     torch.testing.assert_close(a[0], b[0])
     assert (a[1] - b[1]).abs().max() > 1e-3
     model.cfg = replace(cfg, time_cond=False)
-    torch.testing.assert_close(model(x, torch.tensor([0.2, 0.9])), model(x, torch.tensor([1.0, 0.3])))
+    torch.testing.assert_close(
+        model(x, torch.tensor([0.2, 0.9])), model(x, torch.tensor([1.0, 0.3]))
+    )
 
 
 def test_the_time_embedding_reads_upstreams_numbers():
     t = torch.tensor([0.001, 0.5, 1.0])
     sigma = DiT(replace(SMALL, time_cond=True)).time_input(t)
-    torch.testing.assert_close(sigma.float(), -torch.log1p(-(1 - 1e-3) * t))  # MDLM's loglinear noise
+    torch.testing.assert_close(
+        sigma.float(), -torch.log1p(-(1 - 1e-3) * t)
+    )  # MDLM's loglinear noise
     steps = DiT(replace(SMALL, time_cond=True, time_input="step")).time_input(t)
     torch.testing.assert_close(steps, torch.tensor([1.0, 500.0, 1000.0]))  # nanoDD's step of 1000
     cosine = DiT(replace(SMALL, time_cond=True, schedule="cosine")).time_input(t)
@@ -461,12 +494,16 @@ LAST = [dict(), dict(time_cond=True), dict(cond_dim=0), dict(cond_dim=0, mlp="sw
 def test_the_last_block_runs_where_few_are_asked(fields):
     """The same answers, in the same order, from rows that are asked for different numbers of tokens; and the last
     block's MLP is seen to run on no more positions than the row that is asked for most."""
-    cfg = Config(vocab_size=27, seq_len=48, n_embd=32, n_head=4, n_layer=2, **dict(cond_dim=8) | fields)
+    cfg = Config(
+        vocab_size=27, seq_len=48, n_embd=32, n_head=4, n_layer=2, **dict(cond_dim=8) | fields
+    )
     model = DiT(cfg).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, 0, 0.3)
     seen = []
-    model.blocks[1].mlp_in.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
+    model.blocks[1].mlp_in.register_forward_hook(
+        lambda module, args, out: seen.append(args[0].shape[1])
+    )
     x, t = torch.randint(0, 28, (4, 48)), torch.rand(4)
     everywhere = model(x, t)
     at = torch.zeros(4, 48, dtype=torch.bool)
@@ -475,7 +512,9 @@ def test_the_last_block_runs_where_few_are_asked(fields):
     at[1] = True
     torch.testing.assert_close(model(x, t, at), everywhere[at])
     assert seen == [48, 5, 48]
-    again = DiT(replace(cfg, recompute=True)).eval()  # outside of training there is nothing to work out again
+    again = DiT(
+        replace(cfg, recompute=True)
+    ).eval()  # outside of training there is nothing to work out again
     again.load_state_dict(model.state_dict())
     few = at & (torch.arange(48) < 3)
     assert torch.equal(again(x, t, few), model(x, t, few))
@@ -499,7 +538,13 @@ def test_rows_go_by_parts_of_about_512_tokens_on_a_cpu(bf16, sizes):
 
 @pytest.mark.parametrize(
     "change",
-    [{}, dict(tied=True, bias=False), dict(norm="rms", mlp="swiglu", cond_dim=0), dict(time_cond=True), AR],
+    [
+        {},
+        dict(tied=True, bias=False),
+        dict(norm="rms", mlp="swiglu", cond_dim=0),
+        dict(time_cond=True),
+        AR,
+    ],
     ids=["default", "tied", "smdm", "time", "ar"],
 )
 def test_matrices_rounded_once_give_the_logits_of_those_rounded_in_every_call(change):
@@ -515,9 +560,10 @@ def test_matrices_rounded_once_give_the_logits_of_those_rounded_in_every_call(ch
             ) if cfg.causal else None
 
     before = logits()
-    assert all(p.dtype == torch.float32 for p in rounded(model, cpu, "float32").parameters())
-    rounded(model, cpu, "bfloat16")
-    assert {p.dtype for b in model.blocks for p in b.parameters() if p.ndim == 2} == {torch.bfloat16}
+    cast_linears(model, torch.bfloat16)
+    assert {p.dtype for b in model.blocks for p in b.parameters() if p.ndim == 2} == {
+        torch.bfloat16
+    }
     for a, b in zip(before, logits()):
         assert a is b is None or torch.equal(a, b)
     assert model.embed.weight.dtype == torch.float32 == model.final_norm.weight.dtype
@@ -550,14 +596,16 @@ def test_the_head_meets_few_sizes_and_answers_as_without_padding(monkeypatch):
     x0 = torch.randint(11, x.shape)
     gradients = []
     for large in (2**24, 0, None):
-        monkeypatch.setattr("model.LARGE", large)
+        monkeypatch.setattr("head.LARGE", large)
         loss = (
             F.cross_entropy(model(x, t)[at], x0[at], reduction="none")
             if large is None
-            else model.costs(x, t, at, x0[..., None])[0][at][:, 0]
+            else model(x, t, at, x0[..., None])[0][at][:, 0]
         )
         assert loss.shape == (n,)
-        gradients.append(torch.autograd.grad((loss * torch.arange(1, n + 1)).sum(), list(model.parameters())))
+        gradients.append(
+            torch.autograd.grad((loss * torch.arange(1, n + 1)).sum(), list(model.parameters()))
+        )
     for a, b, c in zip(*gradients):
         torch.testing.assert_close(a, c, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(b, c, rtol=1e-3, atol=1e-5)

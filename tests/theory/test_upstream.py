@@ -20,7 +20,8 @@ from world import ones
 
 import diffusion
 from configs import Config
-from diffusion import LOSSES, SAMPLERS, denoiser, draw, time_of
+from diffusion import LOSSES, TIME_DRAWS, denoiser, training_time
+from samplers import SAMPLERS
 
 B, L, V, T = 4, 6, 5, 1000
 MASK = V
@@ -80,7 +81,9 @@ LOSS = {
 
 
 def close(got, want):
-    torch.testing.assert_close(got.double(), torch.as_tensor(want, dtype=torch.float64), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        got.double(), torch.as_tensor(want, dtype=torch.float64), rtol=1e-5, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,9 @@ def test_ar():
 
 def test_nanodd():
     """Its loss is that of one step; ours is T times as much. In its step 1 there is the cross-entropy alone."""
-    nats = LOSSES["d3pm"](network(1.0), X0, ones(X0), config(loss="d3pm", T=T, aux_ce=0.05), FIRST_STEP, XT)
+    nats = LOSSES["d3pm"](
+        network(1.0), X0, ones(X0), config(loss="d3pm", T=T, aux_ce=0.05), FIRST_STEP, XT
+    )
     close(nats.sum(-1) / T, LOSS["nanoDD"])
 
 
@@ -143,9 +148,9 @@ def test_importance_sampling():
     sigma_min = 1e-3
     t_min = (1 - math.exp(-sigma_min)) / (1 - 1e-3)
     stratified = (torch.tensor([0.1, 0.8, 0.3, 0.95], dtype=torch.float64) + torch.arange(B)) / B
-    u = time_of(stratified, config(t_min=1e-3))  # its sampling_eps comes first
+    u = training_time(stratified, config(t_min=1e-3))  # its sampling_eps comes first
     cfg = config(t_min=t_min, time_draw="importance")
-    t, _, weight = draw(X0, ones(X0), cfg, u, torch.zeros(X0.shape))
+    t, _, weight = TIME_DRAWS[cfg.time_draw](X0, ones(X0), cfg, u, torch.zeros(X0.shape))
     close(t, [0.00119711738, 0.0224786094, 0.0532558469, 0.917360877])
     nats = LOSSES["mdlm"](network(), X0, ones(X0), cfg, t, XT).sum(-1) * weight
     ratio = -math.log(1 - math.exp(-sigma_min)) * (1 - t_min) / math.log(1 / t_min)
@@ -161,7 +166,14 @@ KERNEL = {
         [9.0460973e-05, 0.00904770194, 1.012248e-05, 5.94540565e-05, 0.324125594, 0.666666667],
     ],
     "d3pm": [
-        [0.000455662732, 0.000799426592, 0.000123104154, 0.000446977385, 0.00910372139, 0.989071108],
+        [
+            0.000455662732,
+            0.000799426592,
+            0.000123104154,
+            0.000446977385,
+            0.00910372139,
+            0.989071108,
+        ],
         [9.03968175e-05, 0.00904128525, 1.01153011e-05, 5.94118913e-05, 0.323895722, 0.666903069],
     ],
     "sedd loglinear": [  # analytic and Euler; MDLM's analytic of its sedd

@@ -1,0 +1,81 @@
+"""Training batches. What a row holds and how it is masked is a pure function of (seed, step, row):
+so resuming needs no state, and another number of GPUs sees the same data with the same noise.
+"""
+
+import numpy as np
+import torch
+
+from common import fail
+from data.corpus import training_rows, unpack
+from diffusion import TIME_DRAWS
+
+
+def row_noise(seed, index, n):
+    """n uniforms of training row `index`. Philox is counter-based: any row can be drawn at once.
+    The counter starts elsewhere than that of the epochs' orders, which have the same keys."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, 1]))
+    return rng.random(n)
+
+
+def batch(ids, meta, cfg, step, rows):
+    """Rows `rows` (N,) of the global batch of `step`: x0, maskable (N, L), t (N,), xt (N, L),
+    weight (N,)."""
+    x0, maskable = unpack(training_rows(ids, meta, cfg, step * cfg.batch_size + rows), meta, cfg)
+    noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 4) for row in rows]
+    u = torch.from_numpy(
+        np.stack(noise)
+    )  # float64: the time, L positions, two for `shorten`, the prompt
+    time = u[:, 0]
+    if cfg.time_draw != "iid":  # one in each stratum of the global batch
+        time = (torch.from_numpy(rows) + time) / cfg.batch_size
+    t, xt, weight = TIME_DRAWS[cfg.time_draw](x0, maskable, cfg, time, u[:, 1:-3])
+    if cfg.prompt_dropout:
+        dropped = u[:, -1:] < cfg.prompt_dropout
+        prompt = ~maskable & (maskable.flip(-1).cumsum(-1).flip(-1) > 0)  # given, before an answer
+        prompt &= torch.arange(cfg.seq_len) >= cfg.bos
+        xt = xt.masked_fill(prompt & dropped, cfg.mask_id)
+    return x0, maskable, t, xt, weight
+
+
+def shorten(tensors, cfg, step, rows):
+    """A batch as a list of batches with the same tokens: a share short_rows of the rows is cut,
+    each into rows of its own length l, uniform on 1 .. seq_len, and the remainder. (SMDM's
+    stochastic length, arXiv 2410.18514, discards all but the first l tokens.) t, masks and weight
+    stay those of the long row."""
+    noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 3)[-2:] for row in rows]
+    cut = torch.tensor([coin < cfg.short_rows for coin, _ in noise])
+    batches = [tuple(a[~cut] for a in tensors)] if not cut.all() else []
+    for i in cut.nonzero()[:, 0].tolist():
+        x0, maskable, t, xt, weight = (a[i : i + 1] for a in tensors)
+        l = 1 + cfg.bos + int(noise[i][1] * (cfg.seq_len - cfg.bos))
+        whole = cfg.seq_len // l * l
+        for part, length in ((slice(whole), l), (slice(whole, None), cfg.seq_len - whole)):
+            if length:
+                x, m, y = (a[:, part].reshape(-1, length) for a in (x0, maskable, xt))
+                m = m & (torch.arange(length) >= cfg.bos)  # every row has a given first token
+                y = torch.where(m, y, x)
+                batches.append((x, m, t.expand(len(x)), y, weight.expand(len(x))))
+    return batches
+
+
+def split_batch(cfg, world):
+    """(accumulation steps, rows per forward): batch_size = world x accumulation x rows."""
+    if cfg.batch_size % world:
+        fail(f"batch_size={cfg.batch_size}: must be a multiple of the number of processes, {world}")
+    rows = cfg.batch_size // world
+    micro = min(cfg.micro_batch, rows)
+    if rows % micro:
+        fail(
+            f"batch_size={cfg.batch_size}: micro_batch={micro} does not divide {rows} rows a process"
+        )
+    return rows // micro, micro
+
+
+def micro_batches(ids, meta, cfg, step, rank=0, world=1):
+    """One process's share of the global batch of `step`: a list with an item per forward."""
+    parts, _ = split_batch(cfg, world)
+    rows = [np.arange(i * world + rank, cfg.batch_size, parts * world) for i in range(parts)]
+    batches = [batch(ids, meta, cfg, step, r) for r in rows]  # strided: each has all strata of t
+    if cfg.short_rows:
+        batches = [b for r, whole in zip(rows, batches) for b in shorten(whole, cfg, step, r)]
+    return batches

@@ -1,0 +1,1 @@
+"""Optional parts, each imported only by the configs that use it."""
