@@ -1,5 +1,5 @@
-"""What every command shares: one-line errors, argument parsers, devices and dtypes, checkpoint
-files."""
+"""What every command shares: one-line errors, argument parsers, devices and
+dtypes, checkpoint files."""
 
 import argparse
 import contextlib
@@ -95,8 +95,8 @@ def add_model_options(p):
 
 
 def add_sampler_options(p, steps=1000, temperature=1.0):
-    """Options of every script that samples. A script may change the defaults; None: chosen
-    later."""
+    """Options of every script that samples. A script may change the
+    defaults; None: chosen later."""
     p.add_argument(
         "--sampler", choices=SAMPLERS, help="default: ddpm_cache, or what the model needs"
     )
@@ -172,8 +172,8 @@ def multiplies_bfloat16():
 
 
 def compute_dtype(device, dtype):
-    """The dtype that --dtype selects on a device: auto is bfloat16 if the hardware multiplies in
-    it, else float32."""
+    """The dtype that --dtype selects on a device: auto is bfloat16 if the hardware
+    multiplies in it, else float32."""
     if dtype == "float32" or (dtype == "bfloat16" and device.type == "cuda"):
         return dtype
     if device.type == "cuda":
@@ -187,8 +187,8 @@ def compute_dtype(device, dtype):
 
 
 def autocast(device, dtype):
-    """The autocast context of --dtype. Trained weights, residual stream, norms and losses stay
-    float32."""
+    """The autocast context of --dtype. Trained weights, residual stream, norms
+    and losses stay float32."""
     enabled = compute_dtype(device, dtype) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 

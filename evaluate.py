@@ -1,10 +1,11 @@
-"""The likelihood bound of a checkpoint on a split or on the zero-shot sets, with its standard error.
+"""The likelihood bound of a checkpoint on a split or on the zero-shot
+sets, with its standard error.
 
 python evaluate.py out/pydocs_mdlm/ckpt.pt                      # test split, continuous time
 python evaluate.py out/owt_mdlm/ckpt.pt --split val --json
 python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a 1000-step sampler
-python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven; or --zero_shot ptb lambada
-python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --resume
+python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven; or --zero_shot ptb
+lambada python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --resume
 
 Generative perplexity of samples is another command: python -m tasks.judge.
 """
@@ -44,8 +45,9 @@ from model import load
 
 
 def strata(windows, rng):
-    """(windows,) uniforms: neighbours are u and 1 - u, with one u in each (windows / 2)-th of [0, 1). They
-    fill the interval evenly, and a batch of whole pairs always masks the same number of tokens."""
+    """(windows,) uniforms: neighbours are u and 1 - u, with one u in each (windows / 2)-th
+    of [0, 1). They fill the interval evenly, and a batch of whole pairs always masks the
+    same number of tokens."""
     half = (windows + 1) // 2
     u = (rng.permutation(half) + rng.random(half)) / half
     return np.stack([u, 1 - u], 1).reshape(-1)[:windows]
@@ -54,9 +56,9 @@ def strata(windows, rng):
 def standard_error(nats, u, tokens):
     """Standard error of sum(nats) / sum(tokens), from nats (passes, W), u (passes, W), tokens (W,).
 
-    It covers the random masks and the choice of windows. The dependence of nats on u is no source of
-    error, because u is stratified: a cubic fits that part and is subtracted. Windows are then the
-    independent units. Below 8 windows the error is unknown: NaN."""
+    It covers the random masks and the choice of windows. The dependence of nats on u is no source
+    of error, because u is stratified: a cubic fits that part and is subtracted. Windows are then
+    the independent units. Below 8 windows the error is unknown: NaN."""
     W = len(tokens)
     if W < 8:
         return math.nan
@@ -66,8 +68,8 @@ def standard_error(nats, u, tokens):
 
 
 def choose_windows(n, L, windows):
-    """(starts, lengths) of the windows of L tokens of a split of n; the last may be shorter. windows > 0
-    takes that many, evenly spaced."""
+    """(starts, lengths) of the windows of L tokens of a split of n; the last may be shorter.
+    windows > 0 takes that many, evenly spaced."""
     starts = np.arange(0, n, L)
     if 0 < windows < len(starts):
         starts = starts[np.linspace(0, len(starts) - 1, windows).astype(int)]
@@ -75,7 +77,8 @@ def choose_windows(n, L, windows):
 
 
 def make_jobs(lengths, L, passes, batch_size):
-    """[(pass, slice of windows)]: the batches of all passes, with a shorter last window by itself."""
+    """[(pass, slice of windows)]: the batches of all passes, with a shorter last window by
+    itself."""
     W = len(lengths)
     batches = [slice(i, min(i + batch_size, W)) for i in range(0, W, batch_size)]
     if lengths[-1] < L and batches[-1].stop - batches[-1].start > 1:
@@ -84,8 +87,9 @@ def make_jobs(lengths, L, passes, batch_size):
 
 
 def batch_nats(model, x0, maskable, cfg, T, u):
-    """One estimate of the bound per row, (B,) float64 nats, from its uniform u (B,): exact mask counts in
-    continuous time (T = 0), else one step of D3PM's T-step bound. An AR model's likelihood is exact."""
+    """One estimate of the bound per row, (B,) float64 nats, from its uniform u (B,): exact
+    mask counts in continuous time (T = 0), else one step of D3PM's T-step bound. An AR
+    model's likelihood is exact."""
     if cfg.causal:
         return ar(model, x0, maskable, cfg).double().sum(-1)
     if not T:
@@ -106,9 +110,9 @@ def bound(
     """The bound on -log p of a split in nats per token: {"nats", "se", "tokens", "forwards"}.
 
     See `choose_windows` and `batch_nats`. Padding and given first tokens are not counted. Under
-    torch.distributed the ranks share the windows, and all return the result of all. partial: a file of
-    one process that receives each batch's nats and tokens, 16 bytes per window; after a kill the same
-    call resumes from it, to the same result."""
+    torch.distributed the ranks share the windows, and all return the result of all. partial: a file
+    of one process that receives each batch's nats and tokens, 16 bytes per window; after a kill the
+    same call resumes from it, to the same result."""
     device, (rank, world) = next(model.parameters()).device, rank_and_world()
     starts, lengths = choose_windows(len(ids), cfg.seq_len, windows)
     W, rng = len(starts), np.random.Generator(np.random.Philox(seed))
@@ -149,7 +153,8 @@ def bound(
 
 
 def report(result, meta, split):
-    """The figures people quote, each with its standard error, from the nats per token of `bound`."""
+    """The figures people quote, each with its standard error, from the nats per token of
+    `bound`."""
     counts = meta["splits"][split]
     text = counts["tokens"] - counts.get("padding", 0) - counts.get("given", 0)
     bits, per_char = 1 / math.log(2), text / counts["characters"]
@@ -174,8 +179,8 @@ def figure(result, name, digits=3):
 
 
 def fingerprint(model, **settings):
-    """A hash of settings and of a network, by up to 64 numbers of each tensor: partial results are resumed
-    only if it matches."""
+    """A hash of settings and of a network, by up to 64 numbers of each tensor: partial results are
+    resumed only if it matches."""
     digest = hashlib.sha256(json.dumps([asdict(model.cfg), settings], sort_keys=True).encode())
     for tensor in model.state_dict().values():
         sample = tensor.flatten()[:: tensor.numel() // 64 or 1]
@@ -190,7 +195,8 @@ MDLM_SETS = ("ptb", "wikitext103", "lm1b_gpt2", "lambada", "ag_news", "pubmed", 
 
 
 def settle_T(args, cfg):
-    """Set args.T, by default the model's; returns the sign before a figure and the figure's kind."""
+    """Set args.T, by default the model's; returns the sign before a figure and the figure's
+    kind."""
     args.T = cfg.T if args.T is None else args.T
     if args.T and cfg.causal:
         fail(f"--T {args.T}: an AR model has no diffusion steps")
@@ -241,9 +247,8 @@ def zero_shot_recipes(model, cfg, args):
     for name in args.zero_shot or MDLM_SETS:
         dump = re.fullmatch(f"fineweb_({DUMP})", name)
         if not dump and name not in ZERO_SHOT:
-            fail(
-                f"--zero_shot {name}: there are {', '.join(ZERO_SHOT)}, and dumps: fineweb_CC-MAIN-2024-10"
-            )
+            sets = f"{', '.join(ZERO_SHOT)}, and dumps: fineweb_CC-MAIN-2024-10"
+            fail(f"--zero_shot {name}: there are {sets}")
         recipes[name] = (
             dict(name="fineweb", dump=dump[1]) if dump else dict(name=name, wrap=cfg.seq_len)
         )
@@ -255,8 +260,8 @@ def zero_shot_recipes(model, cfg, args):
 
 
 def evaluate_zero_shot(model, cfg, args):
-    """The bound on each set, in rows of the model's length; prepares a set that is missing. Dumps of
-    FineWeb, from after the model's training data, are SMDM's temporal test."""
+    """The bound on each set, in rows of the model's length; prepares a set that is missing. Dumps
+    of FineWeb, from after the model's training data, are SMDM's temporal test."""
     from data.prepare import default_folder, prepare
 
     sign, kind = settle_T(args, cfg)
@@ -326,8 +331,8 @@ def main(argv=None):
     mode = evaluate_one if args.zero_shot is None else evaluate_zero_shot
     result, text = mode(model, cfg, args)
     result |= {
-        "T": args.T, "passes": args.passes, "ckpt": args.ckpt, "step": model.step, "seed": args.seed,
-        "ema": not args.no_ema, "dtype": compute_dtype(device, args.dtype),
+        "T": args.T, "passes": args.passes, "ckpt": args.ckpt, "step": model.step,
+        "seed": args.seed, "ema": not args.no_ema, "dtype": compute_dtype(device, args.dtype),
     }  # fmt: skip
     print(to_json(result) if args.json else text)
     for path in args.partials:

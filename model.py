@@ -1,5 +1,5 @@
-"""The network: a diffusion transformer (DiT) over tokens, and the only way a checkpoint becomes
-one.
+"""The network: a diffusion transformer (DiT) over tokens, and the only way
+a checkpoint becomes one.
 
 MDLM's and SEDD's DiT, after Peebles & Xie (arXiv 2212.09748): bidirectional attention with rotary
 positions, LayerNorm without bias, and adaLN-zero: a small network of t gives each block six vectors
@@ -21,8 +21,8 @@ from head import attend, modulate
 
 
 def rotary_tables(length, head_dim, base=10_000):
-    """cos and sin (length, head_dim) in the half-split (NeoX) convention: dimension j turns with j
-    + half."""
+    """cos and sin (length, head_dim) in the half-split (NeoX) convention: dimension
+    j turns with j + half."""
     half = head_dim // 2
     freq = base ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * freq  # (length, half)
@@ -106,9 +106,8 @@ class Block(nn.Module):
     def forward(self, x, c, cos, sin, past=None, pick=None):
         """x (B, L, d) float32 residual stream, c (1 or B, 1, cond_dim) or None -> (B, L, d).
 
-        pick (B, m): compute only these positions, which still attend to all: -> (B, m, d).
-        past: this block's keys and values of earlier calls, which the call extends (causal
-        only)."""
+        pick (B, m): compute only these positions, which still attend to all: -> (B, m, d). past:
+        this block's keys and values of earlier calls, which the call extends (causal only)."""
         drop = lambda y: F.dropout(y, self.dropout, self.training)
         if c is None:
             x = take_positions(x, pick) + drop(self.attention(self.norm1(x), cos, sin, past, pick))
@@ -196,9 +195,9 @@ class DiT(nn.Module):
         return -torch.log(1e-3 + (1 - 1e-3) * alpha(self.cfg.schedule, t))
 
     def trunk(self, x, t, pick=None, past=None):
-        """ids (B, L), t (B,) -> (B, L, d). pick (B, m): only these positions of the last block's
-        output. past (causal): a list per block of keys and values; x are then the tokens that
-        follow."""
+        """ids (B, L), t (B,) -> (B, L, d). pick (B, m): only these positions of the last
+        block's output. past (causal): a list per block of keys and values; x are then
+        the tokens that follow."""
         start = past[0][0].shape[2] if past and past[0] else 0  # tokens that past holds
         c = None if self.time is None else self.time(self.time_input(t))
         part = slice(start, start + x.shape[1])
@@ -261,8 +260,8 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def next_logits(self, x, past):
-        """Causal: tokens x (B, i) -> logits (B, V) of token i; reads only what `past` does not
-        hold."""
+        """Causal: tokens x (B, i) -> logits (B, V) of token i; reads only
+        what `past` does not hold."""
         start = past[0][0].shape[2] if past[0] else 0
         return self.logits(self.trunk(self.with_start(x)[:, start:], None, past=past)[:, -1])
 

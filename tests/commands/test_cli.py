@@ -19,6 +19,7 @@ import sample
 import train
 from common import read_checkpoint
 from configs import CONFIGS, Config, from_cli
+from data import runs
 
 HERE = Path(__file__).parents[2]
 
@@ -268,7 +269,7 @@ def test_an_out_dir_that_cannot_be_made(run, capsys, tmp_path):
 def test_a_folder_in_which_another_process_trains(run, capsys):
     train.main(replace(run, steps=8))
     other = open(run.out_dir + "/log.jsonl", "a")
-    train.fcntl.flock(other, train.fcntl.LOCK_EX)
+    runs.fcntl.flock(other, runs.fcntl.LOCK_EX)
     refused(capsys, lambda: train.main(run, resume=True), run.out_dir, "another process")
     other.close()
     train.main(run, resume=True)
