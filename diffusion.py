@@ -19,13 +19,14 @@ Contracts
     denoise(x, t, at) -> (N, V) log-probabilities; guidance, temperature and top-p wrap it
     loss(model, x0, maskable, cfg, t=None, xt=None) -> (B, L) nats, 0 where nothing is lost
     sampler(denoise, x, steps, cfg, gen=None) -> yields (B, L) canvases, each a new tensor
-cfg is a configs.Config. gen is a list of B torch.Generators, one per row, or None.
+cfg is a configs.Config. gen is a list of B generators, one per row (`row_generators`), or None.
 
 A canvas is any x with MASK somewhere: prompts, infilling and suffixes are all just canvases.
 """
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -325,17 +326,17 @@ def ar(model, x0, maskable, cfg, t=None, xt=None):
 LOSSES = {"mdlm": mdlm, "d3pm": d3pm, "sedd": sedd, "ar": ar}
 
 
-def exact_count_bound(model, x0, maskable, cfg, count, xt=None):
+def exact_count_bound(model, x0, maskable, cfg, count, xt=None, u=None):
     """The continuous-time bound of `mdlm` or `sedd` for evaluation, per row: mask exactly
     `count` (B,) of n tokens and weight by n / count. With count uniform on 1 .. n its mean is
     the bound: the probability of `count` masks, weighted by -alpha'/(1 - alpha) and
     integrated over t, is 1 / count for every schedule. So there is no cut-off near t = 0 and
     no exploding weight. A time-conditioned model gets t drawn from its law given the count.
-    x0 (B, L) -> (B,) nats per row."""
+    u (B, L): the uniforms that choose the masks. x0 (B, L) -> (B,) nats per row."""
     n = maskable.sum(-1)
     fraction = count / n  # stands in for t if the model ignores it
     if xt is None:
-        xt, fraction = mask_exactly(x0, count, maskable, cfg.mask_id)
+        xt, fraction = mask_exactly(x0, count, maskable, cfg.mask_id, u)
     t = time_at(cfg.schedule, fraction) if cfg.time_cond else fraction
     loss = score_entropy if cfg.loss == "sedd" else nll
     return n / count * loss(model, x0, xt, t, maskable & (xt == cfg.mask_id)).sum(-1)
@@ -345,9 +346,16 @@ def exact_count_bound(model, x0, maskable, cfg, count, xt=None):
 # 4. What samplers need: noise per row, exact categorical draws, and log-probabilities from a model.
 
 
+def philox(seed, row, stream, step=0):
+    """A counter-based generator for key (seed, row). stream: 0 epochs, 1 training, 2 sampling,
+    3 evaluation."""
+    return np.random.Generator(np.random.Philox(key=[seed, row], counter=[0, 0, step, stream]))
+
+
 def row_generators(seed, rows):
-    """One random generator per row, so that a row's text does not depend on its batch."""
-    return [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in rows]
+    """One generator per row. Each row of each seed has a stream of its own, so a row's text depends
+    neither on its batch nor on other rows."""
+    return [philox(seed, row, stream=2) for row in rows]
 
 
 def uniform(at, gen):
@@ -358,7 +366,7 @@ def uniform(at, gen):
     u = torch.zeros(at.shape, dtype=torch.float64)
     for row, g, alive in zip(u, gen, at.any(-1).tolist()):
         if alive:
-            torch.rand(len(row), dtype=torch.float64, generator=g, out=row)
+            row.copy_(torch.from_numpy(g.random(len(row))))
     return u.to(at.device)
 
 

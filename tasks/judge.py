@@ -31,7 +31,7 @@ from common import (
 )
 from data.tokenizer import tokenizer_of
 from diffusion import ar
-from evaluate import figure
+from evaluate import figure, widen
 from model import load
 from sample import generate, start_ids
 from samplers import SAMPLERS, STEPLESS, default_options
@@ -51,26 +51,27 @@ def join_text(ids, tokenizer):
 
 
 def unigram_entropy(ids):
-    """Entropy in nats of a sample's token frequencies, at most ln(len(ids)): the measure of
-    diversity of arXiv 2409.02908. Report it beside generative perplexity, which repetition
-    lowers."""
+    """Entropy in nats of a sample's token frequencies, at most ln(len(ids)): the
+    measure of diversity of arXiv 2409.02908. Report it beside generative perplexity,
+    which repetition lowers."""
     frequency = np.unique(ids, return_counts=True)[1] / len(ids)
     return float((frequency * np.log(1 / frequency)).sum())
 
 
 def ratio(values, weights):
-    """sum(values) / sum(weights) and its standard error to first order, for independent pairs."""
+    """sum(values) / sum(weights) and its standard error to first order, for independent pairs,
+    widened for few of them."""
     n, total = len(values), np.sum(weights)
     if not total:
         return math.nan, math.nan
     mean = np.sum(values) / total
     variance = ((values - mean * weights) ** 2).sum() * n / (n - 1) if n >= 8 else math.nan
-    return float(mean), float(np.sqrt(variance) / total)
+    return float(mean), float(np.sqrt(variance) / total * widen(max(n - 1, 1)))
 
 
 def generative_perplexity(texts, score):
-    """exp(total nats / total counted tokens) of texts under a judge; texts are the units of its
-    error.
+    """exp(total nats / total counted tokens) of texts under a judge; texts
+    are the units of its error.
 
     The definition of MDLM's code (arXiv 2406.07524): the judge tokenises the text anew and counts
     all of it, also after an end-of-text, but only the first end-of-text token. There, however, a
@@ -91,8 +92,8 @@ def generative_perplexity(texts, score):
 
 
 def make_judge(nll, encode, eos, length, start, cut):
-    """score() of a causal network, text by text: nothing to pad, and sampling took far longer
-    anyway.
+    """score() of a causal network, text by text: nothing to pad, and
+    sampling took far longer anyway.
 
     nll: ids -> nats (n,) of all of them, or of all but the first; encode: text without END -> ids;
     eos: the id for END, or None. A window has `length` ids; `start` precedes each and is not
@@ -134,9 +135,9 @@ def our_judge(path, device):
 
 
 def transformers_judge(name, device):
-    """A causal language model of the hub or of a local folder, in float32. As in MDLM's code, it
-    reads a text up to its context's length and does not count the first token, for want of a start
-    symbol."""
+    """A causal language model of the hub or of a local folder, in float32. As in MDLM's
+    code, it reads a text up to its context's length and does not count the first token, for
+    want of a start symbol."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
@@ -172,8 +173,8 @@ def load_judge(name, device):
 
 
 def judge_rows(rows, tokenizer, score):
-    """`generative_perplexity` of rows of ids, and their `unigram_entropy` with its standard
-    error."""
+    """`generative_perplexity` of rows of ids, and their `unigram_entropy`
+    with its standard error."""
     result = generative_perplexity([join_text(ids, tokenizer) for ids in rows], score)
     entropies = np.array([unigram_entropy(ids) for ids in rows])
     entropy, error = ratio(entropies, np.ones(len(rows)))
@@ -220,8 +221,9 @@ def describe(result):
     return (
         f"generative perplexity {figure(result, 'gen_ppl')} under {result['judge']}\n"
         f"unigram entropy       {figure(result, 'entropy')} nats, at most {math.log(length):.3f}\n"
-        f"{result['samples']} samples of {length} tokens, {result['tokens_per_sample']:.1f} each by the "
-        f"judge's tokenizer; {', '.join([sampler, *law])}, temperature {result['temperature']:g}, "
+        f"{result['samples']} samples of {length} tokens, {result['tokens_per_sample']:.1f} each by "
+        f"the judge's tokenizer; {', '.join([sampler, *law])}, "
+        f"temperature {result['temperature']:g}, "
         f"top_p {result['top_p']:g}, network in {result['dtype']}, draws in float64"
     )
 
