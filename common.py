@@ -7,7 +7,9 @@ import functools
 import json
 import os
 import re
+import struct
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -235,6 +237,12 @@ def save_checkpoint(path, **state):
     temporary.replace(path)
 
 
+FIELDS = dict(  # of a checkpoint: the types that each may have
+    model=dict, ema=dict, optimizer=list, step=int, best=(int, float), seconds=(int, float),
+    config=dict, tokenizer=dict,
+)  # fmt: skip
+
+
 def read_checkpoint(path, device="cpu"):
     """The dict that train.py saved: kind, model, ema, optimizer, step, config, tokenizer, torch ...
     Nothing in the file is executed. Fails in one line."""
@@ -243,13 +251,37 @@ def read_checkpoint(path, device="cpu"):
         path = path / "ckpt.pt"  # a run's folder
     if not path.is_file():
         fail(f"{path}: no such checkpoint")
+    check_archive(path)
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # torch raises half a dozen types for a damaged or foreign file
         fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")
     if not isinstance(ckpt, dict) or ckpt.get("kind") != KIND:
         fail(f"{path}: not a checkpoint of this project")
+    for name, kind in FIELDS.items():
+        if not isinstance(ckpt.get(name), kind) or isinstance(ckpt[name], bool):
+            fail(f"{path}: damaged: {name} is {type(ckpt.get(name)).__name__}")
+    for name in ("model", "ema"):
+        for key, value in ckpt[name].items():
+            if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+                fail(f"{path}: damaged: {name} holds more than named tensors")
     return ckpt
+
+
+def check_archive(path):
+    """Verify the checksums of a file that torch.save wrote: torch.load does not, and would read
+    changed numbers. Such a file stores its members uncompressed; a zip bomb does not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            stored = all(m.compress_type == zipfile.ZIP_STORED for m in members)
+            if not stored or sum(m.file_size for m in members) > path.stat().st_size:
+                fail(f"{path}: not a checkpoint of this project: it is compressed")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error) as e:
+        fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")
+    if damaged:
+        fail(f"{path}: damaged: wrong checksum in {damaged}")
 
 
 def sibling(ckpt, name):

@@ -117,13 +117,11 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError with one line that names the field and what is allowed."""
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}"
-                )
         for f in fields(self):
             value = getattr(self, f.name)
+            kinds = (int, float) if f.type is float else f.type
+            if not isinstance(value, kinds) or isinstance(value, bool) != (f.type is bool):
+                raise ValueError(f"{f.name}={value!r}: must be {f.type.__name__}")
             least = 1 if f.name in AT_LEAST_ONE else -1 if f.name == "ema_start" else 0
             if f.type in (int, float) and not least <= value < 2**31:
                 raise ValueError(f"{f.name}={value}: must be at least {least} and below 2**31")
@@ -131,6 +129,11 @@ class Config:
                 raise ValueError(f"{f.name}={value}: must be below 1")
             if f.name in ("lr", "eps") and not value > 0:
                 raise ValueError(f"{f.name}={value}: must be above 0")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}"
+                )
         for wrong, name, message in self.conflicts():
             if wrong:
                 raise ValueError(f"{name}={getattr(self, name)}: {message}")
@@ -151,6 +154,7 @@ class Config:
             (self.min_lr > self.lr, "min_lr", f"must be at most lr={self.lr}"),
             (not self.out_dir, "out_dir", "must not be empty"),
             (self.n_embd % pair, "n_embd", f"must be a multiple of 2 * n_head = {pair} (rotary)"),
+            (self.seq_len * self.n_embd // self.n_head > 2**23, "seq_len", "tables above 64 MB"),
             (self.time_cond and not self.cond_dim, "time_cond", "needs cond_dim > 0"),
             (is_d3pm and not self.T, "loss", "needs T, the number of steps, e.g. --T=1000"),
             (self.aux_ce and not (self.zero_masking and self.carry_over), "aux_ce",

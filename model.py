@@ -293,17 +293,33 @@ def flops_per_token(cfg, masked=None):
     return 6 * (passes * (matrices + attention) + heads * d * cfg.vocab_size)
 
 
+def check_weights(weights, cfg, where):
+    """Check names, shapes and values of a config's weights before anything of their size exists."""
+    where = f"{where}: tensors do not fit its config"
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if len(blocks) != cfg.n_layer:
+        fail(f"{where}: n_layer={cfg.n_layer}, but there are {len(blocks)} blocks")
+    with torch.device("meta"):
+        expected = DiT(cfg).state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights or name not in expected:
+            fail(f"{where}: {'lacks the tensor' if name in expected else 'has a tensor'} {name}")
+        shape, found = tuple(expected[name].shape), weights[name]
+        if tuple(found.shape) != shape or not found.is_floating_point():
+            fail(f"{where}: {name} is {found.dtype} {tuple(found.shape)}, must be float {shape}")
+        if not found.isfinite().all():
+            fail(f"{where}: {name} holds NaN or infinity")
+
+
 def load(path, ema=True, device="cpu", dtype="float32"):
     """The only way a checkpoint becomes a model: (model in eval mode, its Config). model.tokenizer
     is the spec of its data's tokenizer (data/tokenizer.py), model.step the number of optimiser
     steps. dtype is that of the `autocast` in which the model will be called."""
     ckpt, device = read_checkpoint(path, device), torch.device(device)
-    cfg = from_dict(ckpt["config"], path)
+    cfg, weights = from_dict(ckpt["config"], path), ckpt["ema" if ema else "model"]
+    check_weights(weights, cfg, path)
     model = DiT(cfg).to(device)
-    try:
-        model.load_state_dict(ckpt["ema" if ema else "model"])
-    except RuntimeError as e:
-        fail(f"{path}: tensors do not fit its config ({str(e).splitlines()[1].strip()})")
+    model.load_state_dict(weights)
     model.tokenizer, model.step = ckpt["tokenizer"], ckpt["step"]
     model.eval().requires_grad_(False)
     if device.type == "cpu":

@@ -45,6 +45,7 @@ from common import (
     compute_dtype,
     fail,
     local_device,
+    one_line,
     process_group,
     rank_and_world,
     save_checkpoint,
@@ -58,7 +59,7 @@ from data.tokenizer import tokenizer_of
 from diffusion import LOSSES
 from evaluate import bound, figure, report
 from head import keep_freed_memory
-from model import DiT, count_parameters, flops_per_token, load
+from model import DiT, check_weights, count_parameters, flops_per_token, load
 from sample import generate, prompt_canvas
 
 LOG_EVERY = 10  # steps
@@ -197,12 +198,10 @@ def prepare_run(cfg, resume, overwrite, closing):
 
     model, ema, optimizers = build(cfg, meta, device, "" if state else cfg.init_from)
     step, best, seconds = 0, math.inf, 0.0
+    losses = []
     if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizer"]):
-            optimizer.load_state_dict(saved)
         step, best, seconds = state["step"], state["best"], state["seconds"]
+        losses = restore(state, model, ema, optimizers, cfg, rank, world)
     net = model  # two names from here on: `model` is saved and averaged, `net` is called
     if world > 1:
         check_same_step(cfg, step)
@@ -229,8 +228,33 @@ def prepare_run(cfg, resume, overwrite, closing):
         cfg=cfg, rank=rank, world=world, device=device, micro=micro, meta=meta, val_ids=val_ids,
         tokenizer=tokenizer, canvas=canvas, model=model, ema=ema, net=net, optimizers=optimizers,
         pool=pool, load_step=load_step, upcoming=upcoming, log=log, say=say, step=step, best=best,
-        seconds=seconds, first=step, status="", per_window=0.0,
+        seconds=seconds, losses=losses, val=None, first=step, status="", per_window=0.0,
     )  # fmt: skip
+
+
+def restore(state, model, ema, optimizers, cfg, rank, world):
+    """Copy a checkpoint's weights and moments; returns the losses that it had not logged yet."""
+    where = f"{cfg.out_dir}/ckpt.pt"
+    for network, name in ((model, "model"), (ema, "ema")):
+        check_weights(state[name], cfg, where)
+        network.load_state_dict(state[name])
+    if len(state["optimizer"]) != len(optimizers):
+        fail(f"{where} has {len(state['optimizer'])} optimizers, must have {len(optimizers)}")
+    for optimizer, saved in zip(optimizers, state["optimizer"]):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        try:
+            for i, moments in saved["state"].items():
+                for name, moment in moments.items():  # fused AdamW reads out of bounds otherwise
+                    shape = () if name == "step" else params[i].shape
+                    if moment.shape != shape or moment.dtype != torch.float32:
+                        fail(f"{where}: {name} of tensor {i} must be float32 {tuple(shape)}")
+            groups = optimizer.state_dict()["param_groups"]  # rates are those of cfg
+            optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+            fail(f"{where}: the optimizer's state does not fit ({one_line(e)})")
+    losses = state.get("losses", torch.zeros(world, 0))  # (processes, steps since the last log)
+    losses = losses[rank] if len(losses) == world else losses.mean(0)
+    return list(losses.to(next(model.parameters()).device))
 
 
 def sampling_inputs(cfg, meta):
@@ -253,7 +277,7 @@ def check_same_step(cfg, step):
 
 def loop(run):
     """Train until cfg.steps; log, validate and save on the way. After a signal, save and exit."""
-    cfg, upcoming, losses, stopping = run.cfg, run.upcoming, [], False
+    cfg, upcoming, stopping = run.cfg, run.upcoming, False
     run.bar = tqdm(total=cfg.steps, initial=run.step, disable=run.rank > 0, dynamic_ncols=True,
                    bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}")  # fmt: skip
     run.logged = run.timed = time.time()
@@ -263,7 +287,7 @@ def loop(run):
             if cfg.dropout:
                 torch.manual_seed(hash((cfg.seed, run.step, run.rank)))
             loss, norm = train_step(run.net, run.optimizers, batches, run.step, cfg, run.device)
-            losses.append(loss)
+            run.losses.append(loss)
             run.step += 1
             update_ema(run.ema, run.model, run.step, cfg)
 
@@ -273,10 +297,9 @@ def loop(run):
             if run.world == 1:
                 stopping = bool(signals)
             if log_now or eval_now or save_now or stopping:
-                loss, norm, stopping = synchronise(losses, norm, signals, run)
+                loss, norm, stopping = synchronise(run, norm, signals)
             if log_now:
-                log_steps(run, losses, loss, norm)
-                losses = []
+                log_steps(run, loss, norm)
             show_progress(run)
             pause = time.time()
             if eval_now:
@@ -291,11 +314,11 @@ def loop(run):
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
 
 
-def synchronise(losses, norm, signals, run):
+def synchronise(run, norm, signals):
     """(mean loss since the last log, gradient norm, whether to stop), the same on all processes;
     waits for the device. A signal to one process stops all."""
     signalled = torch.tensor(float(len(signals)), device=run.device)
-    means = torch.stack((torch.stack(losses).mean(), norm, signalled))
+    means = torch.stack((torch.stack(run.losses).mean(), norm, signalled))
     if run.world > 1:
         dist.all_reduce(means)
     loss, norm, signalled = (means / run.world).tolist()
@@ -305,14 +328,14 @@ def synchronise(losses, norm, signals, run):
     return loss, norm, signalled > 0
 
 
-def log_steps(run, losses, loss, norm):
+def log_steps(run, loss, norm):
     """Log the steps since the last log; their time leaves out validation and saving."""
     seconds = time.time() - run.logged
-    speed = len(losses) * run.cfg.batch_size * run.cfg.seq_len / seconds
+    speed = len(run.losses) * run.cfg.batch_size * run.cfg.seq_len / seconds
     lr = lr_at(run.step - 1, run.cfg)
     run.log(dict(step=run.step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed))
     run.seconds += seconds
-    run.logged = time.time()
+    run.logged, run.losses = time.time(), []
     run.status = f"loss {loss:.3f} nats/token, {speed:,.0f} tokens/s, "
 
 
@@ -348,12 +371,17 @@ def validate_and_keep_best(run):
 
 def save_run(run, name):
     """Write the checkpoint out_dir/name."""
+    losses = torch.stack(run.losses) if run.losses else torch.zeros(0, device=run.device)
+    losses = losses[None]  # (processes, steps since the last log)
+    if run.world > 1:
+        dist.all_gather(parts := [torch.empty_like(losses) for _ in range(run.world)], losses)
+        losses = torch.cat(parts)
     if run.rank == 0:
         save_checkpoint(
             Path(run.cfg.out_dir) / name, model=run.model.state_dict(), ema=run.ema.state_dict(),
             step=run.step, best=run.best, optimizer=[o.state_dict() for o in run.optimizers],
             config=asdict(run.cfg), seconds=run.seconds, tokenizer=run.meta["tokenizer"],
-            data=run.meta["splits"]["train"]["sha256"],
+            data=run.meta["splits"]["train"]["sha256"], losses=losses.cpu(),
         )  # fmt: skip
 
 
@@ -369,7 +397,7 @@ def validate(run, windows):
 def finish(run):
     """Validate on all windows, print samples and what to run next; returns the report."""
     cfg, out = run.cfg, run.cfg.out_dir
-    val = validate(run, 0) if cfg.eval_windows else run.val
+    val = validate(run, 0) if cfg.eval_windows or not run.val else run.val
     run.log(dict(step=run.step, final=val))
     if run.rank == 0:
         bits, perplexity = figure(val, "bits_per_char", 3), figure(val, "perplexity", 1)

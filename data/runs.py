@@ -53,8 +53,18 @@ def check_same_recipe(state, path, cfg, meta):
         fail(f"{cfg.data}: made with another tokenizer than {path}")
     if state["data"] != meta["splits"]["train"]["sha256"]:
         fail(f"{cfg.data}: not the data that {path} was trained on")
-    if state["step"] >= cfg.steps:
-        fail(f"{path}: already at step {state['step']} of {cfg.steps}; raise --steps to continue")
+    step = state["step"]
+    if step > cfg.steps or step == cfg.steps and is_finished(path.parent / "log.jsonl", step):
+        fail(f"{path}: already at step {step} of {cfg.steps}; raise --steps to continue")
+
+
+def is_finished(log, step):
+    """Whether the log holds the final validation of this step: a run killed during it is not."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(f'"step": {step}, "final"' in line for line in lines)
 
 
 def start_wandb(cfg):

@@ -355,7 +355,7 @@ def files(checkpoint, tmp_path):
         ("text.pt", ["damaged, or not a checkpoint"]),
         ("foreign.pt", ["not a checkpoint of this project"]),
         ("pickled.pt", ["not a checkpoint of plain tensors"]),
-        ("misfit.pt", ["do not fit", "blocks.2"]),
+        ("misfit.pt", ["do not fit", "n_layer=3"]),
         ("future.pt", ["flux"]),
     ],
 )
