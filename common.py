@@ -228,13 +228,20 @@ KIND = "nanoMDLM checkpoint"
 
 
 def save_checkpoint(path, **state):
-    """Written to a temporary file, synced to the disk, renamed: complete or not there at all."""
+    """Written to a temporary file, synced to the disk, renamed: complete or not there at all. An
+    error leaves what was there before and no temporary file."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save({"kind": KIND, "torch": str(torch.__version__), **state}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as f:
+            torch.save({"kind": KIND, "torch": str(torch.__version__), **state}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as e:  # torch turns some errors of the disk into RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kept = f"; {path} is still the one before" if path.exists() else ""
+        fail(f"{path}: cannot be saved ({one_line(e)}){kept}")
 
 
 FIELDS = dict(  # of a checkpoint: the types that each may have

@@ -214,8 +214,9 @@ def prepare_run(cfg, resume, overwrite, closing):
     upcoming.result()  # damaged data fails here, before anything is written
 
     log = say = lambda *a: None
+    stderr = sys.stderr
     if rank == 0:
-        log, say = open_log(cfg, step, closing)
+        log, say, stderr = open_log(cfg, step, closing)
     work = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len / 1e9
     out = cfg.out_dir
     say(f"{out}: {count_parameters(cfg):,} parameters, {len(train_ids):,} tokens of {cfg.data}")
@@ -227,8 +228,9 @@ def prepare_run(cfg, resume, overwrite, closing):
     return SimpleNamespace(
         cfg=cfg, rank=rank, world=world, device=device, micro=micro, meta=meta, val_ids=val_ids,
         tokenizer=tokenizer, canvas=canvas, model=model, ema=ema, net=net, optimizers=optimizers,
-        pool=pool, load_step=load_step, upcoming=upcoming, log=log, say=say, step=step, best=best,
-        seconds=seconds, losses=losses, val=None, first=step, status="", per_window=0.0,
+        pool=pool, load_step=load_step, upcoming=upcoming, log=log, say=say, stderr=stderr,
+        step=step, best=best, seconds=seconds, losses=losses, val=None,
+        first=step, status="", per_window=0.0,
     )  # fmt: skip
 
 
@@ -278,8 +280,9 @@ def check_same_step(cfg, step):
 def loop(run):
     """Train until cfg.steps; log, validate and save on the way. After a signal, save and exit."""
     cfg, upcoming, stopping = run.cfg, run.upcoming, False
-    run.bar = tqdm(total=cfg.steps, initial=run.step, disable=run.rank > 0, dynamic_ncols=True,
-                   bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}")  # fmt: skip
+    layout = "{n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
+    run.bar = tqdm(total=cfg.steps, initial=run.step, disable=run.rank > 0, file=run.stderr,
+                   dynamic_ncols=True, bar_format=layout)  # fmt: skip
     run.logged = run.timed = time.time()
     with catch_signals() as signals:
         while run.step < cfg.steps and not stopping:

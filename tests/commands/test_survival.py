@@ -1,6 +1,11 @@
 """A run survives being killed anywhere; damaged and hostile files are refused in one line."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import types
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +19,8 @@ import common
 import train
 from common import read_checkpoint
 from model import load
+
+ROOT = Path(train.__file__).parent
 
 
 @pytest.fixture
@@ -155,7 +162,7 @@ def test_the_log_is_exact_when_a_run_resumes_between_two_lines_of_it(cfg, monkey
     assert records(cfg) == records(replace(cfg, out_dir=cfg.out_dir + "_whole"))
 
 
-def test_a_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch):
+def test_a_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch, capsys):
     path = tmp_path / "ckpt.pt"
     common.save_checkpoint(path, step=1)
     before = path.read_bytes()
@@ -164,6 +171,61 @@ def test_a_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(common.os, "fsync", full)
-    with pytest.raises(OSError):
-        common.save_checkpoint(path, step=2)
-    assert path.read_bytes() == before
+    message = error_of(capsys, lambda: common.save_checkpoint(path, step=2))
+    assert "No space left" in message and "still the one before" in message
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_training_outlives_its_terminal(cfg, tmp_path):
+    """stdout and stderr closed, full, or a pipe that nobody reads: the run ends as always."""
+    fields = {f: v for f, v in vars(cfg).items() if f != "out_dir"}
+    for name, redirect in (
+        ("closed", ">&- 2>&-"),
+        ("full", ">/dev/full 2>/dev/full"),
+        ("pipe", "| true"),
+    ):
+        out = tmp_path / name
+        config = f"Config(**{fields}, out_dir='{out}')"
+        code = f"from configs import Config; import train; train.main({config})"
+        subprocess.run(["bash", "-c", f'"{sys.executable}" -c "$0" {redirect}', code], cwd=ROOT)
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert read_checkpoint(out)["step"] == cfg.steps and any("final" in line for line in lines)
+        notes = [line["note"] for line in lines if "note" in line]
+        assert len(notes) == len({note.split(":")[0] for note in notes})  # each said once
+        assert notes and all("training continues" in note for note in notes), name
+
+
+def test_training_outlives_wandb(cfg, monkeypatch):
+    class Broken:
+        def log(self, record, step):
+            raise ConnectionError("no route")
+
+        def finish(self):
+            raise ConnectionError("no route either")
+
+    wandb = types.SimpleNamespace(init=lambda **kwargs: Broken())
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train.main(replace(cfg, wandb=True))
+    lines = [json.loads(line) for line in Path(cfg.out_dir, "log.jsonl").read_text().splitlines()]
+    assert [line["note"] for line in lines if "note" in line] == [
+        "wandb: no route; training continues"
+    ]
+    assert "final" in lines[-1]
+
+
+def test_sighup_does_not_end_a_run(cfg, monkeypatch):
+    real = train.train_step
+    monkeypatch.setattr(
+        train, "train_step", lambda *a: (os.kill(os.getpid(), signal.SIGHUP), real(*a))[1]
+    )
+    train.main(cfg)
+    assert read_checkpoint(cfg.out_dir)["step"] == cfg.steps
+
+
+def test_a_log_with_foreign_bytes_does_not_stop_a_resume(cfg):
+    train.main(cfg)
+    log = Path(cfg.out_dir) / "log.jsonl"
+    for junk in (b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"[1]\n", b"null\n"):
+        log.write_bytes(log.read_bytes() + junk)
+    train.main(replace(cfg, steps=16), resume=True)
+    assert json.loads(log.read_text().splitlines()[-1])["step"] == 16
