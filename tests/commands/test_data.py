@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 import data.prepare as prepare
+import data.pretrain as pretrain
+import data.texts as texts_module
 from configs import Config
 from data.corpus import read_meta, read_split, training_rows
 from data.tokenizer import load_tokenizer, train_bpe
@@ -120,7 +122,7 @@ def test_decoding_an_encoding_returns_the_text(spec_for):
 def test_text_that_looks_special_is_only_text(spec_for):
     tokenizer = load_tokenizer(spec_for("<|endoftext|>"))
     ids = tokenizer.encode("<|endoftext|>")
-    assert len(ids) > 1 and prepare.EOT not in ids
+    assert len(ids) > 1 and pretrain.EOT not in ids
 
 
 def test_partial_characters_and_masks_are_shown():
@@ -176,7 +178,7 @@ def test_pydocs(tmp_path, capsys):
 
 def test_pydocs_goes_on_without_topics(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    assert list(prepare.topic_sections()) == []
+    assert list(texts_module.read_topics()) == []
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -189,7 +191,7 @@ def small_text8(tmp_path, monkeypatch):
     text = "".join(rng.choice(" etaoinshrdlucmfwypvbgkjqxz") for _ in range(10_007))
     with zipfile.ZipFile(tmp_path / "text8.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("text8", text)
-    monkeypatch.setattr(prepare, "TEXT8_CHARACTERS", len(text))
+    monkeypatch.setattr(texts_module, "TEXT8_CHARACTERS", len(text))
     return text
 
 
@@ -261,9 +263,9 @@ def test_text8_download(small_text8, tmp_path, serve, monkeypatch, refuses):
         serve(files, cut=9) + "/text8.zip": ["text8.zip: the download stopped after"],
         "http://127.0.0.1:9/text8.zip": ["refused"],
     }.items():
-        monkeypatch.setattr(prepare, "TEXT8_URL", url)
+        monkeypatch.setattr(texts_module, "TEXT8_URL", url)
         refuses(["text8"], *words)
-    monkeypatch.setattr(prepare, "TEXT8_URL", serve(files) + "/text8.zip")
+    monkeypatch.setattr(texts_module, "TEXT8_URL", serve(files) + "/text8.zip")
     check_text8(small_text8, *make("text8", "--out", tmp_path / "a"))
 
 
@@ -276,8 +278,8 @@ def test_text8_bad_input(small_text8, tmp_path, refuses):
     for name, content, words in [
         ("gone.zip", None, ["No such file"]),
         ("not.zip", b"hello", ["not a zip"]),
-        ("half.zip", good[: len(good) // 2], ["not a zip file, or not all of it"]),
-        ("corrupt.zip", corrupt, ["not a zip file, or not all of it"]),
+        ("half.zip", good[: len(good) // 2], ["not a zip file, or incomplete"]),
+        ("corrupt.zip", corrupt, ["not a zip file, or incomplete"]),
         ("other.zip", (tmp_path / "other.zip").read_bytes(), ["no member named text8"]),
         ("short", small_text8[:-1].encode(), ["10,006 characters", "10,007"]),
         ("empty", b"", ["0 characters"]),
@@ -413,7 +415,7 @@ def test_openwebtext_resumes_after_a_failure(tmp_path, refused, monkeypatch):
         monkeypatch.context() as patch,
         pytest.raises(ZeroDivisionError),
     ):  # killed again, at the very end
-        patch.setattr(prepare, "finish", lambda *a: 1 / 0)
+        patch.setattr("data.shards.finish", lambda *a: 1 / 0)
         prepare.main(argv)
     after = (work / "00000.bin").stat()
     assert (after.st_ino, after.st_mtime_ns) == (
@@ -450,7 +452,7 @@ def test_openwebtext_redoes_a_shard_whose_file_changed(tmp_path, refused):
 def test_openwebtext_from_the_hub(tmp_path, serve):
     """The real huggingface_hub against a small imitation of the hub, in a process of its own (HF_ENDPOINT)."""
     one, two = write_shards(tmp_path / "shards")
-    sha, repo = "c0ffee" * 6 + "c0de", prepare.OPENWEBTEXT
+    sha, repo = "c0ffee" * 6 + "c0de", pretrain.OPENWEBTEXT
     names = ["README.md", f"data/{two.name}", f"data/{one.name}", "data/test-0.parquet"]
     info = dict(
         id=repo, sha=sha, siblings=[dict(rfilename=n) for n in names], tags=[], downloads=0, likes=0
@@ -466,7 +468,7 @@ def test_openwebtext_from_the_hub(tmp_path, serve):
     )
 
     def run(docs, *more):
-        code = f"import data.prepare as p; p.OPENWEBTEXT_DOCS = {docs}; p.main()"
+        code = f"import data.prepare as p, data.pretrain as d; d.OPENWEBTEXT_DOCS = {docs}; p.main()"
         argv = ["openwebtext", "--val_docs", "9", "--out", tmp_path / "a", *more]
         return subprocess.run(
             [sys.executable, "-c", code, *argv], env=env, cwd=ROOT, capture_output=True, text=True
@@ -493,14 +495,14 @@ def test_openwebtext_from_the_hub(tmp_path, serve):
 def test_openwebtext_bad_input(tmp_path, refuses):
     one, two = write_shards(tmp_path / "shards")
     (other,) = write_shards(tmp_path / "other", sizes=[45], column="body")
-    (null,) = write_shards(tmp_path / "null", docs=["a", None], sizes=[2])
+    (numbers,) = write_shards(tmp_path / "numbers", docs=[1, 2], sizes=[2])
     half, notes = tmp_path / "half.parquet", tmp_path / "notes.txt"
     half.write_bytes(one.read_bytes()[:500])
     notes.write_text("not a parquet file at all")
     run = ["openwebtext", "--workers", 1, "--input"]
     refuses([*run, tmp_path / "gone.parquet"], "gone.parquet: no such file")
     refuses([*run, other], other, "no column 'text'", "body")
-    refuses([*run, null], null, "not text")
+    refuses([*run, numbers], numbers, "row 1: its field 'text' is not text")
     refuses([*run, half], half)
     refuses([*run, notes], notes)
     refuses(["openwebtext", "--wrap", 2, "--input", one], "--wrap=2: must be at least 3")
