@@ -64,8 +64,10 @@ def command_for(folder):
     if not found or found[1] == "text":
         return None
     name, dump, packed, no_eot, wrap = found.groups()
-    options = dict(dump=dump, packed=bool(packed), no_eot=bool(no_eot), wrap=wrap and int(wrap))
-    options = {option: value for option, value in options.items() if value}
+    options = dict(
+        dump=dump, packed=packed and True, no_eot=no_eot and True, wrap=wrap and int(wrap)
+    )
+    options = {option: value for option, value in options.items() if value is not None}
     if options.keys() - NAMES[name] or default_folder(name, **options) != folder:
         return None
     words = [f"--{option}" + f" {value}" * (value is not True) for option, value in options.items()]

@@ -81,16 +81,24 @@ def read_parquet(path, columns):
 
 
 def read_csv(path, columns):
-    """The first line names the columns. A short row has nulls."""
+    """The first line names the columns. A short row has nulls. The place is a row's last line."""
     csv.field_size_limit(2**31 - 1)  # by default a field may have 131,072 characters
-    rows = csv.DictReader((line for _, line in read_lines(path)), strict=True)
+    number = 0
+
+    def count_lines():
+        nonlocal number
+        for at, line in read_lines(path):
+            number = at
+            yield line
+
+    rows = csv.DictReader(count_lines(), strict=True)
     try:
         if columns:
             check_column(columns[0], rows.fieldnames or [])
         for record in rows:
-            yield f"line {rows.line_num}", record
+            yield f"line {number}", record
     except csv.Error as e:
-        raise ValueError(f"line {rows.line_num}: not CSV ({e})") from None
+        raise ValueError(f"line {number}: not CSV ({e})") from None
 
 
 def check_column(column, names):
