@@ -16,7 +16,7 @@ from test_pretraining_data import TEXT
 import data.prepare as prepare
 from configs import Config
 from data.corpus import GIVEN, read_meta, read_split, take, training_rows, unpack
-from data.finetune import SYSTEM, conversation
+from data.finetune import SYSTEM, parse_conversation
 from data.tokenizer import load_tokenizer, train_bpe
 
 refused, refuses = test_data.refused, test_data.refuses  # fixtures
@@ -283,9 +283,9 @@ def test_sharegpt(tmp_path, capsys):
 
 def test_a_conversation_ends_at_a_turn_that_is_out_of_turn():
     long = talk("a", "b", "c", "d", "e")
-    assert [text for text, _ in conversation(long)][1::2] == [" b", " d"]
+    assert [text for text, _ in parse_conversation(long)][1::2] == [" b", " d"]
     long["conversations"][2]["from"] = "system"
-    assert [text for text, _ in conversation(long)][1::2] == [" b"]
+    assert [text for text, _ in parse_conversation(long)][1::2] == [" b"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -355,21 +355,21 @@ def test_bad_input(tmp_path, refuses):
     gsm8k = ["gsm8k", "--tokenizer", "bpe", "--input"]
     for content, words in [
         ('{"question": "a", "answer": "b"}\n', "holds nothing of this data set's form"),
-        ('{"question": "a"}\n', "record 1: not of this data set's form"),
+        ('{"question": "a"}\n', "line 1: not of this data set's form"),
         (
             '{"question": "a", "answer": "b #### c"}\n{"question": 1, "answer": "#### 1"}\n',
-            "record 2: not of",
+            "line 2: not of",
         ),
-        ('["question"]\n', "record 1: not of"),
+        ('["question"]\n', "line 1: not of"),
         ('{"question"\n', "line 1: not JSON"),
         ('{"question": "a", "answer": "b #### c"}\n', "needs two or more"),
-        ("", "line 1: not JSON"),
+        ("", "holds nothing of this data set's form"),
     ]:
         path = tmp_path / "bad.jsonl"
         path.write_text(content)
         refuses([*gsm8k, path], "bad.jsonl", words)
     path.write_bytes(b"\xff")
-    refuses([*gsm8k, path], "bad.jsonl: 'utf-8'")
+    refuses([*gsm8k, path], "bad.jsonl: line 1: not UTF-8")
     refuses([*gsm8k, tmp_path / "gone.jsonl"], "gone.jsonl: no such file")
     refuses(
         [*gsm8k, jsonl(tmp_path / "test.jsonl", json.loads(good.open().readline()))],

@@ -18,9 +18,10 @@ import test_data
 from test_data import ROOT, TRICKY, make
 
 import data.prepare as prepare
+import data.pretrain as pretrain
 import data.shards as shards
 from data.corpus import read_meta
-from data.tokenizer import MASK_SHOWN, load_tokenizer, read_llama
+from data.tokenizer import LLAMA, MASK_SHOWN, load_tokenizer, read_llama
 
 refused, refuses, serve = test_data.refused, test_data.refuses, test_data.serve  # fixtures
 
@@ -318,7 +319,7 @@ def test_a_killed_run_is_gone_on_with(tmp_path, vocab):
     work = tmp_path / "a.partial" / "shards"
     before = (work / "00000.bin").stat()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "finish", lambda *a: 1 / 0)
+        patch.setattr("data.shards.finish", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare.main([*map(str, argv), "--out", f"{tmp_path}/a"])
     after = (work / "00000.bin").stat()
@@ -344,7 +345,7 @@ def test_slimpajama_bad_input(tmp_path, vocab, refuses):
         ("not.jsonl", b'{"text": "a"}\nhello\n', ["line 2: not JSON"]),
         ("list.jsonl", b'{"text": "a"}\n["text"]\n', ["line 2: must have a field 'text'"]),
         ("number.jsonl", b'{"text": 1}\n', ["line 1: its field 'text' is not text"]),
-        ("notes.txt", b"the cat", ["neither a parquet nor a .jsonl file"]),
+        ("notes.txt", b"the cat", ["must be a .jsonl, .json, .csv or parquet file"]),
     ]:
         (tmp_path / name).write_bytes(raw)
         refuses([*run, tmp_path / name, "--workers", 1], name, *words)
@@ -398,7 +399,7 @@ def test_fineweb(tmp_path, vocab, tokens, capsys):
 
 def test_of_a_large_file_no_more_is_read_than_is_needed(tmp_path, vocab, monkeypatch):
     path = write_parquet(tmp_path / "0.parquet", ["the cat sat"] * 5000)
-    monkeypatch.setattr(prepare, "finish", lambda *a: 1 / 0)
+    monkeypatch.setattr("data.shards.finish", lambda *a: 1 / 0)
     argv = ["fineweb", "--input", path, "--tokens", 1500, "--vocab", vocab, "--out", tmp_path / "a"]
     with pytest.raises(ZeroDivisionError):
         prepare.main([*map(str, argv)])
@@ -451,10 +452,10 @@ def test_from_the_hub(tmp_path, serve):
     }
     for name, part in slim.items():
         path = write_parquet(tmp_path / name, part, metas(part))
-        files[f"/datasets/{prepare.SLIMPAJAMA}/resolve/{sha}/{name}.parquet"] = path.read_bytes()
+        files[f"/datasets/{pretrain.SLIMPAJAMA}/resolve/{sha}/{name}.parquet"] = path.read_bytes()
     siblings = [dict(rfilename=f"{name}.parquet") for name in slim] + [dict(rfilename="README.md")]
-    answer = dict(info, id=prepare.SLIMPAJAMA, siblings=siblings)
-    files[f"/api/datasets/{prepare.SLIMPAJAMA}"] = json.dumps(answer).encode()
+    answer = dict(info, id=pretrain.SLIMPAJAMA, siblings=siblings)
+    files[f"/api/datasets/{pretrain.SLIMPAJAMA}"] = json.dumps(answer).encode()
 
     path = write_parquet(tmp_path / "web.parquet", DOCS)
     names = [f"data/{dump}/000_0000{i}.parquet" for i in range(3)]
@@ -462,10 +463,11 @@ def test_from_the_hub(tmp_path, serve):
         dict(type="file", path=name, size=9, oid="0")
         for name in [*names[::-1], f"data/{dump}/README.md"]
     ]
-    files[f"/datasets/{prepare.FINEWEB}/resolve/{sha}/{names[0]}"] = path.read_bytes()
-    files[f"/api/datasets/{prepare.FINEWEB}"] = json.dumps(dict(info, id=prepare.FINEWEB)).encode()
-    files[f"/api/datasets/{prepare.FINEWEB}/tree/{sha}/data%2F{dump}"] = json.dumps(tree).encode()
-    files[f"/{prepare.LLAMA}/resolve/main/tokenizer.json"] = TEXT.encode()
+    files[f"/datasets/{pretrain.FINEWEB}/resolve/{sha}/{names[0]}"] = path.read_bytes()
+    about = json.dumps(dict(info, id=pretrain.FINEWEB)).encode()
+    files[f"/api/datasets/{pretrain.FINEWEB}"] = about
+    files[f"/api/datasets/{pretrain.FINEWEB}/tree/{sha}/data%2F{dump}"] = json.dumps(tree).encode()
+    files[f"/{LLAMA}/resolve/main/tokenizer.json"] = TEXT.encode()
 
     runs = [
         ["slimpajama", "--workers", "2", "--out", f"{tmp_path}/a"],
@@ -484,7 +486,7 @@ def test_from_the_hub(tmp_path, serve):
         [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
     )
     assert done.stderr.startswith(
-        f"error: {prepare.FINEWEB}: cannot list its files on the hub ("
+        f"error: {pretrain.FINEWEB}: cannot list its files on the hub ("
     ), done.stderr
     assert (
         done.stderr.count("\n") == 1
@@ -494,8 +496,8 @@ def test_from_the_hub(tmp_path, serve):
     for split, name in zip(("train", "val", "test"), slim):
         ids = np.fromfile(tmp_path / "a" / f"{split}.bin", np.uint16)
         assert ids.tolist() == slow_slimpajama(slim[name], False)
-    assert read_meta(f"{tmp_path}/a")["source"] == f"{prepare.SLIMPAJAMA}@{sha}"
+    assert read_meta(f"{tmp_path}/a")["source"] == f"{pretrain.SLIMPAJAMA}@{sha}"
     assert np.fromfile(tmp_path / "b" / "test.bin", np.uint16).tolist() == slow_fineweb(500)
     assert read_meta(f"{tmp_path}/b")["source"].startswith(
-        f"{prepare.FINEWEB}@{sha}, {dump}, sha256 "
+        f"{pretrain.FINEWEB}@{sha}, {dump}, sha256 "
     )
