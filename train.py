@@ -147,16 +147,16 @@ def train_step(net, optimizers, batches, step, cfg, device):
     device. The mean is over the tokens of the global batch, so no split of it changes anything."""
     total = torch.zeros((), device=device)
     send = partial(torch.Tensor.to, device=device, non_blocking=True)  # need not wait for a GPU
-    tokens = send(sum(maskable.sum() for _, maskable, *_ in batches))
+    tokens = send(sum(counted.sum() for _, counted, *_ in batches))
     world = 1
     if dist.is_initialized():
         dist.all_reduce(tokens)
         world = dist.get_world_size()
     for i, tensors in enumerate(batches):
-        x0, maskable, t, xt, weight = map(send, tensors)
+        x0, counted, t, xt, weight = map(send, tensors)
         net.require_backward_grad_sync = i == len(batches) - 1  # for DDP: average once
         with autocast(device, cfg.dtype):
-            nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt)  # (B, L)
+            nats = LOSSES[cfg.loss](net, x0, counted, cfg, t, xt)  # (B, L)
         loss = (nats.sum(-1) * weight).sum() * world / tokens  # DDP averages over processes
         loss.backward()
         total += loss.detach()

@@ -6,6 +6,8 @@ or the length of the rows, each with its own BOS and EOS), pad (the id that fill
 and, per split, tokens, characters, sha256 and, if there is a pad, padding: the number of pad ids.
 With "given": true, ids are uint32, and bit 31 marks given tokens, which are never masked, trained
 or counted. Marked tokens after a row's last unmarked one are padding; `given` counts the others.
+"ends" says whether rows are documents, which end: there a text stops at the first end that a model
+writes. Elsewhere an end of text is only a separator.
 """
 
 import hashlib
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 
 from common import fail
+from diffusion import philox
 
 ROOT = Path(__file__).parent
 GIVEN = 1 << 31  # bit of a stored id
@@ -109,7 +112,8 @@ def finish(folder, source, tokenizer, vocab_size, characters, wrap=0, pad=None, 
             splits[split]["given"] = marked - padding
     meta = dict(
         name=folder.name, source=source, tokenizer=tokenizer, vocab_size=vocab_size,
-        dtype=dtype.name, wrap=wrap, pad=pad, given=given, splits=splits,
+        dtype=dtype.name, wrap=wrap, pad=pad, given=given, ends=given or pad is not None,
+        splits=splits,
     )  # fmt: skip
     (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     if folder.exists():
@@ -136,6 +140,7 @@ def read_meta(name):
             meta[key]
         for key, value in dict(pad=None, given=False).items():
             meta.setdefault(key, value)  # older corpora lack these keys
+        meta.setdefault("ends", meta["given"] or meta["pad"] is not None)
         np.dtype(meta["dtype"])
     except (ValueError, KeyError, TypeError) as e:
         fail(f"{path}: damaged ({e}); prepare the data again")
@@ -197,19 +202,24 @@ def draw_order(seed, epoch, windows, offsets):
     key = (seed, epoch, windows, offsets)
     if key not in _order:
         _order.clear()
-        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        rng = philox(seed, epoch, stream=0)
         _order[key] = rng.integers(offsets), rng.permutation(np.arange(windows, dtype=np.uint32))
     offset, order = _order[key]
     return order, int(offset)
 
 
 def unpack(rows, meta, cfg):
-    """Rows (N, L) as stored -> x0 (N, L) int64 and maskable (N, L) bool: the tokens to be trained
-    and counted, without padding, given tokens and a given BOS."""
+    """Rows (N, L) as stored -> x0 (N, L) int64, maskable and counted (N, L) bool.
+
+    Given tokens (prompts, a given BOS) are neither maskable nor counted. Padding is maskable, or its
+    place would tell the network how long the text is, but it is not counted."""
     rows = torch.as_tensor(rows)
-    x0, maskable = rows & (GIVEN - 1), rows < GIVEN
+    x0, marked = rows & (GIVEN - 1), rows >= GIVEN
+    text_follows = (~marked).flip(-1).cumsum(-1).flip(-1) > 0
+    padding = marked & ~text_follows
+    maskable = ~marked | padding
     if meta.get("pad") is not None:
-        maskable &= x0 != meta["pad"]
+        padding |= x0 == meta["pad"]
     if cfg.bos:
         maskable[:, 0] = False
-    return x0, maskable
+    return x0, maskable, maskable & ~padding

@@ -328,7 +328,9 @@ def run_interruptibly(train, texts):
             thread.join(0.2)
             if (now := time.monotonic()) - reported >= REPORT_EVERY:
                 reported, seconds = now, now - start
-                line = f"training the tokenizer: counted {characters:,} characters in {seconds:.0f} s"
+                line = (
+                    f"training the tokenizer: counted {characters:,} characters in {seconds:.0f} s"
+                )
                 print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         interrupted = True

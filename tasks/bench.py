@@ -158,7 +158,7 @@ def bench_evaluate(args):
     if not len(ids):
         fail(f"{cfg.data}/val.bin: shorter than one window of {cfg.seq_len}")
     rows = take(ids, range(0, len(ids), cfg.seq_len), cfg.seq_len, cfg, "val.bin")
-    x0, maskable = (a.to(device) for a in unpack(rows, meta, cfg))
+    x0, maskable, _ = (a.to(device) for a in unpack(rows, meta, cfg))
     loss = "sedd" if cfg.loss == "sedd" else "mdlm"
     theirs = replace(
         cfg,
