@@ -126,8 +126,8 @@ def bound(
     model, ids, meta, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32",
     quiet=True, partial=None,
 ):  # fmt: skip
-    """The bound on -log p of a split in nats per token: {"nats", "se", "tokens",
-    "split_tokens", "forwards"}.
+    """The bound on -log p of a split in nats per token: nats, se, tokens, split_tokens
+    (counted in the whole split) and forwards.
 
     See `choose_windows` and `batch_nats`. Padding and given tokens are not counted. Under
     torch.distributed the ranks share the windows, and all return the result of all. partial: a file
@@ -177,18 +177,16 @@ def bound(
 def count_tokens(ids, meta, cfg):
     """The number of counted tokens of a whole split in windows of seq_len."""
     L = cfg.seq_len
-    if meta["pad"] is None and not meta["given"]:
+    if meta.get("pad") is None and not meta.get("given"):
         return len(ids) - cfg.bos * -(-len(ids) // L)  # a given first token per window
     parts = (ids[i : i + 4096 * L].astype(np.int64) for i in range(0, len(ids), 4096 * L))
     return sum(int(unpack(part.reshape(-1, L), meta, cfg)[2].sum()) for part in parts)
 
 
 def report(result, meta, split):
-    """The figures people quote, each with its standard error, from the
-    nats per token of `bound`."""
-    counts = meta["splits"][split]
-    text = counts["tokens"] - counts.get("padding", 0) - counts.get("given", 0)
-    bits, per_char = 1 / math.log(2), text / counts["characters"]
+    """The figures people quote, with their standard errors, from a result of `bound`. Bits per
+    character are the split's total nats over its characters of text, for every layout of rows."""
+    bits, per_char = 1 / math.log(2), result["split_tokens"] / meta["splits"][split]["characters"]
     nats, se = result["nats"], result["se"]
     perplexity = math.exp(min(nats, 700))
     return {

@@ -211,8 +211,8 @@ def draw_order(seed, epoch, windows, offsets):
 def unpack(rows, meta, cfg):
     """Rows (N, L) as stored -> x0 (N, L) int64, maskable and counted (N, L) bool.
 
-    Given tokens (prompts, a given BOS) are neither maskable nor counted. Padding is maskable, or its
-    place would tell the network how long the text is, but it is not counted."""
+    Given tokens (prompts, a given BOS) are neither maskable nor counted. Padding is maskable, since
+    visible padding would tell the network how long the text is, but it is not counted."""
     rows = torch.as_tensor(rows)
     x0, marked = rows & (GIVEN - 1), rows >= GIVEN
     text_follows = (~marked).flip(-1).cumsum(-1).flip(-1) > 0

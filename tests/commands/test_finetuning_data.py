@@ -37,7 +37,7 @@ def make(*argv, every=1):
     for split, of in meta["splits"].items():
         ids, _ = read_split(folder, split, cfg)
         rows = take(ids, range(0, len(ids), meta["wrap"]), meta["wrap"], cfg, split)
-        x0, maskable = unpack(rows, meta, cfg)
+        x0, _, maskable = unpack(rows, meta, cfg)
         assert (
             maskable.any(1).all() and not maskable[:, 0].any() and (x0[:, 0] == tokenizer.bos).all()
         )
@@ -296,17 +296,19 @@ def test_unpack():
     meta, cfg = dict(pad=None, given=True), Config(vocab_size=9, seq_len=4)
     rows = np.array([[8 | GIVEN, 3, 8, 8 | GIVEN], [8 | GIVEN, 4 | GIVEN, 5, 8]])
     for form in (rows, torch.from_numpy(rows)):
-        x0, maskable = unpack(form, meta, cfg)
+        x0, maskable, counted = unpack(form, meta, cfg)
         assert x0.dtype == torch.int64 and x0.tolist() == [[8, 3, 8, 8], [8, 4, 5, 8]]
-        assert maskable.tolist() == [[False, True, True, False], [False, False, True, True]]
+        assert maskable.tolist() == [[False, True, True, True], [False, False, True, True]]
+        assert counted.tolist() == [[False, True, True, False], [False, False, True, True]]
     plain = np.array([[0, 1, 2, 0]])
     for pad, bos, expected in [
         (None, False, [1, 1, 1, 1]),
         (None, True, [0, 1, 1, 1]),
         (0, False, [0, 1, 1, 0]),
     ]:
-        x0, maskable = unpack(plain, dict(pad=pad), replace(cfg, bos=bos))
-        assert x0.tolist() == plain.tolist() and maskable.int().tolist() == [expected]
+        x0, maskable, counted = unpack(plain, dict(pad=pad), replace(cfg, bos=bos))
+        assert maskable.int().tolist() == [[not bos, 1, 1, 1]]
+        assert x0.tolist() == plain.tolist() and counted.int().tolist() == [expected]
 
 
 def test_training_rows_and_ids_out_of_range(tmp_path, refused):
@@ -327,7 +329,7 @@ def test_training_rows_and_ids_out_of_range(tmp_path, refused):
     prepare.main([*argv, "--out", f"{tmp_path}/a"])
     cfg = Config(data=f"{tmp_path}/a", vocab_size=258, seq_len=16, bos=True)
     ids, meta = read_split(cfg.data, "train", cfg)
-    x0, maskable = unpack(training_rows(ids, meta, cfg, range(38)), meta, cfg)
+    x0, _, maskable = unpack(training_rows(ids, meta, cfg, range(38)), meta, cfg)
     tokenizer = load_tokenizer(meta["tokenizer"])
     seen = {tokenizer.decode(x[m]) for x, m in zip(x0, maskable)}
     assert seen == {f"{i} is {i}{END}" for i in range(38)}  # each once in an epoch

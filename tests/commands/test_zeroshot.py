@@ -312,9 +312,9 @@ def test_lm1b_padded(tmp_path, vocab, sentences, capsys):
     cfg = Config(data=str(tmp_path / "lm1b"), vocab_size=len(PIECES), seq_len=L)
     rows = training_rows(*read_split(cfg.data, "train", cfg), cfg, range(15))
     assert sorted(rows.tolist()) == sorted(ids["train"].reshape(-1, L).tolist())
-    maskable = unpack(torch.from_numpy(rows), meta, cfg)[1]
+    maskable = unpack(torch.from_numpy(rows), meta, cfg)[2]
     assert (maskable.numpy() == (rows != 0)).all() and not maskable.all()
-    maskable = unpack(torch.from_numpy(rows), meta, replace(cfg, bos=True))[1]
+    maskable = unpack(torch.from_numpy(rows), meta, replace(cfg, bos=True))[2]
     assert not maskable[:, 0].any() and (maskable[:, 1:].numpy() == (rows != 0)[:, 1:]).all()
 
 
@@ -657,7 +657,8 @@ def test_padding_is_counted_and_never_maskable(tmp_path):
     assert of["tokens"] == 12 and of["padding"] == 4
     assert of["sha256"] == hashlib.sha256((folder / "test.bin").read_bytes()).hexdigest()
     x0, cfg = torch.from_numpy(x0.astype(np.int64)), Config(vocab_size=len(PIECES), seq_len=4)
-    assert unpack(x0, meta, cfg)[1].tolist() == [[i > 0 for i in row] for row in x0.tolist()]
+    assert unpack(x0, meta, cfg)[1].all()  # masked, or its place would tell the length
+    assert unpack(x0, meta, cfg)[2].tolist() == [[i > 0 for i in row] for row in x0.tolist()]
 
     old = json.loads((folder / "meta.json").read_text())  # before there was padding
     del old["pad"], old["splits"]["test"]["padding"]
