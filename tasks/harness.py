@@ -391,10 +391,8 @@ def main(argv=None):
     }  # fmt: skip
     make_table = partial(lm_eval.utils.make_table, results)
     tables = [make_table(part) for part in ("results", "groups") if part in parts]
-    likelihood = (
-        f"likelihood: {kind}; guidance {args.guidance:g}, seed {args.seed}, {record['dtype']}"
-    )
-    print(to_json(record) if args.json else "\n".join([*tables, likelihood]))
+    footer = f"likelihood: {kind}; guidance {args.guidance:g}, seed {args.seed}, {record['dtype']}"
+    print(to_json(record) if args.json else "\n".join([*tables, footer]))
     return record
 
 
