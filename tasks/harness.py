@@ -334,7 +334,7 @@ def parse_arguments(argv):
     p = parser(__doc__)
     p.add_argument("ckpt")
     p.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="any of lm-eval's")
-    p.add_argument("--estimator", default="mc", choices=("mc", "chain"), help="likelihoods by [mc]")
+    p.add_argument("--estimator", default="mc", choices=("mc", "chain"), help="of likelihoods [mc]")
     p.add_argument("--mc", type=int, default=128, help="masked copies of a text [128]")
     p.add_argument("--guidance", type=float, default=0.0, help="w, classifier-free, by the prompt")
     p.add_argument("--limit", type=float, help="documents of a task; below 1: a share of them")
