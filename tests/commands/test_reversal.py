@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,18 @@ def test_each_number_of_masks_is_as_frequent(cfg, monkeypatch):
     nats = reversal.measure_nats(None, cfg, x0, maskable, passes=8)
     assert (torch.stack(counts).sort(0).values.T == torch.tensor([1, 1, 2, 2, 3, 3, 4, 4])).all()
     assert (nats == 2.5).all()
+
+
+def test_accuracy_counts_questions_whose_true_answer_is_the_cheapest(facts, cfg, monkeypatch):
+    """Five questions of each direction, of which 5, 4, 0 and 1 have the true answer in front."""
+    right = [True] * 5 + [True] * 4 + [False] * 6 + [True] + [False] * 4
+    nats = torch.ones(20, 10)
+    nats[:, 0] = torch.where(torch.tensor(right), 0.5, 1.5)
+    model = SimpleNamespace(tokenizer=read_meta(str(facts))["tokenizer"])
+    monkeypatch.setattr(reversal, "load", lambda *a, **k: (model, cfg))
+    monkeypatch.setattr(reversal, "measure_nats", lambda *a: nats.flatten())
+    shares = reversal.measure_accuracy(cfg, passes=1, limit=5)
+    assert shares == {"p2d": 1, "d2p": 0.8, "d2p_reverse": 0, "p2d_reverse": 0.2}
 
 
 def test_the_command_trains_both_and_writes_the_table(cfg, facts, capsys):
