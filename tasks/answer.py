@@ -333,8 +333,10 @@ def summarise(done, questions, args):
     """The figures of the records, and the same as text."""
     n, empty = len(done), 0
     for record, (texts, _) in zip(done, questions):
-        gsm8k = args.task == "gsm8k"
-        answers = [record["thought"], record["answer"]] if gsm8k else record["choices"][0]["turns"]
+        if args.task == "gsm8k":
+            answers = record["thought"], record["answer"]
+        else:
+            answers = record["choices"][0]["turns"]
         empty += sum(not answer.strip("#") for _, answer in zip(texts, answers))
     result = dict(task=args.task, questions=n, empty=empty)
     text = f"{n:,} questions, {empty:,} of their answers empty, in {args.out}"
