@@ -127,7 +127,7 @@ def sum_log_p(make_rows, rows, model, cfg, requests, w, **batching):
 
 def chain(model, cfg, requests, w=0.0, **batching):
     """The chain rule from left to right: row k masks the target from token k on and predicts that
-    token; a causal network needs one row for all. The law of the sampler `ar`, if t is ignored."""
+    token; a causal network needs one row for all. The law of the sampler `ar`."""
 
     def make_rows(i, k, x0, offset):
         if cfg.causal:
