@@ -118,8 +118,8 @@ pipeline("fill-mask", model="{name}", trust_remote_code=True)({example})
 ```
 
 """
-NO_FILL = """There is no `pipeline_tag`: `pipeline("fill-mask")` runs, but a causal model reads only the
-tokens before a [MASK], not those behind it.
+NO_FILL = """There is no `pipeline_tag`: `pipeline("fill-mask")` runs, but a causal model reads
+only the tokens before a [MASK], not those behind it.
 
 """
 NOTES = {

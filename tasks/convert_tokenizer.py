@@ -26,7 +26,8 @@ def read_tokenizer(source):
         try:
             spec = read_file(path)
         except (OSError, ValueError) as e:
-            fail(one_line(e))
+            message = one_line(e)
+            fail(message if message.startswith(source) else f"{source}: {message}")
     elif (folder_of(source) / "meta.json").is_file():
         spec = read_meta(source)["tokenizer"]
     else:
@@ -59,6 +60,8 @@ def read_file(path):
         kind = model.get("type", "WordPiece" if "merges" not in model else "BPE")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library") from None
+    if kind == "WordPiece" and '"lowercase": false' in json.dumps(file.get("normalizer")):
+        raise ValueError(f"{path}: cased WordPiece: must be uncased")
     if kind == "WordPiece":
         return read_wordpiece(path)
     if kind == "BPE" and model.get("byte_fallback"):
