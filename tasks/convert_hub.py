@@ -89,7 +89,7 @@ steps{best}.
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 model = AutoModelForMaskedLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 inputs = tokenizer([{example}], padding=True, truncation=True, return_tensors="pt")
 logits = model(**inputs).logits  # (B, L, {outputs}); [MASK] has the id {mask}
 ```
@@ -106,6 +106,9 @@ cuts longer texts. {tokens}
 These do not work: `generate`, `resize_token_embeddings`, and an `attention_mask` with zeros
 between a row's tokens. For samples, use nanoMDLM: `python -m tasks.convert {name} ckpt.pt`,
 then `python sample.py ckpt.pt`.
+
+Without `trust_remote_code=True`, `AutoTokenizer` asks for it and waits, although it runs no code
+of this folder.
 
 | field | value |
 |---|---|
