@@ -1,4 +1,5 @@
-"""Files in other projects' exact layouts, of random weights, against what their own networks answered."""
+"""Files in other projects' exact layouts, of random weights, against what their own networks
+answered."""
 
 import contextlib
 import functools
@@ -23,15 +24,17 @@ from data.tokenizer import load_tokenizer
 from model import DiT, load
 from tasks import convert, convert_hub, convert_tokenizer, convert_upstream
 
-# ---------------------------------------------------------------------------------------------------------
-# Upstream's networks: width 16, 2 blocks, 2 heads, cond_dim 8, with the weights of `recipe`. ANSWERS were
-# recorded once from the projects' own classes with these weights (strict=True), on a CPU in float32, with
-# flash_attn's two functions replaced by what they compute. `shapes` has the names and order of parameters().
-#   mdlm, timed   models/dit.py DIT, logits at sigma = 0 and at sigma(t)   kuleshov-group/mdlm c112c526
-#   ar            models/autoregressive.py AR, log p                       kuleshov-group/mdlm c112c526
-#   sedd_hub      model/transformer.py SEDD, log score at sigma(t)         louaaron's SEDD repository 0605786d
-#   nanodd        dit.py DiT, logits at 1000 t                             flukeskywalker/nanoDD b656fc6f
-# "name rows": for the raw weights and for the EMA, of row 1 of ids(rows), positions 2 and 8, outputs `shown`.
+# --------------------------------------------------------------------------------------------------
+# Upstream's networks: width 16, 2 blocks, 2 heads, cond_dim 8, with the weights of `recipe`.
+# ANSWERS were recorded once from the projects' own classes with these weights (strict=True), on a
+# CPU in float32, with flash_attn's two functions replaced by what they compute. `shapes` has the
+# names and the order of parameters().
+#   mdlm, timed   models/dit.py DIT, logits at sigma = 0, sigma(t)   kuleshov-group/mdlm c112c526
+#   ar            models/autoregressive.py AR, log p                 kuleshov-group/mdlm c112c526
+#   sedd_hub      model/transformer.py SEDD, log score at sigma(t)   louaaron's SEDD 0605786d
+#   nanodd        dit.py DiT, logits at 1000 t                       flukeskywalker/nanoDD b656fc6f
+# "name rows": for the raw weights and for the EMA, of row 1 of ids(rows), positions 2 and 8,
+# outputs `shown`.
 
 D, COND, LAYERS, HEADS = 16, 8, 2, 2
 
@@ -39,40 +42,40 @@ D, COND, LAYERS, HEADS = 16, 8, 2, 2
 def shapes(rows, kind="dit"):
     """{name: shape} of a network in the order of its parameters()."""
     if kind == "smdm":
-        of = {"lm_head.weight": (32000, D), "transformer.wte.weight": (rows, D)}
+        tensors = {"lm_head.weight": (32000, D), "transformer.wte.weight": (rows, D)}
         for i in range(LAYERS):
             b, mlp = f"transformer.h.{i}.", f"transformer.h.{i}.mlp.swiglu."
-            of |= {b + "norm_1.weight": (D,), b + "attn.attn.weight": (3 * D, D)}
-            of |= {b + "attn.proj.weight": (D, D), b + "norm_2.weight": (D,)}
-            of |= {
+            tensors |= {b + "norm_1.weight": (D,), b + "attn.attn.weight": (3 * D, D)}
+            tensors |= {b + "attn.proj.weight": (D, D), b + "norm_2.weight": (D,)}
+            tensors |= {
                 mlp + "w1.weight": (4 * D, D),
                 mlp + "w2.weight": (4 * D, D),
                 mlp + "w3.weight": (D, 4 * D),
             }
-        return of | {"transformer.ln_f.weight": (D,)}
+        return tensors | {"transformer.ln_f.weight": (D,)}
     linear = lambda name, n, m: {f"{name}.weight": (n, m), f"{name}.bias": (n,)}
     embed, clock, last = "vocab_embed.embedding", "sigma_map", "output_layer."
     if kind == "nanodd":
         embed, clock, last = "vocab_embed.weight", "c_embed", ""
-    of = {embed: (rows, D)}
+    tensors = {embed: (rows, D)}
     if kind != "ar":
-        of |= linear(f"{clock}.mlp.0", COND, 256) | linear(f"{clock}.mlp.2", COND, COND)
+        tensors |= linear(f"{clock}.mlp.0", COND, 256) | linear(f"{clock}.mlp.2", COND, COND)
     for i in range(LAYERS):
         b = f"blocks.{i}."
-        of |= {
+        tensors |= {
             b + "norm1.weight": (D,),
             b + "attn_qkv.weight": (3 * D, D),
             b + "attn_out.weight": (D, D),
         }
-        of |= (
+        tensors |= (
             {b + "norm2.weight": (D,)}
             | linear(b + "mlp.0", 4 * D, D)
             | linear(b + "mlp.2", D, 4 * D)
         )
-        of |= linear(b + "adaLN_modulation", 6 * D, COND) if kind != "ar" else {}
-    of |= {last + "norm_final.weight": (D,)}
-    of |= linear(last + "linear", rows, D) if kind != "nanodd" else {}
-    return of | (linear(last + "adaLN_modulation", 2 * D, COND) if kind != "ar" else {})
+        tensors |= linear(b + "adaLN_modulation", 6 * D, COND) if kind != "ar" else {}
+    tensors |= {last + "norm_final.weight": (D,)}
+    tensors |= linear(last + "linear", rows, D) if kind != "nanodd" else {}
+    return tensors | (linear(last + "adaLN_modulation", 2 * D, COND) if kind != "ar" else {})
 
 
 def recipe(rows, kind="dit", seed=0):
@@ -88,7 +91,7 @@ def recipe(rows, kind="dit", seed=0):
 
 
 def with_buffer(weights, prefix=""):
-    """As a state_dict has them, with the buffer of the rotary frequencies where upstream's modules put it."""
+    """As a state_dict: with the buffer of rotary frequencies where upstream's modules have it."""
     freq = 1 / 10_000 ** (torch.arange(0, D // HEADS, 2).float() / (D // HEADS))
     items = list(weights.items())
     at = next(i for i, (name, _) in enumerate(items) if name.startswith("blocks."))
@@ -176,7 +179,7 @@ ANSWERS = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Their files
 
 
@@ -201,22 +204,23 @@ def foreign(*names):
         sys.modules.update(before)
 
 
-def omegaconf(of, value, parent=None):
+def omegaconf(classes, value, parent=None):
     """A nested dict as OmegaConf's objects, with the attributes that they pickle."""
-    node = of.DictConfig() if isinstance(value, dict) else of.AnyNode()
-    meta = of.ContainerMetadata() if isinstance(value, dict) else of.Metadata()
+    node = classes.DictConfig() if isinstance(value, dict) else classes.AnyNode()
+    meta = classes.ContainerMetadata() if isinstance(value, dict) else classes.Metadata()
     meta.__dict__ |= dict(ref_type=object, object_type=dict, optional=True, key=None, flags={})
     meta.__dict__ |= dict(flags_root=False, resolver_cache=defaultdict(dict))
     node.__dict__ |= dict(_metadata=meta, _parent=parent)
     if isinstance(value, dict):
-        node._content = {k: omegaconf(of, v, node) for k, v in value.items()}
+        node._content = {k: omegaconf(classes, v, node) for k, v in value.items()}
     else:
         node._val = value
     return node
 
 
 HYDRA = {
-    "backbone": "dit", "parameterization": "subs", "time_conditioning": False, "T": 0, "subs_masking": False,
+    "backbone": "dit", "parameterization": "subs", "time_conditioning": False, "T": 0,
+    "subs_masking": False,
     "noise": {"type": "loglinear", "sigma_min": 1e-4, "sigma_max": 20},
     "model": {"name": "small", "length": 32, "n_heads": HEADS, "dropout": 0.1, "hidden_size": D},
     "data": {"train": "openwebtext-train", "tokenizer_name_or_path": "gpt2"},
@@ -232,23 +236,27 @@ def lightning(path, rows, kind="dit", vocab=None, extra=(), edit=None, **config)
     names = [om, "omegaconf.nodes.AnyNode", base + "Metadata", base + "ContainerMetadata"]
     names += ["transformers.models.gpt2.tokenization_gpt2_fast.GPT2TokenizerFast"]
     names += ["tokenizers.Tokenizer", "tokenizers.AddedToken", "functools_.partial"]
-    with foreign(*names) as of:
-        of.Tokenizer.__getstate__ = lambda self: b'{"version": "1.0"}'
-        of.Tokenizer.__setstate__ = lambda self, state: None
-        tokenizer = of.GPT2TokenizerFast()
+    with foreign(*names) as classes:
+        classes.Tokenizer.__getstate__ = lambda self: b'{"version": "1.0"}'
+        classes.Tokenizer.__setstate__ = lambda self, state: None
+        tokenizer = classes.GPT2TokenizerFast()
         tokenizer.__dict__ |= dict(
-            _tokenizer=of.Tokenizer(), _eos_token=of.AddedToken(), never_split={"a", "b"}
+            _tokenizer=classes.Tokenizer(), _eos_token=classes.AddedToken(), never_split={"a", "b"}
         )
         if vocab:
             tokenizer.vocab = OrderedDict((token, i) for i, token in enumerate(vocab))
         ckpt = {
             "epoch": 0, "global_step": 4321, "pytorch-lightning_version": "2.2.1",
             "state_dict": with_buffer(raw, "backbone."),
-            "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"completed": 0}}}},
-            "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_k_models": {}, "score": torch.ones(())}},
-            "optimizer_states": [{"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(3)}}}],
-            "lr_schedulers": [{"last_epoch": 4321, "lr_lambdas": [{}]}], "hparams_name": "kwargs",
-            "hyper_parameters": {"config": omegaconf(of, HYDRA | config), "tokenizer": tokenizer},
+            "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"current": {"done": 0}}}},
+            "callbacks": {"ModelCheckpoint{'monitor': None}": {
+                "best_k_models": {}, "score": torch.ones(())}},
+            "optimizer_states": [{"state": {0: {
+                "step": torch.ones(()), "exp_avg": torch.ones(3)}}}],
+            "lr_schedulers": [{"last_epoch": 4321, "lr_lambdas": [{}]}],
+            "hparams_name": "kwargs",
+            "hyper_parameters": {
+                "config": omegaconf(classes, HYDRA | config), "tokenizer": tokenizer},
             "ema": {"decay": 0.9999, "num_updates": 4321, "shadow_params": [*ema.values(), *extra]},
             "sampler": {"random_state": None},
         }  # fmt: skip
@@ -271,9 +279,10 @@ def hub_mdlm(folder, weights=None, **config):
 
 
 SEDD = {
-    "ngpus": 8, "tokens": 50257, "training": {"batch_size": 512, "ema": 0.9999}, "graph": {"type": "absorb"},
-    "data": {"train": "openwebtext", "valid": "wikitext103"}, "noise": {"type": "loglinear"},
-    "model": {"name": "small", "hidden_size": D, "length": 40, "n_heads": HEADS, "dropout": 0.1},
+    "ngpus": 8, "tokens": 50257, "training": {"batch_size": 512, "ema": 0.9999},
+    "graph": {"type": "absorb"}, "data": {"train": "openwebtext", "valid": "wikitext103"},
+    "noise": {"type": "loglinear"}, "model": {
+        "name": "small", "hidden_size": D, "length": 40, "n_heads": HEADS, "dropout": 0.1},
 }  # fmt: skip
 
 
@@ -334,7 +343,7 @@ def file_nanodd(path, T=1000):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def run(*args):
@@ -367,28 +376,35 @@ SCORES = dict(parameterization="sedd", time_conditioning=True)
 WORDS = dict(parameterization="ar", backbone="ar", model=HYDRA["model"] | {"causal": True})
 
 LAYOUTS = {  # name: (SOURCE, key of ANSWERS, fields of our Config)
-    "mdlm_hub": (lambda p: hub_mdlm(p), "mdlm 50258", dict(
-        loss="mdlm", seq_len=24, data="openwebtext_wrap24", time_cond=False, n_head=2, vocab_size=50257)),
+    "mdlm_hub": (hub_mdlm, "mdlm 50258", dict(
+        loss="mdlm", seq_len=24, data="openwebtext_wrap24", time_cond=False, n_head=2,
+        vocab_size=50257)),
     "subs": (lambda p: lightning(p, 35, **TEXT8), "mdlm 35", dict(
         loss="mdlm", seq_len=16, data="text8", dropout=0.1, vocab_size=35, T=0)),
-    "subs_1000": (lambda p: lightning(p, 50258, T=1000, noise={"type": "cosinesqr"}), "mdlm 50258", dict(
-        loss="mdlm", T=1000, schedule="cosine2", data="openwebtext_wrap32")),
+    "subs_1000": (
+        lambda p: lightning(p, 50258, T=1000, noise={"type": "cosinesqr"}), "mdlm 50258", dict(
+            loss="mdlm", T=1000, schedule="cosine2", data="openwebtext_wrap32")),
     "d3pm": (lambda p: lightning(p, 30522, vocab=BERT, **LM1B), "timed 30522", dict(
-        loss="d3pm", T=1000, time_cond=True, zero_masking=False, carry_over=False, vocab_size=30522,
-        data="lm1b")),
-    "d3pm_subs": (lambda p: lightning(p, 30522, vocab=BERT, **LM1B, subs_masking=True), "timed 30522", dict(
-        zero_masking=True, carry_over=False)),
-    "sedd": (lambda p: lightning(p, 50258, **SCORES), "timed 50258", dict(loss="sedd", time_cond=True)),
-    "sedd_text8": (lambda p: lightning(p, 35, **SCORES), "timed 35", dict(loss="sedd", vocab_size=35)),
+        loss="d3pm", T=1000, time_cond=True, zero_masking=False, carry_over=False,
+        vocab_size=30522, data="lm1b")),
+    "d3pm_subs": (
+        lambda p: lightning(p, 30522, vocab=BERT, **LM1B, subs_masking=True), "timed 30522", dict(
+            zero_masking=True, carry_over=False)),
+    "sedd": (lambda p: lightning(p, 50258, **SCORES), "timed 50258", dict(
+        loss="sedd", time_cond=True)),
+    "sedd_text8": (lambda p: lightning(p, 35, **SCORES), "timed 35", dict(
+        loss="sedd", vocab_size=35)),
     "ar": (lambda p: lightning(p, 50258, "ar", **WORDS), "ar 50258", dict(
         loss="ar", causal=True, bos=True, cond_dim=0)),
-    "ar_bert": (lambda p: lightning(p, 30522, "ar", vocab=BERT, **WORDS), "ar 30522", dict(loss="ar")),
-    "sedd_hub": (lambda p: hub_sedd(p), "sedd_hub 50258", dict(
+    "ar_bert": (lambda p: lightning(p, 30522, "ar", vocab=BERT, **WORDS), "ar 30522", dict(
+        loss="ar")),
+    "sedd_hub": (hub_sedd, "sedd_hub 50258", dict(
         loss="sedd", time_cond=True, seq_len=40, data="openwebtext", dropout=0.1)),
-    "sedd_run": (lambda p: run_sedd(p), "sedd_hub 50258", dict(loss="sedd", time_cond=True, seq_len=40)),
-    "nanodd": (lambda p: file_nanodd(p), "nanodd 28", dict(
-        loss="d3pm", T=1000, aux_ce=0.05, tied=True, time_input="step", time_cond=True, seq_len=256,
-        data="text8", zero_masking=True, carry_over=True, vocab_size=27)),
+    "sedd_run": (run_sedd, "sedd_hub 50258", dict(
+        loss="sedd", time_cond=True, seq_len=40)),
+    "nanodd": (file_nanodd, "nanodd 28", dict(
+        loss="d3pm", T=1000, aux_ce=0.05, tied=True, time_input="step", time_cond=True,
+        seq_len=256, data="text8", zero_masking=True, carry_over=True, vocab_size=27)),
 }  # fmt: skip
 
 
@@ -469,11 +485,11 @@ def test_the_result_samples_and_evaluates(corpus, tmp_path, capsys):
     assert result["step"] == 77 and math.isfinite(result["nats"])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# SMDM: lit_gpt/diffmodel.py TransEncoder and lit_gpt/model.py GPT, ML-GSAI/SMDM 583aa477, recorded as the
-# others, with its RMSNorm in Python, xformers' SwiGLU and flash_attn's rotary kernel replaced by what they
-# compute: logits of row 1 of smdm_ids, positions 3, 21 and 45, outputs 0, 5, 11, 16000, 31998 and 31999, with
-# the rotary tables rounded to bfloat16, as upstream does, and with its tables in float32.
+# --------------------------------------------------------------------------------------------------
+# SMDM: lit_gpt/diffmodel.py TransEncoder and lit_gpt/model.py GPT, ML-GSAI/SMDM 583aa477, recorded
+# as the others, with its RMSNorm in Python, xformers' SwiGLU and flash_attn's rotary kernel
+# replaced by what they compute: logits of row 1 of smdm_ids, positions 3, 21 and 45, outputs 0, 5,
+# 11, 16000, 31998 and 31999, with rotary tables in bfloat16, as upstream has them, and in float32.
 
 SMDM_ANSWERS = {
     ("mdlm", "bfloat16"): [
@@ -561,7 +577,7 @@ def llama_json(pieces):
 
 @pytest.fixture
 def llama(tmp_path, monkeypatch):
-    """The arguments --tokenizer FILE; the table of sizes has the test network's, which upstream's has not."""
+    """The arguments --tokenizer FILE. The table of sizes gets that of the test's network."""
     monkeypatch.setitem(convert_upstream.SMDM_SIZES, 0, (LAYERS, HEADS, D))
     (tmp_path / "tokenizer.json").write_text(llama_json(32000), "utf-8")
     return "--tokenizer", tmp_path / "tokenizer.json"
@@ -601,7 +617,8 @@ SMDM_BAD = {
         "transformer.wte.weight": torch.ones(50257, 16)},  # GPT-2
     "3 layers of width 16: none of SMDM's sizes": {"transformer.h.2.norm_1.weight": torch.ones(16)},
     "has no embedding, but lm_head.weight": {"transformer.wte.weight": None},
-    "not as nanoMDLM, MDLM, SEDD, nanoDD or SMDM write it": {"transformer.wte.weight": torch.ones(16)},
+    "not as nanoMDLM, MDLM, SEDD, nanoDD or SMDM write it": {
+        "transformer.wte.weight": torch.ones(16)},
 }  # fmt: skip
 
 
@@ -623,25 +640,25 @@ def test_smdms_choices_that_do_not_fit_are_named(tmp_path, llama, capsys):
     assert "an embedding of 32001 rows, but SMDM's have 301, or 300 if AR" in line
 
 
-def test_smdms_size_tells_its_heads():
-    """All 30 sizes are told apart by what tensors tell."""
+def test_smdms_layers_and_width_determine_its_heads():
+    """No two of the 30 sizes have the same layers and width."""
     assert len({(n_layer, d) for n_layer, _, d in convert_upstream.SMDM_SIZES.values()}) == 30
 
 
 def test_one_file_of_a_repository(tmp_path, llama, capsys, monkeypatch):
     """And no more of it: SMDM's has hundreds of gigabytes."""
-    asked, file = [], "mdm_safetensors/mdm-19M-6e18.safetensors"
+    calls, file = [], "mdm_safetensors/mdm-19M-6e18.safetensors"
     smdm_file(tmp_path / "x.safetensors")
-    download = lambda *args: asked.append(args) or str(tmp_path / "x.safetensors")
+    download = lambda *args: calls.append(args) or str(tmp_path / "x.safetensors")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     run(f"nieshen/SMDM:{file}", tmp_path / "x.pt", *llama)
-    assert asked == [("nieshen/SMDM", file)] and load(tmp_path / "x.pt")[1].n_embd == D
+    assert calls == [("nieshen/SMDM", file)] and load(tmp_path / "x.pt")[1].n_embd == D
     for local in "models/x.safetensors", "models/sub/x.safetensors", "no/such/folder:x.pt":
         assert "no such file or folder" in refused(capsys, local, tmp_path / "y.pt")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is refused
 
 
@@ -709,14 +726,16 @@ BAD_SETTINGS = {
     "graph.type=uniform": lambda p: hub_sedd(p, graph={"type": "uniform"}),
     "rows: graph.type=uniform, without a MASK": lambda p: hub_sedd(p, rows=50257),
     "noise.type=geometric": lambda p: hub_sedd(p, noise={"type": "geometric"}),
-    "change_of_variables=True": lambda p: lightning(p, 35, **SCORES, training={"change_of_variables": True}),
+    "change_of_variables=True": lambda p: lightning(
+        p, 35, **SCORES, training={"change_of_variables": True}),
     "T=500": lambda p: file_nanodd(p, T=500),
     "schedule='polynomial'": lambda p: lightning(p, 35, noise={"type": "polynomial"}),
     "loss='ddim'": lambda p: lightning(p, 35, parameterization="ddim"),
     "could not convert string to float: '${x}'": lambda p: hub_mdlm(p, dropout="${x}"),
     "has none of model.safetensors": lambda p: p.mkdir() or p,
     "beside it cannot be read": lambda p: (hub_mdlm(p) / "config.json").write_text("{") and p,
-    "model.safetensors: damaged": lambda p: (hub_mdlm(p) / "model.safetensors").write_bytes(b"x") and p,
+    "model.safetensors: damaged": lambda p: (
+        (hub_mdlm(p) / "model.safetensors").write_bytes(b"x") and p),
     "damaged": lambda p: p.write_bytes(lightning(p, 35).read_bytes()[:9999]) and p,
 }  # fmt: skip
 
@@ -732,7 +751,7 @@ ALGO = dict(
 
 
 def successor(path, kind="dit", edit=None, **changes):
-    """A .ckpt as the repositories of BD3-LM and Duo write it: MDLM's, with another configuration."""
+    """A .ckpt as BD3-LM's and Duo's repositories write it: MDLM's, with other settings."""
     nested = dict(algo=ALGO | changes, parameterization=None, T=None, time_conditioning=None)
     return lightning(path, 50258, kind, edit=edit, **nested)
 
@@ -958,7 +977,7 @@ def test_settings_that_we_cannot_follow_are_refused(message, tmp_path, capsys):
 
 
 def test_what_a_file_does_not_tell(tmp_path, capsys):
-    """Tensors alone: MDLM unless --loss says otherwise; a SEDD is told the time."""
+    """Tensors alone: MDLM unless --loss says otherwise; a SEDD reads the time."""
     torch.save(with_buffer(recipe(50258)), tmp_path / "pytorch_model.bin")
     run(tmp_path, tmp_path / "mdlm.pt")
     run(tmp_path, tmp_path / "sedd.pt", "--loss", "sedd")
@@ -967,11 +986,11 @@ def test_what_a_file_does_not_tell(tmp_path, capsys):
         {k: v for k, v in torch.load(state).items() if k != "optimizer"}, tmp_path / "lean.pth"
     )
     run(tmp_path / "lean.pth", tmp_path / "lean.pt")
-    told = lambda cfg: (cfg.loss, cfg.time_cond, cfg.seq_len, cfg.n_head)
-    assert told(load(tmp_path / "mdlm.pt")[1]) == ("mdlm", False, 1024, 2)
+    fields = lambda cfg: (cfg.loss, cfg.time_cond, cfg.seq_len, cfg.n_head)
+    assert fields(load(tmp_path / "mdlm.pt")[1]) == ("mdlm", False, 1024, 2)
     assert (
-        told(load(tmp_path / "sedd.pt")[1])
-        == told(load(tmp_path / "lean.pt")[1])
+        fields(load(tmp_path / "sedd.pt")[1])
+        == fields(load(tmp_path / "lean.pt")[1])
         == ("sedd", True, 1024, 2)
     )
     torch.save(
@@ -1017,7 +1036,7 @@ def test_nothing_is_overwritten_or_misread(tmp_path, capsys, monkeypatch):
     run("kuleshov-group/mdlm-owt", tmp_path / "z.pt")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pickles that mean harm. Each tries to write a file; it may be refused or come to nothing.
 
 
@@ -1127,7 +1146,7 @@ def test_strided_and_shared_tensors_come_out_right(tmp_path):
         assert torch.equal(weights["blocks.1.attn_out.weight"], base)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Out to the hub
 
 
@@ -1356,6 +1375,16 @@ def test_the_folder_works_as_people_call_it(kind, tmp_path, transformers):
     assert first["sequence"] == theirs.decode(filled, skip_special_tokens=True)
     assert len(fill([text, text])) == 2 and len(fill(text + text)) == 2
 
+    trunk = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
+    hidden = trunk(**many).last_hidden_state
+    assert (
+        hidden.shape == (*many["input_ids"].shape, 16)
+        and not hidden[many["attention_mask"] == 0].any()
+    )
+    collate = transformers.DataCollatorForLanguageModeling(theirs, mlm_probability=1.0)
+    batch = collate([theirs("the mat"), theirs("the")])
+    assert batch["labels"].max() >= 0 and model(**batch).loss > 0
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, transformers):
@@ -1460,7 +1489,7 @@ def test_the_card_says_what_works(tmp_path):
 
 
 def test_folders_of_older_versions_are_read(tmp_path):
-    """They had the vocabulary in tokenizer.json or vocab.txt, the rest of the spec in config.json."""
+    """They had the vocabulary in tokenizer.json or vocab.txt, the rest of it in config.json."""
     for kind, (file, key) in convert_hub.OLD_VOCABULARIES.items():
         folder = hub_of(tmp_path, kind)[0]
         (tmp_path / "ckpt.pt").unlink()
