@@ -11,6 +11,7 @@ README.md                the card
 import json
 import math
 import re
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,11 +56,8 @@ def make_relative(source):
         if not find_module(origin or name).is_file():
             return match[0]
         modules.append(origin or name)
-        return (
-            f"{indent}from .{flat_name(origin)} import"
-            if origin
-            else f"{indent}from . import {name}"
-        )
+        start = f"from .{flat_name(origin)} import" if origin else f"from . import {name}"
+        return indent + start
 
     return IMPORT.sub(relative, source), modules
 
@@ -98,10 +96,11 @@ logits = model(**inputs).logits  # (B, L, {outputs}); [MASK] has the id {mask}
 over the positions whose label is not -100. It is not the bound of the training loss.
 
 `timesteps=` takes a t in [0, 1] per row, 0 for a clean text and 1 for nothing but MASK. By
-default it is that of the fraction of MASK in the row. {note}
+default it is that of the fraction of MASK in the row.{note}
 
 Padding does not change a row's result. A row has at most {length} tokens; `truncation=True`
-cuts longer texts. {tokens}
+cuts longer texts.
+{tokens}
 
 These do not work: `generate`, `resize_token_embeddings`, and an `attention_mask` with zeros
 between a row's tokens. For samples, use nanoMDLM: `python -m tasks.convert {name} ckpt.pt`,
@@ -126,8 +125,8 @@ only the tokens before a [MASK], not those behind it.
 
 """
 NOTES = {
-    "ar": "A causal model: position i is predicted from the tokens before it, whatever t is.",
-    "sedd": "The log scores of SEDD are these logits + log(alpha / (1 - alpha)) - log V.",
+    "ar": "\nA causal model: position i is predicted from the tokens before it, whatever t is.",
+    "sedd": "\nThe log scores of SEDD are these logits + log(alpha / (1 - alpha)) - log V.",
 }
 SHOWN = "data vocab_size seq_len n_layer n_head n_embd cond_dim time_cond tied schedule T".split()
 
@@ -161,7 +160,7 @@ def describe_tokenizer(kind, cfg, names):
     if names["pad_token"] == "[MASK]":
         lines.append("Its padding is [MASK], too: with several [MASK] in a text, the `sequence`")
         lines.append("that the pipeline shows lacks the others.")
-    return " ".join(lines)
+    return textwrap.fill(" ".join(lines), 88)
 
 
 # --------------------------------------------------------------------------------------------------

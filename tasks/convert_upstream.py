@@ -151,7 +151,7 @@ def describe(path, weights, settings, sedd, loss=None, tokenizer=None, words=Non
         known |= dict(zero_masking=bool(settings.get("subs_masking")), carry_over=False)
     if known["loss"] == "ar":
         known |= dict(causal=True, bos=True, time_cond=False, T=0)
-    if str(settings.get("model_type")).lower() == "bd3lm":
+    if settings.get("model_type") == "bd3lm":
         known["bos"] = True  # its configuration has no ignore_bos, which is True in all its recipes
     check_time(path, settings, known, nanodd)
     known["n_head"] = count_heads(path, weights, width, known.get("n_head"))
@@ -174,7 +174,7 @@ def check_kind(path, settings, timed):
     whole = causal or block in (length, "${model.length}")  # as OmegaConf stores a reference
     why = OTHER_MODELS.get(str(model).lower(), "must be mdlm or bd3lm")
     for wrong, message in [
-        (str(model).lower() not in ("mdlm", "bd3lm"), f"model_type={model}: {why}"),
+        (model not in ("mdlm", "bd3lm"), f"model_type={model}: {why}"),
         (algorithm not in (None, "mdlm", "bd3lm", "ar"),
          f"algo.name={algorithm}: must be mdlm, ar or bd3lm"),
         (get("diffusion", "absorbing_state") != "absorbing_state",

@@ -3,6 +3,7 @@ answered."""
 
 import contextlib
 import functools
+import importlib
 import json
 import math
 import os
@@ -555,9 +556,11 @@ def llama_json(pieces):
         "th",
         "the",
         "▁the",
+        *("<", "0", "x", "4", "1", ">", "<0", "<0x", "<0x4", "1>"),
     ]
     ids = {word: i for i, word in enumerate(words + [f"w{i}" for i in range(pieces - len(words))])}
-    merges = [("t", "h"), ("th", "e"), ("▁", "the")]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("<", "0"), ("<0", "x"), ("<0x", "4")]
+    merges += [("1", ">"), ("<0x4", "1>")]  # text would become a byte
     model = models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
@@ -832,7 +835,20 @@ def byte_level(path, added=("<pad>", "[MASK]"), last=()):
     return fast
 
 
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "mat", "sat", "on", "##s"]
+PIECES = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "the",
+    "cat",
+    "mat",
+    "sat",
+    "on",
+    "##s",
+    ",",
+]
 
 
 def vocab_txt(path, pieces=PIECES):
@@ -846,7 +862,7 @@ needs_gpt2 = pytest.mark.skipif(
 OWN = {  # name: (its file, made of a path; items of its spec; number of pieces)
     "bpe": (lambda p: byte_level(p, ["<pad>"]), {"kind": "bpe"}, 270),
     "eos": (lambda p: byte_level(p, [], ["<|endoftext|>"]), {"kind": "bpe", "eos": True}, 271),
-    "vocab.txt": (lambda p: vocab_txt(p, PIECES[:4] + PIECES[5:]), {"kind": "wordpiece"}, 10),
+    "vocab.txt": (lambda p: vocab_txt(p, PIECES[:4] + PIECES[5:]), {"kind": "wordpiece"}, 11),
     "llama": (lambda p: p.write_text(llama_json(300), "utf-8"), {"kind": "llama"}, 300),
 }
 
@@ -882,7 +898,7 @@ def test_no_text_becomes_a_special_token_of_ones_own(tmp_path):
 @pytest.mark.parametrize("name", ["[MASK]", "<mask>", "<|mask|>", "vocab.txt"])
 def test_mask_may_be_a_piece_of_ones_own_vocabulary(name, tmp_path, capsys):
     if name == "vocab.txt":
-        file, V, inside = vocab_txt(tmp_path / name), 11, 4
+        file, V, inside = vocab_txt(tmp_path / name), 12, 4
     else:
         byte_level(file := tmp_path / "t.json", ["<pad>", name])
         V, inside = 270, 1
@@ -1253,6 +1269,7 @@ def test_the_hub_folder_gives_our_logits_without_the_repository(name, elsewhere)
 def test_the_folders_code_is_the_core_with_relative_imports(tmp_path):
     from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
+    assert importlib.import_module("tasks.modeling_nanomdlm").NanoMDLMModel  # a module of ours
     sources = convert_hub.collect_code()
     assert {"modeling_nanomdlm.py", "model.py", "head.py", "diffusion.py"} <= sources.keys()
     assert not sources.keys() & {"train.py", "sample.py", "evaluate.py", "convert.py"}
