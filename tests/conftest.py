@@ -109,7 +109,8 @@ def make(*argv):
     folder = Path(argv[argv.index("--out") + 1])
     meta = read_meta(str(folder))
     assert not partial_of(folder).exists()
-    assert {p.name for p in folder.iterdir()} == {"meta.json", *(f"{s}.bin" for s in meta["splits"])}
+    files = {"meta.json", *(f"{split}.bin" for split in meta["splits"])}
+    assert {p.name for p in folder.iterdir()} == files
     return meta, {s: np.fromfile(folder / f"{s}.bin", meta["dtype"]) for s in meta["splits"]}
 
 
