@@ -127,7 +127,7 @@ def test_d3pm_with_and_without_zero_masking():
 
 
 def test_ar():
-    """Upstream's output at position i predicts token i + 1; ours at i predicts token i, the first is given."""
+    """Upstream's output at position i predicts token i + 1, ours token i; the first is given."""
     maskable = ones(X0)
     maskable[:, 0] = False
     model = lambda x, t, at: F.pad((TABLE + ANSWER[x])[:, :-1, :V], (0, 0, 1, 0))[at]
