@@ -60,8 +60,8 @@ def prompt_canvas(tokenizer, prompt, length, cfg):
 
 
 def infill_canvas(tokenizer, text, cfg, subword):
-    """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so for
-    them the space before a hole belongs to the hole. ValueError without a hole."""
+    """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so
+    for them the space before a hole belongs to the hole. ValueError without a hole."""
     ids, end = start_ids(tokenizer, cfg), 0
     for hole in HOLE.finditer(text):
         piece = text[end : hole.start()]
@@ -80,9 +80,9 @@ def frames(
     model, cfg, canvas, rows, steps, sampler, guidance=0.0, temperature=1.0, top_p=1.0,
     noise_removal="sampled", seed=0, dtype="float32", sampler_options=None, **semi,
 ):  # fmt: skip
-    """Yield (N, L) canvases from the masked one, (L,) or (N, L), to the text. Row number rows[i] has its
-    own random numbers, so its text does not depend on the batch. sampler_options: parameters of that
-    sampler only. semi: window, stride and eos of `semi_ar`, or nothing."""
+    """Yield (N, L) canvases from the masked one, (L,) or (N, L), to the text. Row number rows[i]
+    has its own random numbers, so its text does not depend on the batch. sampler_options:
+    parameters of that sampler only. semi: window, stride and eos of `semi_ar`, or nothing."""
     denoise = (cached_denoiser if cfg.causal else denoiser)(model, cfg)
     device = next(model.parameters()).device
     x = canvas.to(device).expand(len(rows), -1)
@@ -109,8 +109,8 @@ def frames(
 
 
 def text_ids(ids, canvas, cfg, eos=None):
-    """The part of ids that is text: without a first token that is always given, up to the first eos that
-    is not in the canvas (L,); all of it if eos is None."""
+    """The part of ids that is text: without a first token that is always given, up to the first eos
+    that is not in the canvas (L,); all of it if eos is None."""
     ends = [i for i, (a, b) in enumerate(zip(ids, canvas.tolist())) if a == eos and b != eos]
     return ids[cfg.bos : ends[0] if ends else None]
 
@@ -130,8 +130,8 @@ def generate(
 
 
 def watch(tokenizer, xs, header):
-    """Redraw one row in the terminal as it is revealed: new tokens bright green, masks dim. Uses the
-    terminal's alternate screen, cut to what fits; returns the final ids."""
+    """Redraw one row in the terminal as it is revealed: new tokens bright green, masks dim. Uses
+    the terminal's alternate screen, cut to what fits; returns the final ids."""
     print("\x1b[?1049h", end="")
     previous = None
     try:
@@ -193,7 +193,8 @@ def parse_arguments(argv):
 
 def check_arguments(args):
     """What can be checked without the model."""
-    check_range(args, num=1, steps=1, length=1, temperature=0, guidance=0, seed=0, batch_size=1, window=2, stride=1)  # fmt: skip
+    check_range(args, num=1, steps=1, length=1, temperature=0, guidance=0, seed=0)
+    check_range(args, batch_size=1, window=2, stride=1)
     check_top_p(args)
     if args.infill is not None and (args.prompt or args.length):
         fail("--infill sets the whole text and its length; it excludes --prompt and --length")
@@ -233,8 +234,8 @@ def make_canvas(args, cfg, tokenizer, subword):
     except ValueError as e:
         fail(f"--{'prompt' if args.infill is None else 'infill'}: {e}")
     if len(canvas) > cfg.seq_len and not args.semi_ar:
-        fail(f"the text would have {len(canvas)} tokens, but the model was trained on {cfg.seq_len} at a "
-             "time; --semi_ar writes longer ones window by window")  # fmt: skip
+        fail(f"the text would have {len(canvas)} tokens, but the model has {cfg.seq_len};"
+             " --semi_ar writes longer texts window by window")  # fmt: skip
     return canvas
 
 

@@ -7,19 +7,17 @@ import torch
 
 from common import fail
 from data.corpus import training_rows, unpack
-from diffusion import TIME_DRAWS
+from diffusion import TIME_DRAWS, philox
 
 
 def row_noise(seed, index, n):
-    """n uniforms of training row `index`. Philox is counter-based: any row can be drawn at once.
-    The counter starts elsewhere than that of the epochs' orders, which have the same keys."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, 1]))
-    return rng.random(n)
+    """n uniforms of training row `index`, which can be drawn in any order."""
+    return philox(seed, index, stream=1).random(n)
 
 
 def batch(ids, meta, cfg, step, rows):
-    """Rows `rows` (N,) of the global batch of `step`: x0, maskable (N, L), t (N,), xt (N, L),
-    weight (N,)."""
+    """Rows `rows` (N,) of the global batch of `step`: x0, maskable (N, L), t (N,),
+    xt (N, L), weight (N,)."""
     x0, maskable = unpack(training_rows(ids, meta, cfg, step * cfg.batch_size + rows), meta, cfg)
     noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 4) for row in rows]
     u = torch.from_numpy(
@@ -65,9 +63,7 @@ def split_batch(cfg, world):
     rows = cfg.batch_size // world
     micro = min(cfg.micro_batch, rows)
     if rows % micro:
-        fail(
-            f"batch_size={cfg.batch_size}: micro_batch={micro} does not divide {rows} rows a process"
-        )
+        fail(f"batch_size={cfg.batch_size}: micro_batch={micro} does not divide {rows} rows each")
     return rows // micro, micro
 
 

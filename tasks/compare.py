@@ -18,6 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import common
+import data.runs
 import train
 from common import check_range, fail
 from configs import as_ar, as_d3pm, as_sedd, from_cli
@@ -27,7 +28,7 @@ from evaluate import bound, report
 from model import count_parameters, load
 from sample import generate
 
-MAY_CHANGE = train.MAY_CHANGE - {"data", "steps"}
+MAY_CHANGE = data.runs.MAY_CHANGE - {"data", "steps"}
 VARIANTS = {"ar": as_ar, "mdlm": lambda cfg: cfg, "sedd": as_sedd, "d3pm": as_d3pm}
 
 

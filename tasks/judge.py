@@ -1,11 +1,12 @@
 """Generative perplexity: samples of a checkpoint under a judge, beside their unigram entropy.
 
 python -m tasks.judge out/owt_mdlm/ckpt.pt gpt2-large --steps 256       # a judge of the hub
-python -m tasks.judge out/text8_mdlm/ckpt.pt out/text8_ar/ckpt.pt --num 256   # an AR checkpoint of ours
+python -m tasks.judge out/text8_mdlm/ckpt.pt out/text8_ar/ckpt.pt --num 256   # an AR checkpoint of
+ours
 
-A judge is a function score(texts) -> (nats, tokens), two arrays with a number per text: the text's cost
-under the judge, and how many tokens counted. A text holds END wherever the model wrote BOS or EOS,
-however its tokenizer spells them; the judge reads its own end-of-text there.
+A judge is a function score(texts) -> (nats, tokens), two arrays with a number per text: the text's
+cost under the judge, and how many tokens counted. A text holds END wherever the model wrote BOS or
+EOS, however its tokenizer spells them; the judge reads its own end-of-text there.
 """
 
 import math
@@ -30,7 +31,7 @@ from common import (
 )
 from data.tokenizer import tokenizer_of
 from diffusion import ar
-from evaluate import figure
+from evaluate import figure, widen
 from model import load
 from sample import generate, start_ids
 from samplers import SAMPLERS, STEPLESS, default_options
@@ -50,29 +51,33 @@ def join_text(ids, tokenizer):
 
 
 def unigram_entropy(ids):
-    """Entropy in nats of a sample's token frequencies, at most ln(len(ids)): the measure of diversity of
-    arXiv 2409.02908. Report it beside generative perplexity, which repetition lowers."""
+    """Entropy in nats of a sample's token frequencies, at most ln(len(ids)): the
+    measure of diversity of arXiv 2409.02908. Report it beside generative perplexity,
+    which repetition lowers."""
     frequency = np.unique(ids, return_counts=True)[1] / len(ids)
     return float((frequency * np.log(1 / frequency)).sum())
 
 
 def ratio(values, weights):
-    """sum(values) / sum(weights) and its standard error to first order, for independent pairs."""
+    """sum(values) / sum(weights) and its standard error to first order, for independent pairs,
+    widened for few of them."""
     n, total = len(values), np.sum(weights)
     if not total:
         return math.nan, math.nan
     mean = np.sum(values) / total
     variance = ((values - mean * weights) ** 2).sum() * n / (n - 1) if n >= 8 else math.nan
-    return float(mean), float(np.sqrt(variance) / total)
+    return float(mean), float(np.sqrt(variance) / total * widen(max(n - 1, 1)))
 
 
 def generative_perplexity(texts, score):
-    """exp(total nats / total counted tokens) of texts under a judge; texts are the units of its error.
+    """exp(total nats / total counted tokens) of texts under a judge; texts
+    are the units of its error.
 
-    The definition of MDLM's code (arXiv 2406.07524): the judge tokenises the text anew and counts all of
-    it, also after an end-of-text, but only the first end-of-text token. There, however, a padded text
-    without end-of-text pays for a token of padding, and an incomplete last batch is dropped. SEDD's code
-    averages the perplexities of single samples over the model's own tokens, which is not comparable."""
+    The definition of MDLM's code (arXiv 2406.07524): the judge tokenises the text anew and counts
+    all of it, also after an end-of-text, but only the first end-of-text token. There, however, a
+    padded text without end-of-text pays for a token of padding, and an incomplete last batch is
+    dropped. SEDD's code averages the perplexities of single samples over the model's own tokens,
+    which is not comparable."""
     nats, tokens = score(texts)
     mean, se = ratio(nats, tokens)
     perplexity = math.exp(min(mean, 700))
@@ -87,11 +92,12 @@ def generative_perplexity(texts, score):
 
 
 def make_judge(nll, encode, eos, length, start, cut):
-    """score() of a causal network, text by text: nothing to pad, and sampling took far longer anyway.
+    """score() of a causal network, text by text: nothing to pad, and
+    sampling took far longer anyway.
 
-    nll: ids -> nats (n,) of all of them, or of all but the first; encode: text without END -> ids; eos:
-    the id for END, or None. A window has `length` ids; `start` precedes each and is not counted. cut:
-    read only the first window of a text."""
+    nll: ids -> nats (n,) of all of them, or of all but the first; encode: text without END -> ids;
+    eos: the id for END, or None. A window has `length` ids; `start` precedes each and is not
+    counted. cut: read only the first window of a text."""
     room = length - len(start)
 
     def cost(text):
@@ -113,8 +119,8 @@ def make_judge(nll, encode, eos, length, start, cut):
 
 
 def our_judge(path, device):
-    """An AR checkpoint of ours, in windows of its seq_len. It predicts the first token too, unless that
-    is a given BOS."""
+    """An AR checkpoint of ours, in windows of its seq_len. It predicts the first token too, unless
+    that is a given BOS."""
     model, cfg = load(path, device=device)
     if not cfg.causal:
         fail(f"judge {path}: must be an AR model, but this one has loss={cfg.loss}")
@@ -129,8 +135,9 @@ def our_judge(path, device):
 
 
 def transformers_judge(name, device):
-    """A causal language model of the hub or of a local folder, in float32. As in MDLM's code, it reads a
-    text up to its context's length and does not count the first token, for want of a start symbol."""
+    """A causal language model of the hub or of a local folder, in float32. As in MDLM's
+    code, it reads a text up to its context's length and does not count the first token, for
+    want of a start symbol."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
@@ -166,7 +173,8 @@ def load_judge(name, device):
 
 
 def judge_rows(rows, tokenizer, score):
-    """`generative_perplexity` of rows of ids, and their `unigram_entropy` with its standard error."""
+    """`generative_perplexity` of rows of ids, and their `unigram_entropy`
+    with its standard error."""
     result = generative_perplexity([join_text(ids, tokenizer) for ids in rows], score)
     entropies = np.array([unigram_entropy(ids) for ids in rows])
     entropy, error = ratio(entropies, np.ones(len(rows)))
@@ -213,8 +221,9 @@ def describe(result):
     return (
         f"generative perplexity {figure(result, 'gen_ppl')} under {result['judge']}\n"
         f"unigram entropy       {figure(result, 'entropy')} nats, at most {math.log(length):.3f}\n"
-        f"{result['samples']} samples of {length} tokens, {result['tokens_per_sample']:.1f} each by the "
-        f"judge's tokenizer; {', '.join([sampler, *law])}, temperature {result['temperature']:g}, "
+        f"{result['samples']} samples of {length} tokens, {result['tokens_per_sample']:.1f} each by "
+        f"the judge's tokenizer; {', '.join([sampler, *law])}, "
+        f"temperature {result['temperature']:g}, "
         f"top_p {result['top_p']:g}, network in {result['dtype']}, draws in float64"
     )
 

@@ -20,6 +20,7 @@ import sample
 import train
 from common import read_checkpoint
 from configs import CONFIGS, Config, from_cli
+from data import runs
 
 # --------------------------------------------------------------------------------------------------
 # Configs from the command line
@@ -215,7 +216,7 @@ def test_an_out_dir_that_cannot_be_made_is_refused(run, capsys, tmp_path):
 def test_a_folder_in_which_another_process_trains_is_refused(run, capsys):
     train.main(replace(run, steps=8))
     other = open(run.out_dir + "/log.jsonl", "a")
-    train.fcntl.flock(other, train.fcntl.LOCK_EX)
+    runs.fcntl.flock(other, runs.fcntl.LOCK_EX)
     refuses(capsys, run, run.out_dir, "another process", resume=True)
     other.close()
     train.main(run, resume=True)
@@ -302,7 +303,7 @@ def files(checkpoint, tmp_path):
         ("text.pt", ["damaged, or not a checkpoint"]),
         ("foreign.pt", ["not a checkpoint of this project"]),
         ("pickled.pt", ["not a checkpoint of plain tensors"]),
-        ("misfit.pt", ["do not fit", "blocks.2"]),
+        ("misfit.pt", ["do not fit", "n_layer=3"]),
         ("future.pt", ["flux"]),
     ],
 )

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from common import read_checkpoint
 from configs import CONFIGS, Config, as_ar, as_d3pm, as_sedd
-from data import batches
+from data import batches, runs
 from data.corpus import GIVEN, finish, partial_of, read_split, training_rows
 from diffusion import LOSSES, alpha
 from evaluate import bound
@@ -740,7 +740,7 @@ def test_signals_are_given_back(cfg, interruptible):
     before = handlers()
     train.main(cfg)
     assert handlers() == before
-    with train.catch_signals() as noted:
+    with runs.catch_signals() as noted:
         os.kill(os.getpid(), signal.SIGINT)
         assert noted == [signal.SIGINT]
         with pytest.raises(KeyboardInterrupt):
