@@ -18,7 +18,7 @@ import torch
 
 from common import KIND
 from configs import Config
-from data.corpus import finish, partial_of, read_meta
+from data.corpus import GIVEN, finish, partial_of, read_meta, read_split
 from model import DiT
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
@@ -98,6 +98,35 @@ def make_corpus(folder, characters=LETTERS, wrap=0, n=4000):
     spec = {"kind": "char", "characters": characters}
     finish(folder, "words", spec, len(characters), {s: len(p) for s, p in cut.items()}, wrap)
     return folder
+
+
+def write_rows(folder, rows, real, **options):
+    """Rows (N, L) of ids as the train and val splits of a prepared corpus. real: how many of the
+    ids are neither padding nor given."""
+    partial_of(folder).mkdir(parents=True)
+    for split in ("train", "val"):
+        rows.tofile(partial_of(folder) / f"{split}.bin")
+    characters = dict.fromkeys(("train", "val"), int(real))
+    finish(folder, "made up", CHARACTERS, 27, characters, rows.shape[1], **options)
+    return rows
+
+
+def write_padded_rows(folder):
+    """200 rows of 1 to 32 tokens 1 .. 26, padded with 0."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(1, 27, (200, 32)).astype(np.uint16)
+    rows[np.arange(32) >= rng.integers(1, 33, 200)[:, None]] = 0
+    return write_rows(folder, rows, (rows != 0).sum(), pad=0)
+
+
+def write_answers(folder):
+    """120 rows [0 | given prompt of 3 to 9 tokens | its copy, the answer | given 0 ...]."""
+    rng = np.random.default_rng(0)
+    rows = np.full((120, 32), GIVEN, np.uint32)
+    for row, n in zip(rows, rng.integers(3, 10, 120)):
+        prompt = rng.integers(1, 27, n)
+        row[1 : n + 1], row[n + 1 : 2 * n + 1] = prompt + GIVEN, prompt
+    return write_rows(folder, rows, (rows < GIVEN).sum(), given=True)
 
 
 def make(*argv):
@@ -196,6 +225,14 @@ def checkpoint(corpus, tmp_path_factory):
     cfg = replace(tiny_run(corpus), steps=100, eval_every=1000, save_every=1000, samples=0)
     train.main(replace(cfg, muon_lr=0.02, out_dir=str(out)))
     return out / "ckpt.pt"
+
+
+def unigram_bits(cfg):
+    """Bits per token of the best prediction that ignores context: the entropy of the validation
+    split's single tokens. A network that uses context costs less."""
+    p = np.bincount(read_split(cfg.data, "val", cfg)[0])
+    p = p[p > 0] / p.sum()
+    return -(p * np.log2(p)).sum()
 
 
 @pytest.fixture(scope="session")
