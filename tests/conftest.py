@@ -2,6 +2,7 @@
 command refuses its input."""
 
 import http.server
+import math
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import KIND
+from common import save_checkpoint
 from configs import Config
 from data.corpus import GIVEN, finish, partial_of, read_meta, read_split
 from model import DiT
@@ -211,8 +212,10 @@ def save(path, cfg, tokenizer=CHARACTERS, seed=0):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4, generator=generator)
     weights = model.state_dict()
-    state = dict(model=weights, ema=weights, config=asdict(cfg), tokenizer=tokenizer, step=7)
-    torch.save({"kind": KIND, **state}, path)
+    save_checkpoint(
+        path, model=weights, ema=weights, optimizer=[], step=7, best=math.inf, seconds=0.0,
+        config=asdict(cfg), tokenizer=tokenizer,
+    )  # fmt: skip
     return path
 
 

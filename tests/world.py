@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from configs import Config
-from diffusion import LOSSES, alpha, time_at
+from diffusion import LOSSES, alpha, cross_entropy, scatter, time_at
 
 L, V = 3, 3
 MASK = V
@@ -240,3 +240,15 @@ def expected_loss(loss, model, text, cfg, nodes=400):
     t = t.repeat_interleave(len(SUBSETS))
     nats = LOSSES[loss](model, x0, ones(x0), cfg, t, xt).double().sum(-1)
     return (nats.view(len(dt), -1) * probability * dt[:, None]).sum().item()
+
+
+class Network(torch.nn.Module):
+    """A function (x, t, at) -> logits as a module, which `evaluate.bound` needs."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.on_device = function, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, t, at, tokens):
+        nats, log_z = cross_entropy(self.function(x, t, at), tokens[at])
+        return scatter(nats, at), scatter(log_z, at)
