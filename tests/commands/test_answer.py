@@ -14,10 +14,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHARED, tiny_run
-from test_cli import refused
-from test_judge import save
-from test_pretraining_data import OURS
+from conftest import SHARED, refused, save, tiny_run
+from llama import OURS
 
 import train
 from configs import Config, as_ar

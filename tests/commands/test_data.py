@@ -1,13 +1,6 @@
 """Data: every tokenizer returns the text, every data set equals a slow and obvious reference, and whatever is
 wrong with the input is one line on stderr, exit code 2 and no folder."""
 
-import ast
-import csv
-import gzip
-import http.server
-import inspect
-import io
-import itertools
 import json
 import os
 import random
@@ -15,14 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, TRICKY, make, needs_gpt2
 
 import data.corpus as corpus_module
 import data.prepare as prepare
@@ -32,68 +24,13 @@ from configs import Config
 from data.corpus import read_meta, read_split, training_rows
 from data.tokenizer import load_tokenizer, train_bpe
 
-ROOT = Path(__file__).resolve().parents[2]
-GPT2 = ROOT.parent / "shared" / "tiktoken"  # GPT-2's vocabulary, where tests must not download it
-if GPT2.exists():
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(GPT2))
-needs_gpt2 = pytest.mark.skipif(
-    "TIKTOKEN_CACHE_DIR" not in os.environ, reason=f"no GPT-2 vocabulary at {GPT2}"
-)
-
-
-def make(*argv):
-    """Run prepare.py's command line; returns what it wrote: meta and {split: ids}."""
-    argv = [str(a) for a in argv]
-    prepare.main(argv)
-    folder = Path(argv[argv.index("--out") + 1])
-    meta = read_meta(str(folder))
-    assert not folder.with_name(folder.name + ".partial").exists()
-    assert {p.name for p in folder.iterdir()} == {"meta.json"} | {
-        f"{s}.bin" for s in meta["splits"]
-    }
-    return meta, {s: np.fromfile(folder / f"{s}.bin", meta["dtype"]) for s in meta["splits"]}
-
 
 def hashes(meta):
     return {split: of["sha256"] for split, of in meta["splits"].items()}
 
 
-@pytest.fixture
-def refused(capfd):
-    """refused(call, *words): the call exits with 2 and one line on stderr that holds all the words."""
-
-    def check(call, *words):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as e:
-            call()
-        err = capfd.readouterr().err
-        assert e.value.code == 2
-        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-        for word in words:
-            assert str(word) in err, err
-
-    return check
-
-
-@pytest.fixture
-def refuses(refused, tmp_path):
-    """refuses(argv, *words): as above for a command line, which also leaves nothing behind."""
-
-    def check(argv, *words, out=tmp_path / "new" / "out"):
-        refused(lambda: prepare.main([*map(str, argv), "--out", str(out)]), *words)
-        assert not out.exists() and not out.with_name("out.partial").exists()
-
-    return check
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizers
-
-TRICKY = [
-    "", " ", "\n\n  \n", "plain", "naïve façade", "Привет", "日本語のテキスト", "👩‍👩‍👧‍👦 🏳️‍🌈", "a\u0301 \u200b\ufeff", "\x00\x7f\x1b[0m",
-    "<|endoftext|>", "<|im_start|>[MASK]</s><pad>", "x" * 500, "\r\n\t\v\f", "█",
-]  # fmt: skip
-
 
 SPECS = [  # text to be covered -> spec
     pytest.param(lambda text: train_bpe(["the cat sat on the mat " * 20], 300), id="bpe"),
@@ -290,48 +227,6 @@ def test_text8_from_a_zip_and_from_the_raw_file(small_text8, tmp_path, capsys):
     (tmp_path / "text8").write_text(small_text8)
     check_text8(small_text8, *make("text8", "--input", tmp_path / "text8", "--out", tmp_path / "b"))
     assert f"python train.py text8_mdlm --data={tmp_path}/b\n" in capsys.readouterr().out
-
-
-class Files(http.server.BaseHTTPRequestHandler):
-    """GET and HEAD of `files` {path: bytes}; `cut` ends every body that many bytes early."""
-
-    files, cut = {}, 0
-
-    def do_GET(self):
-        body = self.files.get(self.path.split("?")[0])
-        self.send_response(404 if body is None else 200)
-        body = body or b"{}"
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Type", "application/json")
-        self.send_header("ETag", f'"{len(body)}"')
-        self.send_header("X-Repo-Commit", "c0ffee" * 6 + "c0de")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[: len(body) - self.cut])
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """serve(files, cut=0) -> address of a web server on this machine."""
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    servers = []
-
-    def start(files, cut=0):
-        handler = type("Handler", (Files,), dict(files=files, cut=cut))
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def test_text8_download(small_text8, tmp_path, serve, monkeypatch, refuses):

@@ -8,10 +8,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import test_data
 import torch
-from test_data import ROOT, needs_gpt2
-from test_pretraining_data import TEXT
+from conftest import ROOT, needs_gpt2
+from llama import TEXT
 
 import data.prepare as prepare
 from configs import Config
@@ -19,7 +18,6 @@ from data.corpus import GIVEN, read_meta, read_split, take, training_rows, unpac
 from data.finetune import SYSTEM, parse_conversation
 from data.tokenizer import load_tokenizer, train_bpe
 
-refused, refuses = test_data.refused, test_data.refuses  # fixtures
 REAL = ROOT.parent / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 END = "<|endoftext|>"

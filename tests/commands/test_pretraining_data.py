@@ -14,88 +14,21 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import test_data
-from test_data import ROOT, TRICKY, make
+from conftest import ROOT, TRICKY, make
+from llama import DOCS, LIBRARY, OURS, TEXT, slow_ids, write_parquet
 
 import data.prepare as prepare
 import data.pretrain as pretrain
 import data.shards as shards
 from data.corpus import read_meta
-from data.tokenizer import LLAMA, MASK_SHOWN, load_tokenizer, read_llama
-
-refused, refuses, serve = test_data.refused, test_data.refuses, test_data.serve  # fixtures
+from data.tokenizer import MASK_SHOWN, load_tokenizer, read_llama, train_bpe
 
 GITHUB = {"redpajama_set_name": "RedPajamaGithub"}
-WORDS = "the cat sat on a mat , naïve façades ; 🐈 and <s> tags </s>\n\n  four    spaces\tand <unk> 日本"
-WORDS = WORDS.split(" ")
-DOCS = [
-    " ".join(WORDS[(i * j) % len(WORDS)] for j in range(i % 23)) + " end" * (i % 3)
-    for i in range(60)
-]
-DOCS[7] = ""  # an empty document is still a document
-
-
-def llama_file():
-    """A tokenizer.json as Llama-2's is, but of 500 pieces, and the library's tokenizer that it stands for."""
-    from tokenizers import (
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    steps = (
-        decoders.Replace("▁", " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    )
-    tokenizer.decoder = decoders.Sequence([*steps])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        "▁", "merged_with_next"
-    )  # no piece goes on into the next word
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=special, show_progress=False, max_token_length=8
-    )
-    tokenizer.train_from_iterator(
-        ["the cat sat on the mat, the cats and tags    of <s> façades" * 3], trainer
-    )
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
-    file = json.loads(tokenizer.to_str())
-    file["pre_tokenizer"] = None  # was only for training
-    del file["added_tokens"][3:]  # bytes are pieces, but nothing special
-    return json.dumps(file), Tokenizer.from_str(json.dumps(file))
-
-
-TEXT, LIBRARY = llama_file()
-OURS = load_tokenizer({"kind": "llama", "json": TEXT})
-
-
-def slow_ids(text):
-    """As the library has it; special tokens in a text are only text."""
-    LIBRARY.encode_special_tokens = True
-    return LIBRARY.encode(text, add_special_tokens=False).ids
-
 
 @pytest.fixture
 def vocab(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(TEXT)
-    return path
-
-
-def write_parquet(path, texts, meta=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {"id": [*range(len(texts))], "text": texts} | ({"meta": meta} if meta else {})
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
     return path
 
 
@@ -158,7 +91,7 @@ def test_text_behind_other_text_begins_without_a_space():
     assert OURS.encode("cat") == OURS.encode(" cat", inside=True) != OURS.encode("cat", inside=True)
     assert OURS.encode("", inside=True) == OURS.encode("") == []
     bpe = load_tokenizer(
-        test_data.train_bpe(["the cat"], 260)
+        train_bpe(["the cat"], 260)
     )  # and for the others it makes no difference
     assert bpe.encode(" cat", inside=True) == bpe.encode(" cat")
 

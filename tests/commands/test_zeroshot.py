@@ -12,9 +12,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import test_data
 import torch
-from test_data import ROOT, make, needs_gpt2
+from conftest import ROOT, TRICKY, make, needs_gpt2
 
 import data.prepare as prepare
 from configs import Config
@@ -24,7 +23,6 @@ from data.readers import LINES
 from data.shards import Documents, write_padded
 from data.tokenizer import BERT_VOCAB_SHA256, bert_vocabulary, load_tokenizer, read_wordpiece
 
-refused, refuses, serve = test_data.refused, test_data.refuses, test_data.serve  # fixtures
 BERT = ROOT.parent / "shared" / "data" / "tokenizers" / "bert-base-uncased" / "tokenizer.json"
 needs_bert = pytest.mark.skipif(not BERT.exists(), reason=f"no WordPiece vocabulary at {BERT}")
 
@@ -199,7 +197,7 @@ def test_wordpiece_equals_the_original():
 
     original, tokenizer = Tokenizer.from_file(str(BERT)), load_tokenizer(read_wordpiece(BERT))
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (30522, 101, 102)
-    ordinary = [t for t in test_data.TRICKY if "[MASK]" not in t]
+    ordinary = [t for t in TRICKY if "[MASK]" not in t]
     rng = random.Random(3)
     texts = [
         *SENTENCES[:4],
