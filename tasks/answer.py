@@ -46,7 +46,7 @@ from common import (
     to_json,
 )
 from data.corpus import folder_of, read_meta
-from data.finetune import asked, records
+from data.finetune import format_question, records
 from data.tokenizer import tokenizer_of
 from evaluate import fingerprint
 from model import load
@@ -177,7 +177,7 @@ def mt_bench(record, cfg, args):
         raise TypeError
     if not isinstance(question, int | str):
         raise TypeError
-    texts = [asked(turn.strip(), first=i == 0) for i, turn in enumerate(turns)]
+    texts = [format_question(turn.strip(), first=i == 0) for i, turn in enumerate(turns)]
 
     def make_record(id, *answers):
         choice = dict(index=0, turns=[*answers, *[""] * (len(turns) - len(answers))])

@@ -20,8 +20,7 @@ import torch
 
 from common import fail
 from configs import SMDM_SIZES, Config, owt_mdlm, smdm, text8_d3pm
-from data.prepare import bert_vocabulary, llama_vocabulary
-from data.tokenizer import tokenizer_of
+from data.tokenizer import bert_vocabulary, llama_vocabulary, tokenizer_of
 from model import DiT
 
 FIELDS = {  # theirs: ours

@@ -6,7 +6,6 @@ import torch
 from world import Network, V, hostile_model, tiny
 
 from data import batches
-from data.corpus import epoch_order
 from diffusion import philox, row_generators, uniform
 from evaluate import bound, standard_error, widen
 
