@@ -104,7 +104,8 @@ def plot(rows, path):
     """Nats per token under the judge, and entropy, over network calls per text."""
     if not (plt := import_pyplot(path)):
         return
-    labels = {"nats": "nats per token under the judge", "entropy": "entropy of a text, nats"}
+    labels = {"nats": "nats per token under the judge"}
+    labels["entropy"] = "entropy of a text's tokens, nats"
     _, panels = plt.subplots(1, 2, figsize=(12, 4.8), sharex=True, layout="constrained")
     for panel, (key, label) in zip(panels, labels.items()):
         for name in dict.fromkeys(row["sampler"] for row in rows):

@@ -4,7 +4,7 @@ python data/prepare.py text --input LIB/*.py --tokenizer char --out stdlib   # L
 python -m tasks.scaling --data=stdlib --seq_len=128 --batch_size=8 --lr_decay=linear  # 30 minutes
 python -m tasks.scaling smdm_170 --data=slimpajama --sizes 19 34 66 113 170 231 \\
     --budgets 6e18 1e19 3e19                                                 # SMDM's recipe
-python -m tasks.scaling --fit assets/scaling.jsonl --out_dir=out/fit         # only fits: lines of loss, N, C, nats
+python -m tasks.scaling --fit assets/scaling.jsonl --out_dir=out/fit   # lines of loss, N, C, nats
 
 The sweep trains every size with every budget C = 6 N D in FLOPs, as an MDLM and as its AR twin. N
 counts the parameters without embedding and head, D the tokens of all steps, masked or not. The loss
