@@ -31,6 +31,7 @@ from tqdm import tqdm
 from common import autocast, check_range, compute_dtype, fail, parser, settle_mode_options
 from configs import Config
 from data.corpus import read_split, training_rows, unpack
+from diffusion import cross_entropy, scatter
 from evaluate import bound, report
 from head import cast_linears, keep_freed_memory
 from model import DiT
@@ -154,14 +155,15 @@ def sample(args, cfg):
 
 
 class OurInterface(torch.nn.Module):
-    """MDLM's network with the arguments that `bound` passes."""
+    """MDLM's network as our losses call a network: model(x, t, at, tokens)."""
 
     def __init__(self, net, vocab_size):
         super().__init__()
         self.net, self.vocab_size = net, vocab_size
 
-    def forward(self, x, t, at):
-        return self.net(x, torch.zeros(len(x)))[at][:, : self.vocab_size].float()
+    def forward(self, x, t, at, tokens):
+        logits = self.net(x, torch.zeros(len(x)))[at][:, : self.vocab_size].float()
+        return [scatter(values, at) for values in cross_entropy(logits, tokens[at])]
 
 
 def train_for(seconds, step):
