@@ -96,10 +96,10 @@ def format_value(value):
 
 
 def format_rows(rows, as_json):
-    """Dicts with the keys of the first one as an aligned text table, or as one JSON line each."""
+    """Dicts as an aligned text table with a column per key, or as one JSON line each."""
     if as_json:
         return "\n".join(map(to_json, rows))
-    keys = list(rows[0])
+    keys = list(dict.fromkeys(key for row in rows for key in row))
     cells = [keys] + [[format_value(row.get(key, "")) for key in keys] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []

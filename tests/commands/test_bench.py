@@ -247,3 +247,11 @@ def test_bad_arguments(args, checkpoint, capsys):
 def test_the_default_output_is_a_table(checkpoint, capsys):
     bench.main(["sample", str(checkpoint), "--steps", "4", "--repeats", "1"])
     assert capsys.readouterr().out.splitlines()[0].split()[:2] == ["sampler", "steps"]
+
+
+def test_rows_are_aligned_and_every_key_has_a_column():
+    rows = [dict(name="a", calls=1234, seconds=0.123456), dict(name="long", loss=2.0)]
+    head, first, second = report.format_rows(rows, as_json=False).splitlines()
+    assert head == "name  calls  seconds  loss"
+    assert first == "a     1,234   0.1235      " and second == f"{'long':25}2"
+    assert [json.loads(line) for line in report.format_rows(rows, True).splitlines()] == rows
