@@ -27,7 +27,7 @@ from data.corpus import folder_of, read_meta
 from data.tokenizer import tokenizer_of
 from diffusion import ar, draw_count, exact_count_bound
 from model import load
-from tasks.compare import VARIANTS, cell, markdown, seeded, trained
+from tasks.report import format_mean, make_runs, to_markdown, train_if_missing
 
 CHOICES = 10
 WORDINGS = 10  # of a question about a fact; they are neighbours in the file, always in one order
@@ -40,12 +40,12 @@ DIRECTIONS = {  # of the test files: what the prompt gives and the answer states
 
 
 def make_questions(path, tokenizer, cfg, limit):
-    """x0 (N, CHOICES, L) and maskable, and (N,) directions; at most `limit` of each direction.
+    """x0, maskable and counted (N, CHOICES, L), and directions (N,); at most `limit` of each.
 
     A question is a prompt with each of its answers, the true answer first, in rows as in training:
-    [BOS] prompt answer [EOS] ..., of which the answer is maskable."""
+    [BOS] prompt answer [EOS] ...; the answer is counted, all but the prompt is maskable."""
     items = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    x0, maskable, directions, rng = [], [], [], np.random.default_rng(0)
+    x0, given, counted, directions, rng = [], [], [], [], np.random.default_rng(0)
     for direction in DIRECTIONS:
         group = [item for item in items if item["of"] == direction]
         for i in rng.permutation(len(group))[:limit].tolist():
@@ -63,27 +63,30 @@ def make_questions(path, tokenizer, cfg, limit):
                     size = cfg.seq_len - rest
                     fail(f"{path}: a question of {size} tokens, but seq_len is {cfg.seq_len}")
                 x0.append(prompt + target + [tokenizer.eos] * rest)
-                maskable.append([False] * len(prompt) + [True] * len(target) + [False] * rest)
+                given.append([True] * len(prompt) + [False] * (len(target) + rest))
+                counted.append([False] * len(prompt) + [True] * len(target) + [False] * rest)
     shape = (len(directions), CHOICES, cfg.seq_len)
-    return torch.tensor(x0).view(shape), torch.tensor(maskable).view(shape), directions
+    x0, given, counted = (torch.tensor(rows).view(shape) for rows in (x0, given, counted))
+    return x0, ~given, counted, directions
 
 
 @torch.no_grad()
-def measure_nats(model, cfg, x0, maskable, passes, batch_size=512):
-    """(N,) nats of the maskable tokens of rows x0 (N, L): exact for an AR model, else the bound, by
+def measure_nats(model, cfg, x0, maskable, counted, passes, batch_size=512):
+    """(N,) nats of the counted tokens of rows x0 (N, L): exact for an AR model, else the bound, by
     exact counts of masks that are stratified over `passes` forwards."""
     nats = []
-    batches = list(zip(x0.split(batch_size), maskable.split(batch_size)))
-    for x, m in tqdm(batches, leave=False, unit="batch"):
+    batches = list(zip(*(rows.split(batch_size) for rows in (x0, maskable, counted))))
+    for x, m, c in tqdm(batches, leave=False, unit="batch"):
         with autocast(x.device, cfg.dtype):
             if cfg.causal:
-                nats.append(ar(model, x, m, cfg).double().sum(-1))
+                nats.append(ar(model, x, c, cfg).double().sum(-1))
                 continue
             total = 0.0
             for k in range(passes):
                 u = (k + torch.rand(len(x), dtype=torch.float64, device=x.device)) / passes
                 count = draw_count(m.sum(-1), u)
-                total = total + exact_count_bound(model, x, m, cfg, count).double() / passes
+                estimate = exact_count_bound(model, x, m, cfg, count, counted=c)
+                total = total + estimate.double() / passes
             nats.append(total)
     return torch.cat(nats)
 
@@ -93,9 +96,9 @@ def measure_accuracy(cfg, passes, limit):
     device = local_device(cfg)
     model, _ = load(cfg.out_dir, device=device, dtype=cfg.dtype)
     tokenizer, path = tokenizer_of(model.tokenizer), folder_of(cfg.data) / "test.jsonl"
-    x0, maskable, directions = make_questions(path, tokenizer, cfg, limit)
+    *rows, directions = make_questions(path, tokenizer, cfg, limit)
     torch.manual_seed(0)
-    rows = (x.flatten(0, 1).to(device) for x in (x0, maskable))
+    rows = (x.flatten(0, 1).to(device) for x in rows)
     nats = measure_nats(model, cfg, *rows, passes)
     right = (nats.view(len(directions), CHOICES).argmin(-1) == 0).tolist()
     share = lambda name: statistics.fmean(r for r, d in zip(right, directions) if d == name)
@@ -106,9 +109,9 @@ def train_and_measure(cfg, seeds, passes, limit):
     """{loss: [the accuracies of each seed's run]}; trains runs that are missing."""
     results = {}
     for name in ("mdlm", "ar"):
-        runs = seeded(cfg, name, VARIANTS[name], seeds)
+        runs = make_runs(cfg, name, seeds)
         for run in runs:
-            trained(run)
+            train_if_missing(run)
         results[name] = [measure_accuracy(run, passes, limit) for run in runs]
     return results
 
@@ -117,9 +120,9 @@ def make_table(results):
     """Markdown: percent of questions, mean over seeds ± standard error."""
     rows = [("loss", *DIRECTIONS.values())]
     for name, runs in results.items():
-        cells = [cell([100 * run[direction] for run in runs], 1) for direction in DIRECTIONS]
+        cells = [format_mean([100 * run[direction] for run in runs], 1) for direction in DIRECTIONS]
         rows.append((f"`{name}`", *(f"{text} %" for text in cells)))
-    return markdown(*rows)
+    return to_markdown(*rows)
 
 
 def parse_arguments(argv):

@@ -480,8 +480,8 @@ def kill_after(argv, batches):
 
 @pytest.mark.parametrize("task", ["gsm8k", "mt_bench"])
 def test_a_killed_run_resumes_to_the_same_file(task, checkpoints, run, tmp_path, monkeypatch):
-    """Killed twice, once with an incomplete line. Answers in the file are not computed again, and
-    --limit may grow."""
+    """Killed twice, once with an incomplete line. Answers in the file are not computed
+    again, and --limit may grow."""
     more = ["--input", jsonl(tmp_path / "q.jsonl", QUESTIONS)] if task == "mt_bench" else []
     argv = [task, checkpoints["mdlm"], "--batch_size", 1, *HOT, *more]
     run(*argv, "--out", tmp_path / "whole.jsonl")

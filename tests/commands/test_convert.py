@@ -1,5 +1,5 @@
-"""Files in other projects' exact layouts, of random weights, against what their own networks
-answered."""
+"""Files in other projects' exact layouts, of random weights, against what their
+own networks answered."""
 
 import contextlib
 import functools

@@ -1,5 +1,5 @@
-"""Data: every tokenizer returns the text, every data set equals a slow and obvious reference, and whatever is
-wrong with the input is one line on stderr, exit code 2 and no folder."""
+"""Data: every tokenizer returns the text, every data set equals a slow and obvious reference, and
+whatever is wrong with the input is one line on stderr, exit code 2 and no folder."""
 
 import json
 import os
@@ -8,13 +8,14 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TRICKY, make, needs_gpt2
+from conftest import ROOT, SHARED, TRICKY, make, needs_gpt2
 
 import data.corpus as corpus_module
 import data.prepare as prepare
@@ -112,7 +113,7 @@ def train_plainly(texts, vocab_size):
 )
 def test_ordinary_text_has_the_same_vocabulary_as_without_cut_words(name):
     if name == "tinyshakespeare":
-        path = GPT2.parent / "data" / "tinyshakespeare.txt"
+        path = SHARED / "data" / "tinyshakespeare.txt"
         if not path.exists():
             pytest.skip(f"no real data at {path}")
         documents = path.read_text(encoding="utf-8").splitlines(keepends=True)

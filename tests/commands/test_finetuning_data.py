@@ -1,5 +1,6 @@
-"""Fine-tuning data: rows of the real files say what a reader of the files would write by hand, only answers are
-maskable, the counts in meta.json are those of the rows, and bad input is one line and exit code 2."""
+"""Fine-tuning data: rows of the real files say what a reader of the files would write by
+hand, only answers are maskable, the counts in meta.json are those of the rows, and bad input
+is one line and exit code 2."""
 
 import json
 from dataclasses import replace
@@ -24,8 +25,8 @@ END = "<|endoftext|>"
 
 
 def make(*argv, every=1):
-    """Run prepare.py's command line; returns meta and {split: every n-th row as text, what is given in ⟨⟩}, after
-    checking meta's counts and the form of the rows."""
+    """Run prepare.py's command line; returns meta and {split: every n-th row as text, what is given
+    in ⟨⟩}, after checking meta's counts and the form of the rows."""
     argv = [str(a) for a in argv]
     prepare.main(argv)
     folder = argv[argv.index("--out") + 1]

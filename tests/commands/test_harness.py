@@ -1,5 +1,5 @@
-"""The adapter for the LM Evaluation Harness: its estimators against the enumerable world, and whole
-runs."""
+"""The adapter for the LM Evaluation Harness: its estimators against the enumerable
+world, and whole runs."""
 
 import importlib.util
 import itertools
@@ -395,8 +395,8 @@ def test_sampled_text_is_that_of_sample_py(options):
 
 
 def test_splitting_a_text():
-    """Spaces that end the context move to the continuation; a token that spans the border does not
-    make it empty."""
+    """Spaces that end the context move to the continuation; a token that spans the border
+    does not make it empty."""
     letters = load_tokenizer({"kind": "char", "characters": " \nabc"}).encode
     assert split_text(letters, "ab \n", "c") == Request([2, 3], [0, 1, 4])
     assert split_text(letters, "ab", " c", (3,)) == Request([2, 3], [0, 4], (3,))

@@ -92,8 +92,9 @@ def test_the_perplexity_weighs_tokens_not_texts():
 
 
 def test_the_error_bar_is_honest():
-    """2,000 sets of 64 texts whose lengths and nats are random and depend on each other: the scatter of the
-    perplexity is known to 1.6 %; the error, to first order and from 64 texts, is right to a few percent more."""
+    """2,000 sets of 64 texts whose lengths and nats are random and depend on each other: the
+    scatter of the perplexity is known to 1.6 %; the error, to first order and from 64 texts, is
+    right to a few percent more."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(2000):
@@ -145,8 +146,9 @@ def test_our_judge_against_one_prefix_at_a_time(checkpoints):
 @needs_gpt2
 @pytest.mark.parametrize("bos", [False, True])
 def test_our_judge_reads_end_of_text(ar_cfg, tmp_path, bos):
-    """END is the judge's own token; the first one counts, the others do not, but for the text after them they are
-    there. With bos=True the row begins with one that is given, whether or not the text had it."""
+    """END is the judge's own token; the first one counts, the others do not, but for the
+    text after them they are there. With bos=True the row begins with one that is given,
+    whether or not the text had it."""
     cfg, eos = (
         replace(ar_cfg, vocab_size=50257, n_embd=8, n_head=1, n_layer=1, seq_len=12, bos=bos),
         50256,
@@ -285,8 +287,8 @@ def test_the_command_against_its_parts(checkpoints, capsys):
 
 
 def test_an_ar_model_judges_itself(checkpoints, capsys):
-    """Its own samples cost, on average, the entropy of what it says: the mean over samples of the exact
-    conditional entropies, which has the same expectation."""
+    """Its own samples cost, on average, the entropy of what it says: the mean over samples of the
+    exact conditional entropies, which has the same expectation."""
     path = checkpoints[1]
     out = json.loads(run(capsys, path, path, "--num", 128, "--json"))
     assert out["sampler"] == "ar" and out["steps"] is None

@@ -1,6 +1,7 @@
-"""SlimPajama and FineWeb in Llama-2's pieces: the tokenizer equals the tokenizers library with the pipeline of
-Llama-2's own file, the prepared ids equal a slow and obvious reference, whatever the files' form and even if the
-run was killed, and whatever is wrong with the input is one line and exit code 2."""
+"""SlimPajama and FineWeb in Llama-2's pieces: the tokenizer equals the tokenizers library with
+the pipeline of Llama-2's own file, the prepared ids equal a slow and obvious reference,
+whatever the files' form and even if the run was killed, and whatever is wrong with the input is
+one line and exit code 2."""
 
 import gzip
 import json
@@ -24,6 +25,7 @@ from data.corpus import read_meta
 from data.tokenizer import MASK_SHOWN, load_tokenizer, read_llama, train_bpe
 
 GITHUB = {"redpajama_set_name": "RedPajamaGithub"}
+
 
 @pytest.fixture
 def vocab(tmp_path):
@@ -90,9 +92,7 @@ def test_text_behind_other_text_begins_without_a_space():
     assert OURS.encode("the cat") == OURS.encode("the") + OURS.encode(" cat", inside=True)
     assert OURS.encode("cat") == OURS.encode(" cat", inside=True) != OURS.encode("cat", inside=True)
     assert OURS.encode("", inside=True) == OURS.encode("") == []
-    bpe = load_tokenizer(
-        train_bpe(["the cat"], 260)
-    )  # and for the others it makes no difference
+    bpe = load_tokenizer(train_bpe(["the cat"], 260))  # and for the others it makes no difference
     assert bpe.encode(" cat", inside=True) == bpe.encode(" cat")
 
 
@@ -374,8 +374,8 @@ def test_default_folders_and_hints(tmp_path, vocab, monkeypatch, refused):
 
 
 def test_from_the_hub(tmp_path, serve):
-    """The real huggingface_hub against a small imitation of the hub, in a process of its own (HF_ENDPOINT).
-    Of the dump only the file that is needed is there."""
+    """The real huggingface_hub against a small imitation of the hub, in a process of its own
+    (HF_ENDPOINT). Of the dump only the file that is needed is there."""
     sha, dump, files = "c0ffee" * 6 + "c0de", "CC-MAIN-2024-18", {}
     info = dict(sha=sha, tags=[], downloads=0, likes=0, private=False)
     slim = {

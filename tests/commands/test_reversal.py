@@ -51,12 +51,13 @@ def cfg(facts, tmp_path):
 def test_questions_are_rows_as_in_training_with_the_true_answer_first(facts, cfg):
     tokenizer = load_tokenizer(read_meta(str(facts))["tokenizer"])
     path = facts / "test.jsonl"
-    x0, maskable, directions = reversal.make_questions(path, tokenizer, cfg, 300)
-    assert x0.shape == maskable.shape == (480, 10, 32)
+    x0, maskable, counted, directions = reversal.make_questions(path, tokenizer, cfg, 300)
+    assert x0.shape == maskable.shape == counted.shape == (480, 10, 32)
+    assert (maskable >= counted).all() and maskable[..., -1].all()  # padding is masked too
     assert all(directions.count(direction) == 120 for direction in reversal.DIRECTIONS)
     items = [json.loads(line) for line in path.read_text().splitlines()]
     for i, direction in enumerate(directions):
-        texts = [tokenizer.decode(x[m].tolist()) for x, m in zip(x0[i], maskable[i])]
+        texts = [tokenizer.decode(x[m].tolist()) for x, m in zip(x0[i], counted[i])]
         row = x0[i, 0].tolist()
         whole = tokenizer.decode([t for t in row if t != tokenizer.eos])
         same = [item for item in items if whole == item["prompt"] + texts[0]]
@@ -67,7 +68,7 @@ def test_questions_are_rows_as_in_training_with_the_true_answer_first(facts, cfg
             number = whole.split(", ")[1][0]
             assert all(text.startswith(f" {number} ") for text in texts)
         assert row[0] == tokenizer.bos and row[-1] == tokenizer.eos
-    few = reversal.make_questions(path, tokenizer, cfg, 3)[2]
+    few = reversal.make_questions(path, tokenizer, cfg, 3)[3]
     assert [few.count(direction) for direction in reversal.DIRECTIONS] == [3] * 4
 
 
@@ -75,14 +76,14 @@ def test_the_nats_are_the_models(cfg):
     x0, maskable = torch.randint(0, 300, (40, 32)), torch.rand(40, 32) < 0.3
     maskable[:, 0], maskable[:, 1] = False, True
     flat = DiT(cfg).eval()  # uniform: every token costs log V, whatever is masked
-    got = reversal.measure_nats(flat, cfg, x0, maskable, passes=4, batch_size=16)
+    got = reversal.measure_nats(flat, cfg, x0, maskable, maskable, passes=4, batch_size=16)
     want = maskable.sum(-1).double() * math.log(300.0)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     twin = as_ar(cfg)
     model = DiT(twin).eval()
     torch.nn.init.normal_(model.head.weight)
     want = ar(model, x0, maskable, twin).sum(-1)
-    got = reversal.measure_nats(model, twin, x0, maskable, passes=1, batch_size=16)
+    got = reversal.measure_nats(model, twin, x0, maskable, maskable, passes=1, batch_size=16)
     torch.testing.assert_close(got, want, check_dtype=False)
 
 
@@ -90,13 +91,13 @@ def test_each_number_of_masks_is_as_frequent(cfg, monkeypatch):
     """Eight forwards of four maskable tokens: every row has each number of masks twice."""
     counts = []
 
-    def bound(model, x0, maskable, cfg, count):
+    def bound(model, x0, maskable, cfg, count, counted):
         counts.append(count)
         return count.float()
 
     monkeypatch.setattr(reversal, "exact_count_bound", bound)
     x0, maskable = torch.zeros(5, 32, dtype=torch.long), torch.arange(32).expand(5, 32) < 4
-    nats = reversal.measure_nats(None, cfg, x0, maskable, passes=8)
+    nats = reversal.measure_nats(None, cfg, x0, maskable, maskable, passes=8)
     assert (torch.stack(counts).sort(0).values.T == torch.tensor([1, 1, 2, 2, 3, 3, 4, 4])).all()
     assert (nats == 2.5).all()
 

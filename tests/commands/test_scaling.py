@@ -93,8 +93,8 @@ def test_exact_laws_are_found_exactly():
             np.testing.assert_allclose(law[key], want, rtol=1e-7)  # also of all replicates
         np.testing.assert_allclose(law["N"][0], np.exp(log_a) * np.array(BUDGETS) ** b, rtol=1e-8)
         assert law["sigma"] < 1e-9 and not law["outside"].any() and not law["flat"]
-    # The loss of ar at C is exp(-0.064 log C + 3.8); mdlm reaches it where -0.06 log C' + 3.9 is
-    # the same number.
+    # The loss of ar at C is exp(-0.064 log C + 3.8); mdlm reaches it where -0.06 log C' +
+    # 3.9 is the same number.
     log_c = math.log(1e19)
     want = math.exp((-0.064 * log_c + 3.8 - 3.9) / -0.06 - log_c)
     more = scaling.compute_ratio(laws["mdlm"], laws["ar"], 1e19)
@@ -128,8 +128,8 @@ def test_smdms_figures_give_its_claims():
 
 
 def test_sigma_by_hand():
-    """Four evenly spaced sizes leave residuals along (1, -3, 3, -1) / sqrt(20): one degree of
-    freedom."""
+    """Four evenly spaced sizes leave residuals along (1, -3, 3, -1) / sqrt(20):
+    one degree of freedom."""
     odd = 0.01 * np.array([1, -3, 3, -1])
     runs = [
         dict(loss="ar", N=math.exp(10 + i), C=C, nats=3 + (i - 1.5) ** 2 + sign * odd[i])

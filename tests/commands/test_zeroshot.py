@@ -1,5 +1,6 @@
-"""LM1B and the zero-shot sets: WordPiece, the detokenisers and the prepared ids, each against a slow and obvious
-reference or against what MDLM's own code returned; what is wrong with the input is one line and exit code 2."""
+"""LM1B and the zero-shot sets: WordPiece, the detokenisers and the prepared ids, each against a
+slow and obvious reference or against what MDLM's own code returned; what is wrong with the input is
+one line and exit code 2."""
 
 import hashlib
 import json
