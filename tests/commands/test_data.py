@@ -211,7 +211,7 @@ def test_long_training_shows_progress_and_ends_with_ctrl_c(tmp_path):
         [sys.executable, "-c", code, *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True
     ) as run:
         line = run.stderr.readline()
-        assert re.fullmatch(r"training the tokenizer: counted [\d,]+ characters in \d+ s\n", line)
+        assert re.fullmatch(r"training the tokenizer: counted [\d,]+ characters, \d+ s\n", line)
         run.send_signal(signal.SIGINT)
         start = time.monotonic()
         rest = run.stderr.read().splitlines()
@@ -737,6 +737,18 @@ def test_a_csv_field_may_be_long(tmp_path):
     assert sum(split["tokens"] for split in meta["splits"].values()) == 200_002
 
 
+def test_names_that_a_windows_pipe_cannot_show(tmp_path):
+    """cp1252 has no Japanese letters; the output shows ? for them."""
+    (tmp_path / "本.csv").write_text('text\n"a row of text,\nand more"\n', encoding="utf-8")
+    argv = ["text", "--input", tmp_path / "本.csv", "--tokenizer", "char", "--out", tmp_path / "日"]
+    result = subprocess.run(
+        [sys.executable, ROOT / "data" / "prepare.py", *argv],
+        env=dict(os.environ, PYTHONIOENCODING="cp1252"), capture_output=True, check=True,
+    )  # fmt: skip
+    assert b"--data=%s/? " % os.fsencode(tmp_path) in result.stdout and result.stderr == b""
+    assert read_meta(f"{tmp_path}/日")["source"] == "本.csv"
+
+
 def test_text_longer_than_one_piece(tmp_path):
     text = "".join(random.Random(2).choices("ab \n", k=2**20 * 5 // 4))
     (tmp_path / "a.txt").write_text(text)
@@ -835,7 +847,8 @@ def test_other_folders_are_own_texts(tmp_path, monkeypatch, refused):
     monkeypatch.setattr("data.corpus.ROOT", tmp_path)
     for folder in (
         "mine text text8_wrap9 pydocs_packed lm1b_no_eot ptb_packed ptb_wrap1024 lm1b_wrap128 "
-        "fineweb lm1b_wrap064 lm1b_wrap64_packed gsm8k_wrap256 openwebtext_wrap0 ptb_CC-MAIN-2024-10"
+        "fineweb lm1b_wrap064 lm1b_wrap64_packed gsm8k_wrap256 openwebtext_wrap0 "
+        "ptb_CC-MAIN-2024-10"
     ).split():
         command = f"python data/prepare.py text --input FILE... --out {folder}\n"
         refused(lambda folder=folder: read_meta(folder), command)
