@@ -190,7 +190,7 @@ def training_rows(ids, meta, cfg, index):
     starts = []
     for i in index:
         epoch, k = divmod(int(i), per_epoch)
-        order, offset = draw_order(cfg.seed, epoch, per_epoch, offsets)
+        order, offset = epoch_order(cfg.seed, epoch, per_epoch, offsets)
         starts.append(int(order[k]) * L + offset)
     return take(ids, starts, L, cfg, f"{cfg.data}/train.bin")
 
@@ -198,7 +198,7 @@ def training_rows(ids, meta, cfg, index):
 _order = {}  # the last epoch's order: 4 bytes a window
 
 
-def draw_order(seed, epoch, windows, offsets):
+def epoch_order(seed, epoch, windows, offsets):
     key = (seed, epoch, windows, offsets)
     if key not in _order:
         _order.clear()

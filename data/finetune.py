@@ -258,4 +258,7 @@ asked = format_question
 
 
 def records(path):
-    return [record for _, record in read_records(path)]
+    found = [record for _, record in read_records(path)]
+    if not found:
+        raise ValueError("line 1: not JSON, the file is empty")
+    return found

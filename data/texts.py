@@ -20,7 +20,7 @@ from tqdm import tqdm
 from common import fail, one_line
 from data.corpus import dtype_of, finish, partial_of
 from data.readers import COLUMN_FILES, kind_of, open_bytes, read_documents, report
-from data.tokenizer import KINDS, tokenizer_of, train_bpe
+from data.tokenizer import KINDS, Progress, tokenizer_of, train_bpe
 
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 TEXT8_CHARACTERS = 100_000_000
@@ -39,9 +39,11 @@ def write_texts(folder, source, spec, splits):
     tokenizer, piece = tokenizer_of(spec), 2**20  # a list of Python ints takes 36 bytes a token
     dtype = dtype_of(tokenizer.vocab_size)
     for split, text in splits.items():
-        with open(partial_of(folder) / f"{split}.bin", "wb") as f:
-            for i in tqdm(range(0, len(text), piece), desc=split, leave=False, disable=None):
+        with open(partial_of(folder) / f"{split}.bin", "wb") as f, Progress() as progress:
+            for i in range(0, len(text), piece):
                 np.array(tokenizer.encode(text[i : i + piece]), dtype).tofile(f)
+                done = min(i + piece, len(text))
+                progress.show(f"encoding {split}: {done:,} of {len(text):,} characters")
     characters = {split: len(text) for split, text in splits.items()}
     return finish(folder, source, spec, tokenizer.vocab_size, characters)
 

@@ -302,8 +302,7 @@ def train_bpe(texts, vocab_size):
 
 
 def run_interruptibly(train, texts):
-    """train(texts) in a second thread: the library itself does not react to Ctrl-C. A long run
-    reports its progress on stderr."""
+    """train(texts) in a second thread: the library itself does not react to Ctrl-C."""
     characters, interrupted, errors = 0, False, []
 
     def count():
@@ -321,22 +320,32 @@ def run_interruptibly(train, texts):
             errors.append(e)
 
     thread = threading.Thread(target=run, daemon=True)
-    start = reported = time.monotonic()
     thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(0.2)
-            if (now := time.monotonic()) - reported >= REPORT_EVERY:
-                reported, seconds = now, now - start
-                line = (
-                    f"training the tokenizer: counted {characters:,} characters in {seconds:.0f} s"
-                )
-                print(line, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        interrupted = True
-        thread.join(2)  # a thread that takes the GIL while the interpreter ends could abort it
-        raise
-    if reported > start and sys.stderr.isatty():
-        print(file=sys.stderr)
+    with Progress() as progress:
+        try:
+            while thread.is_alive():
+                thread.join(0.2)
+                progress.show(f"training the tokenizer: counted {characters:,} characters")
+        except KeyboardInterrupt:
+            interrupted = True
+            thread.join(2)  # a thread that takes the GIL while the interpreter ends could abort it
+            raise
     if errors:
         raise errors[0]
+
+
+class Progress:
+    """A line on stderr every REPORT_EVERY seconds; on a terminal always the same line."""
+
+    def __enter__(self):
+        self.start = self.shown = time.monotonic()
+        return self
+
+    def show(self, line):
+        if (now := time.monotonic()) - self.shown >= REPORT_EVERY:
+            self.shown, end = now, "\r" if sys.stderr.isatty() else "\n"
+            print(f"{line}, {now - self.start:.0f} s", end=end, file=sys.stderr, flush=True)
+
+    def __exit__(self, *error):
+        if self.shown > self.start and sys.stderr.isatty():
+            print(" " * 79, end="\r", file=sys.stderr, flush=True)
