@@ -135,7 +135,7 @@ def build(cfg, meta, device, init_from=""):
     model = DiT(cfg).to(device)
     if init_from:
         copy_weights(model, init_from, meta)
-    model.ends = meta["ends"]
+    model.ends = meta.get("ends", False)
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else copy.copy(model)
     if device.type == "cuda" and cfg.compile:
         model.hidden = torch.compile(model.hidden)  # the trunk has static shapes, the head does not
@@ -386,7 +386,7 @@ def save_run(run, name):
             step=run.step, best=run.best, optimizer=[o.state_dict() for o in run.optimizers],
             config=asdict(run.cfg), seconds=run.seconds, tokenizer=run.meta["tokenizer"],
             data=run.meta["splits"]["train"]["sha256"], losses=losses.cpu(),
-            ends=run.meta["ends"],
+            ends=run.model.ends,
         )  # fmt: skip
 
 

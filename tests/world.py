@@ -172,9 +172,9 @@ def remasking_states(model, canvas, schedule, steps, sigma):
 
 def left_to_right_law(model, canvas, schedule, steps):
     """P(text | canvas) (27,) of one token after the other, at the times of the schedule."""
-    state = {tuple(canvas.tolist()): 1.0}
+    state, masked = {tuple(canvas.tolist()): 1.0}, canvas == MASK
     for i in range(L):
-        t = time_at(schedule, torch.tensor((L - i) / L)).item()
+        t = time_at(schedule, masked[i:].sum() / masked.sum().clamp(min=1)).item()
         p, after = predictions(model, t).exp(), {}
         for x, chance in state.items():
             for v in range(V) if x[i] == MASK else [x[i]]:

@@ -63,7 +63,7 @@ def memory(folder, **fields):
     cfg = Config(data=str(folder), n_embd=8, n_head=2, n_layer=1, **fields)
     ids, meta = read_split(cfg.data, "train", cfg)
     rows = take(ids, range(0, len(ids), cfg.seq_len), cfg.seq_len, cfg, "train")
-    x0, maskable = unpack(rows, meta, cfg)
+    x0, _, maskable = unpack(rows, meta, cfg)
     return Memory(x0, maskable, meta["tokenizer"], cfg)
 
 

@@ -62,16 +62,18 @@ def test_batches_are_masked_by_the_schedule(cfg, schedule):
     assert abs(masked - wanted) < 4 * 0.5 / math.sqrt(150 * 4 * 32)
 
 
-def test_padding_is_never_masked_and_every_token_counts_the_same(cfg, tmp_path):
+def test_padding_is_masked_but_not_counted_and_every_token_counts_the_same(cfg, tmp_path):
     """Whatever the length of its row, and however the batch is split."""
     write_padded_rows(tmp_path / "padded")
     cfg = replace(cfg, data=str(tmp_path / "padded"))
     read, device, parameters = reader(cfg), torch.device("cpu"), []
-    x0, maskable, t, xt, _ = read(0)
-    assert (maskable == (x0 != 0)).all() and (xt == 0)[~maskable].all() and not maskable.all()
+    x0, counted, t, xt, _ = read(0)
+    assert (counted == (x0 != 0)).all() and not counted.all()
+    padding = torch.cat([read(step)[3][~read(step)[1]] for step in range(20)])
+    assert 0.4 < (padding == cfg.mask_id).double().mean() < 0.6  # as all tokens, over all times
     torch.manual_seed(0)
-    nats = LOSSES["mdlm"](DiT(cfg), x0, maskable, cfg, t, xt)
-    want = nats.sum().item() / maskable.sum().item()
+    nats = LOSSES["mdlm"](DiT(cfg), x0, counted, cfg, t, xt)
+    want = nats.sum().item() / counted.sum().item()
     for micro in (8, 2):
         torch.manual_seed(0)
         model = DiT(cfg)
@@ -82,18 +84,20 @@ def test_padding_is_never_masked_and_every_token_counts_the_same(cfg, tmp_path):
     torch.testing.assert_close(*parameters, rtol=1e-4, atol=1e-5)
 
 
-def test_only_answers_are_masked(cfg, tmp_path):
+def test_answers_and_padding_are_masked_and_answers_counted(cfg, tmp_path):
     write_answers(tmp_path / "sft")
     cfg = replace(cfg, data=str(tmp_path / "sft"), bos=True)
     ids, meta = read_split(cfg.data, "train", cfg)
     stored = torch.from_numpy(training_rows(ids, meta, cfg, ALL).astype(np.int64))
-    x0, maskable, _, xt, _ = reader(cfg)(0)
-    assert (maskable == (stored < GIVEN)).all() and (x0 == stored % GIVEN).all() and x0.max() < 27
-    assert (xt == x0)[~maskable].all() and (xt == cfg.mask_id).any()
+    x0, counted, _, xt, _ = reader(cfg)(0)
+    assert (counted == (stored < GIVEN)).all() and (x0 == stored % GIVEN).all() and x0.max() < 27
+    prompt = ~counted & (counted.flip(-1).cumsum(-1).flip(-1) > 0)
+    assert (xt == x0)[prompt].all() and (xt == cfg.mask_id)[counted].any()
+    assert (xt == cfg.mask_id)[~counted & ~prompt].any()  # padding does not tell the length
 
 
 def test_prompt_dropout_masks_whole_prompts_and_changes_no_answer(cfg, tmp_path):
-    """Of a share of the rows; neither BOS nor what follows the answer is masked."""
+    """Of a share of the rows; never BOS, and the masks of answers and padding stay as they are."""
     write_answers(tmp_path / "sft")
     read = reader(replace(cfg, data=str(tmp_path / "sft"), bos=True))
     position, dropped = torch.arange(32), []
@@ -102,10 +106,10 @@ def test_prompt_dropout_masks_whole_prompts_and_changes_no_answer(cfg, tmp_path)
         prompt = ~m & (position > 0) & (position <= m.int().argmax(-1, keepdim=True))
         masked = y == cfg.mask_id
         assert ((masked & prompt).any(-1) == (masked | ~prompt).all(-1)).all()
-        assert not masked[:, 0].any() and not (masked & ~m & ~prompt).any()
+        assert not masked[:, 0].any()
         dropped.append((masked & prompt).any(-1))
         _, _, _, plain, _ = read(step)
-        assert torch.equal((plain == cfg.mask_id) & m, masked & m)
+        assert torch.equal((plain == cfg.mask_id) & ~prompt, masked & ~prompt)
     assert abs(torch.cat(dropped).double().mean() - 0.3) < 4 * (0.21 / 320) ** 0.5
 
 

@@ -5,7 +5,6 @@ import ast
 import csv
 import graphlib
 import gzip
-import http.server
 import inspect
 import io
 import itertools
