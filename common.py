@@ -244,10 +244,11 @@ def save_checkpoint(path, **state):
         fail(f"{path}: cannot be saved ({one_line(e)}){kept}")
 
 
-FIELDS = dict(  # of a checkpoint: the types that each may have
-    model=dict, ema=dict, optimizer=list, step=int, best=(int, float), seconds=(int, float),
-    config=dict, tokenizer=dict,
+FIELDS = dict(  # of a checkpoint, with their types
+    model=dict, ema=dict, step=int, config=dict, tokenizer=dict,
+    optimizer=list, best=float, seconds=float, losses=torch.Tensor, ends=bool,
 )  # fmt: skip
+NEEDED = ("model", "ema", "step", "config", "tokenizer")  # the others are for resuming
 
 
 def read_checkpoint(path, device="cpu"):
@@ -266,8 +267,9 @@ def read_checkpoint(path, device="cpu"):
     if not isinstance(ckpt, dict) or ckpt.get("kind") != KIND:
         fail(f"{path}: not a checkpoint of this project")
     for name, kind in FIELDS.items():
-        if not isinstance(ckpt.get(name), kind) or isinstance(ckpt[name], bool):
-            fail(f"{path}: damaged: {name} is {type(ckpt.get(name)).__name__}")
+        value = ckpt.get(name, None if name in NEEDED else kind())
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            fail(f"{path}: damaged: {name} is {type(value).__name__}")
     for name in ("model", "ema"):
         for key, value in ckpt[name].items():
             if not isinstance(key, str) or not isinstance(value, torch.Tensor):

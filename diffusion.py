@@ -8,7 +8,8 @@ missing tokens. Generation runs backwards: from all MASK at t = 1 to a text at t
     x0, xt       (B, L) int64 ids, 0 .. V-1; mask_id = V marks a masked position of xt
     t            (B,) in [0, 1]: 0 = clean, 1 = all masked; T discrete steps: t = n / T, n = 1 .. T
     alpha(t)     P(a token is still visible), from 1 down to 0
-    maskable     (B, L) bool, False on prompts and padding: never masked, never counted
+    maskable     (B, L) bool, False on given tokens (prompts, a given BOS), which are never masked
+    counted      (B, L) bool, False on padding too; nats and tokens are summed over it
     at           (B, L) bool, the N positions that the caller wants predictions for
 
 Contracts
@@ -17,7 +18,8 @@ Contracts
         infinity. (A D3PM without zero_masking has one more output, MASK, at the end.)
     model(x, t, at, tokens) -> their `cross_entropy`, tokens (B, L, k): how every loss calls it
     denoise(x, t, at) -> (N, V) log-probabilities; guidance, temperature and top-p wrap it
-    loss(model, x0, maskable, cfg, t=None, xt=None) -> (B, L) nats, 0 where nothing is lost
+    loss(model, x0, maskable, cfg, t=None, xt=None) -> (B, L) nats, 0 where nothing is lost.
+        With xt given, pass `counted` for maskable: then only counted tokens are evaluated.
     sampler(denoise, x, steps, cfg, gen=None) -> yields (B, L) canvases, each a new tensor
 cfg is a configs.Config. gen is a list of B generators, one per row (`row_generators`), or None.
 
@@ -326,20 +328,22 @@ def ar(model, x0, maskable, cfg, t=None, xt=None):
 LOSSES = {"mdlm": mdlm, "d3pm": d3pm, "sedd": sedd, "ar": ar}
 
 
-def exact_count_bound(model, x0, maskable, cfg, count, xt=None, u=None):
+def exact_count_bound(model, x0, maskable, cfg, count, xt=None, u=None, counted=None):
     """The continuous-time bound of `mdlm` or `sedd` for evaluation, per row: mask exactly
     `count` (B,) of n tokens and weight by n / count. With count uniform on 1 .. n its mean is
     the bound: the probability of `count` masks, weighted by -alpha'/(1 - alpha) and
     integrated over t, is 1 / count for every schedule. So there is no cut-off near t = 0 and
     no exploding weight. A time-conditioned model gets t drawn from its law given the count.
-    u (B, L): the uniforms that choose the masks. x0 (B, L) -> (B,) nats per row."""
+    u (B, L): the uniforms that choose the masks; counted (B, L): sum over these, by default over
+    maskable. x0 (B, L) -> (B,) nats per row."""
     n = maskable.sum(-1)
     fraction = count / n  # stands in for t if the model ignores it
     if xt is None:
         xt, fraction = mask_exactly(x0, count, maskable, cfg.mask_id, u)
     t = time_at(cfg.schedule, fraction) if cfg.time_cond else fraction
     loss = score_entropy if cfg.loss == "sedd" else nll
-    return n / count * loss(model, x0, xt, t, maskable & (xt == cfg.mask_id)).sum(-1)
+    at = (maskable if counted is None else counted) & (xt == cfg.mask_id)
+    return n / count * loss(model, x0, xt, t, at).sum(-1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -104,21 +104,21 @@ def window_noise(seed, starts, p, L):
     return np.stack([philox(seed, start // L, stream=3, step=p).random(L) for start in starts])
 
 
-def batch_nats(model, x0, maskable, cfg, T, u, v):
+def batch_nats(model, x0, maskable, counted, cfg, T, u, v):
     """One estimate of the bound per row, (B,) float64 nats, from uniforms u (B,) for the time and
     v (B, L) for the masks: exact mask counts in continuous time (T = 0), else one step of D3PM's
     T-step bound. An AR model's likelihood is exact."""
     if cfg.causal:
-        return ar(model, x0, maskable, cfg).double().sum(-1)
+        return ar(model, x0, counted, cfg).double().sum(-1)
     if not T:
         count = draw_count(maskable.sum(-1), u)
-        return exact_count_bound(model, x0, maskable, cfg, count, None, v).double()
+        return exact_count_bound(model, x0, maskable, cfg, count, None, v, counted).double()
     # without nanoDD's auxiliary loss; SEDD's p, normalised, in the steps of `ddpm`
     loss = "d3pm" if cfg.loss == "d3pm" else "mdlm"
     in_steps = replace(cfg, aux_ce=0.0, T=T, loss=loss, time_draw="stratified")
     t = (torch.floor(u * T) + 1).clamp(max=T) / T
     xt = mask_tokens(x0, alpha(cfg.schedule, t), maskable, cfg.mask_id, v)
-    return LOSSES[loss](model, x0, maskable, in_steps, t, xt).double().sum(-1)
+    return LOSSES[loss](model, x0, counted, in_steps, t, xt).double().sum(-1)
 
 
 @torch.no_grad()
@@ -126,9 +126,10 @@ def bound(
     model, ids, meta, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32",
     quiet=True, partial=None,
 ):  # fmt: skip
-    """The bound on -log p of a split in nats per token: {"nats", "se", "tokens", "forwards"}.
+    """The bound on -log p of a split in nats per token: nats, se, tokens, split_tokens
+    (counted in the whole split) and forwards.
 
-    See `choose_windows` and `batch_nats`. Padding and given first tokens are not counted. Under
+    See `choose_windows` and `batch_nats`. Padding and given tokens are not counted. Under
     torch.distributed the ranks share the windows, and all return the result of all. partial: a file
     of one process that receives each batch's nats and tokens, 16 bytes per window; after a kill the
     same call resumes from it, to the same result."""
@@ -146,14 +147,13 @@ def bound(
             nats[p, b], tokens[p, b] = row.view(2, -1)
             continue
         saved.seek(-len(before), io.SEEK_CUR)  # a batch that was cut short
-        x0, maskable = unpack(take(ids, starts[b], int(lengths[b.start]), cfg, where), meta, cfg)
+        stored = take(ids, starts[b], int(lengths[b.start]), cfg, where)
+        x0, maskable, counted = (a.to(device) for a in unpack(stored, meta, cfg))
         v = window_noise(seed, starts[b], p, cfg.seq_len)[:, : x0.shape[1]]
-        x0, maskable, v = x0.to(device), maskable.to(device), torch.from_numpy(v).to(device)
-        tokens[p, b] = maskable.sum(-1).double()
+        noise = (torch.from_numpy(a).to(device) for a in (u[p, b], v))
+        tokens[p, b] = counted.sum(-1).double()
         with autocast(device, dtype):
-            nats[p, b] = batch_nats(
-                model, x0, maskable, cfg, T, torch.from_numpy(u[p, b]).to(device), v
-            )
+            nats[p, b] = batch_nats(model, x0, maskable, counted, cfg, T, *noise)
         saved.write(torch.stack((nats[p, b], tokens[p, b])).cpu().numpy().tobytes())
         saved.flush()
     saved.close()
@@ -169,16 +169,24 @@ def bound(
         "nats": float(nats.mean(0).sum() / tokens.sum()),
         "se": standard_error(nats, u, tokens),
         "tokens": int(tokens.sum()),
+        "split_tokens": count_tokens(ids, meta, cfg),
         "forwards": passes * W,
     }
 
 
+def count_tokens(ids, meta, cfg):
+    """The number of counted tokens of a whole split in windows of seq_len."""
+    L = cfg.seq_len
+    if meta.get("pad") is None and not meta.get("given"):
+        return len(ids) - cfg.bos * -(-len(ids) // L)  # a given first token per window
+    parts = (ids[i : i + 4096 * L].astype(np.int64) for i in range(0, len(ids), 4096 * L))
+    return sum(int(unpack(part.reshape(-1, L), meta, cfg)[2].sum()) for part in parts)
+
+
 def report(result, meta, split):
-    """The figures people quote, each with its standard error, from the
-    nats per token of `bound`."""
-    counts = meta["splits"][split]
-    text = counts["tokens"] - counts.get("padding", 0) - counts.get("given", 0)
-    bits, per_char = 1 / math.log(2), text / counts["characters"]
+    """The figures people quote, with their standard errors, from a result of `bound`. Bits per
+    character are the split's total nats over its characters of text, for every layout of rows."""
+    bits, per_char = 1 / math.log(2), result["split_tokens"] / meta["splits"][split]["characters"]
     nats, se = result["nats"], result["se"]
     perplexity = math.exp(min(nats, 700))
     return {

@@ -149,7 +149,7 @@ class DiT(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, d = cfg, cfg.n_embd
+        self.cfg, self.ends, d = cfg, False, cfg.n_embd  # ends: rows are documents, see `load`
         self.embed = nn.Embedding(cfg.vocab_size + 1, d)  # the last row is MASK
         self.time = TimeEmbedding(cfg.cond_dim) if cfg.cond_dim else None
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
@@ -314,13 +314,15 @@ def check_weights(weights, cfg, where):
 def load(path, ema=True, device="cpu", dtype="float32"):
     """The only way a checkpoint becomes a model: (model in eval mode, its Config). model.tokenizer
     is the spec of its data's tokenizer (data/tokenizer.py), model.step the number of optimiser
-    steps. dtype is that of the `autocast` in which the model will be called."""
+    steps, model.ends whether its rows are documents that end. dtype is that of the `autocast` in
+    which the model will be called."""
     ckpt, device = read_checkpoint(path, device), torch.device(device)
     cfg, weights = from_dict(ckpt["config"], path), ckpt["ema" if ema else "model"]
     check_weights(weights, cfg, path)
     model = DiT(cfg).to(device)
     model.load_state_dict(weights)
     model.tokenizer, model.step = ckpt["tokenizer"], ckpt["step"]
+    model.ends = bool(ckpt.get("ends"))
     model.eval().requires_grad_(False)
     if device.type == "cpu":
         head.keep_freed_memory()  # but not that of the checkpoint

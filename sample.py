@@ -78,11 +78,11 @@ def infill_canvas(tokenizer, text, cfg, subword):
 
 def frames(
     model, cfg, canvas, rows, steps, sampler, guidance=0.0, temperature=1.0, top_p=1.0,
-    noise_removal="sampled", seed=0, dtype="float32", sampler_options=None, **semi,
+    noise_removal="sampled", seed=0, dtype="float32", sampler_options=None, semi=None,
 ):  # fmt: skip
     """Yield (N, L) canvases from the masked one, (L,) or (N, L), to the text. Row number rows[i]
     has its own random numbers, so its text does not depend on the batch. sampler_options:
-    parameters of that sampler only. semi: window, stride and eos of `semi_ar`, or nothing."""
+    parameters of that sampler only. semi: {window, stride, eos} of `semi_ar`, or None."""
     denoise = (cached_denoiser if cfg.causal else denoiser)(model, cfg)
     device = next(model.parameters()).device
     x = canvas.to(device).expand(len(rows), -1)
@@ -108,6 +108,12 @@ def frames(
         yield x
 
 
+def end_id(model, tokenizer, stop=False):
+    """The token at which a text ends, or None. Where rows are documents (model.ends) it is the
+    tokenizer's eos. In packed rows that token separates documents, so only `stop` ends a text."""
+    return tokenizer.eos if model.ends or stop else None
+
+
 def text_ids(ids, canvas, cfg, eos=None):
     """The part of ids that is text: without a first token that is always given, up to the first eos
     that is not in the canvas (L,); all of it if eos is None."""
@@ -116,15 +122,17 @@ def text_ids(ids, canvas, cfg, eos=None):
 
 
 def generate(
-    model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler=None, **options
-):
-    """num texts from `canvas` (L,), by default all MASK; options: see `frames`."""
+    model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler=None, eos=None,
+    **options,
+):  # fmt: skip
+    """num texts from `canvas` (L,), by default all MASK, each up to `eos`, by default `end_id`;
+    options: see `frames`."""
+    eos = end_id(model, tokenizer) if eos is None else eos
     canvas = prompt_canvas(tokenizer, "", cfg.seq_len, cfg) if canvas is None else canvas
     texts, sampler = [], choose_sampler(cfg, sampler)
     for first in range(0, num, batch_size):
         rows = range(first, min(first + batch_size, num))
         x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
-        eos = options.get("eos")
         texts += [tokenizer.decode(text_ids(ids, canvas, cfg, eos)) for ids in x.tolist()]
     return texts
 
@@ -173,9 +181,8 @@ def parse_arguments(argv):
     p.add_argument(
         "--guidance", type=float, default=0.0, help="w of classifier-free guidance by the prompt"
     )
-    p.add_argument(
-        "--semi_ar", action="store_true", help="any length by windows; stops at end-of-text"
-    )
+    p.add_argument("--semi_ar", action="store_true", help="any length, window by window")
+    p.add_argument("--stop", action="store_true", help="end a text at its first end-of-text")
     p.add_argument("--window", type=int, help="semi_ar: tokens of a window; default: the model's")
     p.add_argument(
         "--stride", type=int, help="semi_ar: new tokens of a window; default: half of it"
@@ -202,9 +209,9 @@ def check_arguments(args):
         fail("--window and --stride: only with --semi_ar")
 
 
-def sampling_options(args, cfg, tokenizer):
+def sampling_options(args, cfg, eos):
     """The options of `frames`, checked against the model."""
-    window = args.window or cfg.seq_len
+    window, semi = args.window or cfg.seq_len, {}
     if args.guidance and (args.semi_ar or cfg.causal):
         fail("--guidance: not with --semi_ar, and not for an AR model")
     if window > cfg.seq_len:
@@ -219,9 +226,9 @@ def sampling_options(args, cfg, tokenizer):
         top_p=args.top_p, noise_removal=args.noise_removal, seed=args.seed, dtype=args.dtype,
         sampler_options=read_sampler_options(args, sampler),
     )  # fmt: skip
-    return options | (
-        dict(window=window, stride=args.stride, eos=tokenizer.eos) if args.semi_ar else {}
-    )
+    if args.semi_ar:
+        semi = dict(semi=dict(window=window, stride=args.stride, eos=eos))
+    return options | semi
 
 
 def make_canvas(args, cfg, tokenizer, subword):
@@ -239,12 +246,12 @@ def make_canvas(args, cfg, tokenizer, subword):
     return canvas
 
 
-def watch_all(model, tokenizer, cfg, canvas, num, options):
+def watch_all(model, tokenizer, cfg, canvas, num, eos, options):
     """Yield num texts, each shown while it is generated."""
     for row in range(num):
         header = f"sample {row + 1} of {num} · {options['sampler']}, {options['steps']} steps"
         ids = watch(tokenizer, frames(model, cfg, canvas, [row], **options), header)
-        yield tokenizer.decode(text_ids(ids, canvas, cfg, options.get("eos")))
+        yield tokenizer.decode(text_ids(ids, canvas, cfg, eos))
 
 
 def main(argv=None):
@@ -252,12 +259,17 @@ def main(argv=None):
     check_arguments(args)
     model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
     tokenizer = tokenizer_of(model.tokenizer)
-    options = sampling_options(args, cfg, tokenizer)
+    if args.stop and tokenizer.eos is None:
+        fail("--stop: the model's tokenizer has no end-of-text")
+    eos = end_id(model, tokenizer, args.stop)
+    options = sampling_options(args, cfg, eos)
     canvas = make_canvas(args, cfg, tokenizer, subword=model.tokenizer["kind"] != "char")
     if args.watch and sys.stdout.isatty():
-        texts = watch_all(model, tokenizer, cfg, canvas, args.num, options)
+        texts = watch_all(model, tokenizer, cfg, canvas, args.num, eos, options)
     else:
-        texts = generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, **options)
+        texts = generate(
+            model, tokenizer, cfg, args.num, canvas, args.batch_size, eos=eos, **options
+        )
     for i, text in enumerate(texts):
         if args.num > 1:
             print(f"--- sample {i + 1}")

@@ -149,12 +149,13 @@ def euler(denoise, x, steps, cfg, gen=None):
 
 
 def left_to_right(denoise, x, steps, cfg, gen=None):
-    """From left to right, one token per call; `steps` is not used. Given tokens stay, wherever they
-    are, but a causal network does not see those to the right."""
-    L = x.shape[1]
-    masked = (L - torch.arange(L, dtype=torch.float64, device=x.device)) / L
-    time = time_at(cfg.schedule, masked)
-    yield from reveal_at(denoise, x, time.expand(x.shape), cfg, gen)
+    """From left to right, one token per call, each at the time of the fraction of masks that is
+    left; `steps` is not used. Given tokens stay, but a causal network does not see those to the
+    right."""
+    masked = x == cfg.mask_id
+    left = masked.flip(-1).cumsum(-1).flip(-1)  # masks from here on
+    time = time_at(cfg.schedule, left.double() / masked.sum(-1, keepdim=True).clamp(min=1))
+    yield from reveal_at(denoise, x, time, cfg, gen)
 
 
 def remdm(sigma, default):

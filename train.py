@@ -135,6 +135,7 @@ def build(cfg, meta, device, init_from=""):
     model = DiT(cfg).to(device)
     if init_from:
         copy_weights(model, init_from, meta)
+    model.ends = meta["ends"]
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else copy.copy(model)
     if device.type == "cuda" and cfg.compile:
         model.hidden = torch.compile(model.hidden)  # the trunk has static shapes, the head does not
@@ -146,16 +147,16 @@ def train_step(net, optimizers, batches, step, cfg, device):
     device. The mean is over the tokens of the global batch, so no split of it changes anything."""
     total = torch.zeros((), device=device)
     send = partial(torch.Tensor.to, device=device, non_blocking=True)  # need not wait for a GPU
-    tokens = send(sum(maskable.sum() for _, maskable, *_ in batches))
+    tokens = send(sum(counted.sum() for _, counted, *_ in batches))
     world = 1
     if dist.is_initialized():
         dist.all_reduce(tokens)
         world = dist.get_world_size()
     for i, tensors in enumerate(batches):
-        x0, maskable, t, xt, weight = map(send, tensors)
+        x0, counted, t, xt, weight = map(send, tensors)
         net.require_backward_grad_sync = i == len(batches) - 1  # for DDP: average once
         with autocast(device, cfg.dtype):
-            nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt)  # (B, L)
+            nats = LOSSES[cfg.loss](net, x0, counted, cfg, t, xt)  # (B, L)
         loss = (nats.sum(-1) * weight).sum() * world / tokens  # DDP averages over processes
         loss.backward()
         total += loss.detach()
@@ -385,6 +386,7 @@ def save_run(run, name):
             step=run.step, best=run.best, optimizer=[o.state_dict() for o in run.optimizers],
             config=asdict(run.cfg), seconds=run.seconds, tokenizer=run.meta["tokenizer"],
             data=run.meta["splits"]["train"]["sha256"], losses=losses.cpu(),
+            ends=run.meta["ends"],
         )  # fmt: skip
 
 

@@ -57,8 +57,8 @@ def refused(capture, call, *words, silent=True):
 
 @pytest.fixture(name="refused")
 def refused_fixture(capfd):
-    """refused(call, *words) for prepare.py, which reports its progress on stdout and may fail in a
-    child process."""
+    """refused(call, *words) for prepare.py, which reports its progress on stdout and may
+    fail in a child process."""
     return partial(refused, capfd, silent=False)
 
 
@@ -206,8 +206,8 @@ def tiny_run(corpus):
 
 
 def save(path, cfg, tokenizer=CHARACTERS, seed=0):
-    """Write a checkpoint whose weights are all random and large: no prediction is nearly
-    uniform."""
+    """Write a checkpoint whose weights are all random and large: no
+    prediction is nearly uniform."""
     generator, model = torch.Generator().manual_seed(seed), DiT(cfg)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4, generator=generator)

@@ -1,5 +1,5 @@
-"""Bad arguments of every command: one line on stderr that names the option and what is allowed,
-exit code 2.
+"""Bad arguments of every command: one line on stderr that names the option and
+what is allowed, exit code 2.
 
 A new command is a line in COMMANDS; a new case is a line in BAD: the command line, then words that
 the error must hold. CKPT is a checkpoint of a masked diffusion model of 27 characters and 32
@@ -192,8 +192,8 @@ def files(corpus, checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def refuse(files, capsys):
-    """refuse(command, line, *words): the command refuses the line, whose placeholders are filled
-    in."""
+    """refuse(command, line, *words): the command refuses the line, whose
+    placeholders are filled in."""
 
     def check(command, line, *words):
         module, function, first = COMMANDS[command]

@@ -1,9 +1,11 @@
-"""compare.py: one command, four losses, every run resumable, a table, a plot and samples."""
+"""compare.py: four losses in one command; resumable runs, a table, a plot and samples."""
 
 import json
 import re
 import statistics
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,8 @@ from tasks import compare
 
 @pytest.fixture(scope="module")
 def base(corpus, tmp_path_factory):
-    return replace(
-        tiny_run(corpus), cond_dim=0, out_dir=str(tmp_path_factory.mktemp("compare") / "run")
-    )
+    out = tmp_path_factory.mktemp("compare") / "run"
+    return replace(tiny_run(corpus), cond_dim=0, out_dir=str(out))
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +34,13 @@ def test_the_table_holds_the_means_errors_and_paired_differences(base, results):
     bits = {name: [r["bits_per_char"] for r in runs] for name, runs in results.items()}
     for line, name in zip(lines, bits):
         cells = [c.strip() for c in line.split("|")[1:-1]]
-        for values, text in (
-            (bits[name], cells[2]),
-            ([a - b for a, b in zip(bits[name], bits["mdlm"])], cells[3]),
-        ):
+        differences = [a - b for a, b in zip(bits[name], bits["mdlm"])]
+        for values, text in ((bits[name], cells[2]), (differences, cells[3])):
             if text:
                 mean, error = map(float, text.removeprefix("≤ ").split(" ± "))
                 assert mean == pytest.approx(statistics.fmean(values), abs=6e-4)
-                assert error == pytest.approx(
-                    abs(values[0] - values[1]) / 2, abs=6e-4
-                )  # of two: half the range
+                half_range = abs(values[0] - values[1]) / 2  # the standard error of two values
+                assert error == pytest.approx(half_range, abs=6e-4)
         assert ("≤" in cells[2]) == (name != "ar") and (not cells[3]) == (name == "mdlm")
 
 
@@ -55,13 +53,13 @@ def test_the_four_differ_in_the_loss_alone(base, results):
     assert cfgs["d3pm"].T == 1000 and not cfgs["d3pm"].zero_masking and cfgs["ar"].causal
 
 
-def test_plot_and_samples_are_there(base, results):
+def test_plot_and_samples_exist(base, results):
     assert (Path(base.out_dir) / "curves.png").read_bytes()[:4] == b"\x89PNG"
     first, _, *rows = (Path(base.out_dir) / "samples.txt").read_text().splitlines()
     assert first.split() == ["ar", "mdlm", "sedd", "d3pm"] and rows
 
 
-def test_complete_runs_are_kept_and_others_go_on(base, results, capsys):
+def test_finished_runs_are_kept_and_others_resumed(base, results, capsys):
     path = Path(base.out_dir) / "mdlm_2" / "ckpt.pt"
     before = {p: p.stat().st_mtime_ns for p in Path(base.out_dir).glob("*/ckpt.pt")}
     (path.parent / "best.pt").unlink()
@@ -70,9 +68,8 @@ def test_complete_runs_are_kept_and_others_go_on(base, results, capsys):
     assert again == results  # to the bit
     after = {p: p.stat().st_mtime_ns for p in before}
     assert [p for p in before if before[p] != after[p]] == [path]
-    compare.main(
-        replace(base, eval_windows=3, device="auto"), seeds=2, passes=3
-    )  # none of the recipe
+    other = replace(base, eval_windows=3, device="auto")  # neither belongs to the recipe
+    compare.main(other, seeds=2, passes=3)
     for bad, words in (
         (replace(base, lr=1e-3), "trained with another lr; "),
         (as_ar(base), "loss=ar"),
@@ -104,13 +101,31 @@ def test_lowest_on_the_way(tmp_path, base):
     values = [5.0, 3.0, 4.0]
     lines = [json.dumps({"step": i, "val": {"bits_per_char": v}}) for i, v in enumerate(values)]
     (tmp_path / "log.jsonl").write_text("\n".join([*lines, json.dumps({"step": 9, "loss": 1.0})]))
-    assert compare.curve(cfg) == {0: 5.0, 1: 3.0, 2: 4.0}
-    row = compare.table(
-        {"mdlm": [cfg]}, {"mdlm": [dict(bits_per_char=4.0, perplexity=9.0)]}
-    ).splitlines()[2]
-    assert [c.strip() for c in row.split("|")[3:6]] == ["≤ 4.000", "", "≤ 3.000"]
+    assert compare.read_curve(cfg) == {0: 5.0, 1: 3.0, 2: 4.0}
+    table = compare.format_table({"mdlm": [cfg]}, {"mdlm": [dict(bits_per_char=4.0, perplexity=9)]})
+    cells = table.splitlines()[2].split("|")[3:6]
+    assert [c.strip() for c in cells] == ["≤ 4.000", "", "≤ 3.000"]
 
 
 def test_columns_are_aligned():
-    text = compare.side_by_side({"a": "one two three\n\nfour", "b": "x"}, width=7)
+    text = compare.join_columns({"a": "one two three\n\nfour", "b": "x"}, width=7)
     assert text == "a        b\n\none two  x\nthree\n\nfour\n"
+
+
+@pytest.mark.slow
+def test_two_processes_reach_the_figures_of_one(base, results, tmp_path):
+    """torchrun -m tasks.compare: both train and evaluate, one writes and prints."""
+    fields = dict(asdict(base), out_dir=str(tmp_path / "two"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "tasks.compare", "--seeds=1", "--passes=3"]
+    command += [f"--{name}={value}" for name, value in fields.items()]
+    root = Path(compare.__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = (tmp_path / "two" / "table.md").read_text()
+    assert done.stdout.count(table) == 1
+    for line, (name, (first, _)) in zip(table.splitlines()[2:], results.items()):
+        cells = [c.strip().removeprefix("≤ ") for c in line.split("|")[1:-1]]
+        assert cells[0] == f"`{name}`"
+        assert float(cells[2]) == pytest.approx(first["bits_per_char"], abs=1e-3)
+        assert float(cells[5]) == pytest.approx(first["perplexity"], rel=1e-3)

@@ -119,8 +119,8 @@ def test_every_kind_of_model_in_steps_and_in_continuous_time(kind, corpus, tmp_p
 
 @pytest.fixture
 def sets(tmp_path, monkeypatch):
-    """Texts of two zero-shot sets where the others would be downloaded; yields the names as they
-    are prepared."""
+    """Texts of two zero-shot sets where the others would be downloaded; yields the
+    names as they are prepared."""
     monkeypatch.setattr("data.corpus.ROOT", tmp_path)
     prepared = []
     texts = {"ptb": " mr. <unk> is N years old \n", "wikitext2": " = Title = \n some text \n"}

@@ -1,6 +1,7 @@
-"""SlimPajama and FineWeb in Llama-2's pieces: the tokenizer equals the tokenizers library with the pipeline of
-Llama-2's own file, the prepared ids equal a slow and obvious reference, whatever the files' form and even if the
-run was killed, and whatever is wrong with the input is one line and exit code 2."""
+"""SlimPajama and FineWeb in Llama-2's pieces: the tokenizer equals the tokenizers library with
+the pipeline of Llama-2's own file, the prepared ids equal a slow and obvious reference,
+whatever the files' form and even if the run was killed, and whatever is wrong with the input is
+one line and exit code 2."""
 
 import gzip
 import json
@@ -18,11 +19,13 @@ from conftest import ROOT, TRICKY, make
 from llama import DOCS, LIBRARY, OURS, TEXT, slow_ids, write_parquet
 
 import data.prepare as prepare
+import data.pretrain as pretrain
 import data.shards as shards
 from data.corpus import read_meta
 from data.tokenizer import MASK_SHOWN, load_tokenizer, read_llama, train_bpe
 
 GITHUB = {"redpajama_set_name": "RedPajamaGithub"}
+
 
 @pytest.fixture
 def vocab(tmp_path):
@@ -89,9 +92,7 @@ def test_text_behind_other_text_begins_without_a_space():
     assert OURS.encode("the cat") == OURS.encode("the") + OURS.encode(" cat", inside=True)
     assert OURS.encode("cat") == OURS.encode(" cat", inside=True) != OURS.encode("cat", inside=True)
     assert OURS.encode("", inside=True) == OURS.encode("") == []
-    bpe = load_tokenizer(
-        train_bpe(["the cat"], 260)
-    )  # and for the others it makes no difference
+    bpe = load_tokenizer(train_bpe(["the cat"], 260))  # and for the others it makes no difference
     assert bpe.encode(" cat", inside=True) == bpe.encode(" cat")
 
 
@@ -251,7 +252,7 @@ def test_a_killed_run_is_gone_on_with(tmp_path, vocab):
     work = tmp_path / "a.partial" / "shards"
     before = (work / "00000.bin").stat()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "finish", lambda *a: 1 / 0)
+        patch.setattr("data.shards.finish", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare.main([*map(str, argv), "--out", f"{tmp_path}/a"])
     after = (work / "00000.bin").stat()
@@ -277,7 +278,7 @@ def test_slimpajama_bad_input(tmp_path, vocab, refuses):
         ("not.jsonl", b'{"text": "a"}\nhello\n', ["line 2: not JSON"]),
         ("list.jsonl", b'{"text": "a"}\n["text"]\n', ["line 2: must have a field 'text'"]),
         ("number.jsonl", b'{"text": 1}\n', ["line 1: its field 'text' is not text"]),
-        ("notes.txt", b"the cat", ["neither a parquet nor a .jsonl file"]),
+        ("notes.txt", b"the cat", ["must be a .jsonl, .json, .csv or parquet file"]),
     ]:
         (tmp_path / name).write_bytes(raw)
         refuses([*run, tmp_path / name, "--workers", 1], name, *words)
@@ -331,7 +332,7 @@ def test_fineweb(tmp_path, vocab, tokens, capsys):
 
 def test_of_a_large_file_no_more_is_read_than_is_needed(tmp_path, vocab, monkeypatch):
     path = write_parquet(tmp_path / "0.parquet", ["the cat sat"] * 5000)
-    monkeypatch.setattr(prepare, "finish", lambda *a: 1 / 0)
+    monkeypatch.setattr("data.shards.finish", lambda *a: 1 / 0)
     argv = ["fineweb", "--input", path, "--tokens", 1500, "--vocab", vocab, "--out", tmp_path / "a"]
     with pytest.raises(ZeroDivisionError):
         prepare.main([*map(str, argv)])
@@ -373,8 +374,8 @@ def test_default_folders_and_hints(tmp_path, vocab, monkeypatch, refused):
 
 
 def test_from_the_hub(tmp_path, serve):
-    """The real huggingface_hub against a small imitation of the hub, in a process of its own (HF_ENDPOINT).
-    Of the dump only the file that is needed is there."""
+    """The real huggingface_hub against a small imitation of the hub, in a process of its own
+    (HF_ENDPOINT). Of the dump only the file that is needed is there."""
     sha, dump, files = "c0ffee" * 6 + "c0de", "CC-MAIN-2024-18", {}
     info = dict(sha=sha, tags=[], downloads=0, likes=0, private=False)
     slim = {
@@ -384,10 +385,10 @@ def test_from_the_hub(tmp_path, serve):
     }
     for name, part in slim.items():
         path = write_parquet(tmp_path / name, part, metas(part))
-        files[f"/datasets/{prepare.SLIMPAJAMA}/resolve/{sha}/{name}.parquet"] = path.read_bytes()
+        files[f"/datasets/{pretrain.SLIMPAJAMA}/resolve/{sha}/{name}.parquet"] = path.read_bytes()
     siblings = [dict(rfilename=f"{name}.parquet") for name in slim] + [dict(rfilename="README.md")]
-    answer = dict(info, id=prepare.SLIMPAJAMA, siblings=siblings)
-    files[f"/api/datasets/{prepare.SLIMPAJAMA}"] = json.dumps(answer).encode()
+    answer = dict(info, id=pretrain.SLIMPAJAMA, siblings=siblings)
+    files[f"/api/datasets/{pretrain.SLIMPAJAMA}"] = json.dumps(answer).encode()
 
     path = write_parquet(tmp_path / "web.parquet", DOCS)
     names = [f"data/{dump}/000_0000{i}.parquet" for i in range(3)]
@@ -395,10 +396,11 @@ def test_from_the_hub(tmp_path, serve):
         dict(type="file", path=name, size=9, oid="0")
         for name in [*names[::-1], f"data/{dump}/README.md"]
     ]
-    files[f"/datasets/{prepare.FINEWEB}/resolve/{sha}/{names[0]}"] = path.read_bytes()
-    files[f"/api/datasets/{prepare.FINEWEB}"] = json.dumps(dict(info, id=prepare.FINEWEB)).encode()
-    files[f"/api/datasets/{prepare.FINEWEB}/tree/{sha}/data%2F{dump}"] = json.dumps(tree).encode()
-    files[f"/{prepare.LLAMA}/resolve/main/tokenizer.json"] = TEXT.encode()
+    files[f"/datasets/{pretrain.FINEWEB}/resolve/{sha}/{names[0]}"] = path.read_bytes()
+    about = json.dumps(dict(info, id=pretrain.FINEWEB)).encode()
+    files[f"/api/datasets/{pretrain.FINEWEB}"] = about
+    files[f"/api/datasets/{pretrain.FINEWEB}/tree/{sha}/data%2F{dump}"] = json.dumps(tree).encode()
+    files[f"/{LLAMA}/resolve/main/tokenizer.json"] = TEXT.encode()
 
     runs = [
         ["slimpajama", "--workers", "2", "--out", f"{tmp_path}/a"],
@@ -417,7 +419,7 @@ def test_from_the_hub(tmp_path, serve):
         [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
     )
     assert done.stderr.startswith(
-        f"error: {prepare.FINEWEB}: cannot list its files on the hub ("
+        f"error: {pretrain.FINEWEB}: cannot list its files on the hub ("
     ), done.stderr
     assert (
         done.stderr.count("\n") == 1
@@ -427,8 +429,8 @@ def test_from_the_hub(tmp_path, serve):
     for split, name in zip(("train", "val", "test"), slim):
         ids = np.fromfile(tmp_path / "a" / f"{split}.bin", np.uint16)
         assert ids.tolist() == slow_slimpajama(slim[name], False)
-    assert read_meta(f"{tmp_path}/a")["source"] == f"{prepare.SLIMPAJAMA}@{sha}"
+    assert read_meta(f"{tmp_path}/a")["source"] == f"{pretrain.SLIMPAJAMA}@{sha}"
     assert np.fromfile(tmp_path / "b" / "test.bin", np.uint16).tolist() == slow_fineweb(500)
     assert read_meta(f"{tmp_path}/b")["source"].startswith(
-        f"{prepare.FINEWEB}@{sha}, {dump}, sha256 "
+        f"{pretrain.FINEWEB}@{sha}, {dump}, sha256 "
     )

@@ -1,4 +1,4 @@
-"""quality.py: its figures are those of evaluate.py and of the data, its calls those that a sampler makes."""
+"""quality.py: its figures are those of judge.py and of the data, its calls those of the sampler."""
 
 import json
 import math
@@ -29,48 +29,35 @@ def run(capsys, checkpoints, *more):
     return capsys.readouterr().out
 
 
-def test_every_sampler_and_setting_is_judged_as_evaluate_does(checkpoints, capsys, tmp_path):
+def json_rows(capsys, checkpoints, *more):
+    return [json.loads(line) for line in run(capsys, checkpoints, "--json", *more).splitlines()]
+
+
+def test_every_sampler_and_setting_gets_the_figures_of_judge(checkpoints, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     png = tmp_path / "quality.png"
-    rows = [
-        json.loads(line) for line in run(capsys, checkpoints, "--json", "--png", png).splitlines()
-    ]
+    rows = json_rows(capsys, checkpoints, "--png", png)
     assert png.read_bytes().startswith(b"\x89PNG")
-    of = {(row["sampler"], row["setting"]): row for row in rows}
-    assert len(of) == len(rows) and {name for name, _ in of} == {"validation text"} | set(
-        SAMPLERS
-    ) - set(quality.SAME_LAW)
-    assert of["confidence", "steps=2"]["calls"] == 2 and of["first_hitting", ""]["calls"] == 32
-    assert (
-        of["threshold", "threshold=0.1"]["calls"] < of["threshold", "threshold=0.99"]["calls"] <= 32
-    )
-    assert of["entropy_bound", "gamma=10"]["calls"] < of["entropy_bound", "gamma=0.01"]["calls"]
-    assert of["remdm_cap", "steps=5"]["calls"] <= 5
-    ckpt, judge = checkpoints
-    theirs = [
-        ckpt,
-        judge,
-        "--num",
-        "3",
-        "--batch_size",
-        "2",
-        "--device",
-        "cpu",
-        "--json",
-    ]
+    found = {(row["sampler"], row["setting"]): row for row in rows}
+    names = {"validation text", *SAMPLERS} - set(quality.SAME_LAW)
+    assert len(found) == len(rows) and {name for name, _ in found} == names
+    calls = {key: row["calls"] for key, row in found.items()}
+    assert calls["confidence", "steps=2"] == 2 and calls["first_hitting", ""] == 32
+    few, many = calls["threshold", "threshold=0.1"], calls["threshold", "threshold=0.99"]
+    assert few < many <= 32 and calls["remdm_cap", "steps=5"] <= 5
+    assert calls["entropy_bound", "gamma=10"] < calls["entropy_bound", "gamma=0.01"]
+    common = "--num 3 --batch_size 2 --device cpu --json".split()
     for more, key in (
         (["--sampler", "ddpm_cache", "--steps", "5"], ("ddpm_cache", "steps=5")),
         (["--sampler", "threshold", "--threshold", "0.3"], ("threshold", "threshold=0.3")),
     ):
-        judge_task.main([*theirs, *more])
+        judge_task.main([*checkpoints, *common, *more])
         want = json.loads(capsys.readouterr().out)
-        assert [of[key][f] for f in ("nats", "entropy")] == [want[f] for f in ("nats", "entropy")]
+        assert [found[key][f] for f in ("nats", "entropy")] == [want["nats"], want["entropy"]]
 
 
 def test_the_first_row_is_the_validation_text(checkpoints, corpus, capsys):
-    first = json.loads(
-        run(capsys, checkpoints, "--json", "--samplers", "ddpm_cache").splitlines()[0]
-    )
+    first = json_rows(capsys, checkpoints, "--samplers", "ddpm_cache")[0]
     assert first["sampler"] == "validation text" and first["calls"] is None
     ids = read_split(str(corpus), "val", tiny_run(corpus))[0]
     rows = [ids[int(i) :][:32] for i in (0, (len(ids) - 32) // 2, len(ids) - 32)]
@@ -78,10 +65,17 @@ def test_the_first_row_is_the_validation_text(checkpoints, corpus, capsys):
     assert first["entropy"] == pytest.approx(np.mean([entropy(row) for row in rows]))
 
 
-def test_steps_are_of_samplers_that_have_them_and_values_of_the_others():
+def test_no_ema_samples_from_the_raw_weights(checkpoint, checkpoints, capsys):
+    models = str(checkpoint), checkpoints[1]
+    args = "--samplers", "ddpm_cache", "--temperature", "0"
+    averaged, raw = (json_rows(capsys, models, *args, *more) for more in ([], ["--no_ema"]))
+    assert averaged[0] == raw[0] and averaged[1]["nats"] != raw[1]["nats"]
+
+
+def test_settings_are_steps_or_the_values_of_another_option():
     assert all(set(quality.VALUES) >= set(default_options(SAMPLERS[name])) for name in STEPLESS)
-    assert quality.settings("ddpm_cache", [3, 4]) == [dict(steps=3), dict(steps=4)]
-    assert quality.settings("first_hitting", [3, 4]) == [{}]
+    assert quality.list_settings("ddpm_cache", [3, 4]) == [dict(steps=3), dict(steps=4)]
+    assert quality.list_settings("first_hitting", [3, 4]) == [{}]
 
 
 @pytest.mark.parametrize("more, words", [
@@ -93,20 +87,16 @@ def test_steps_are_of_samplers_that_have_them_and_values_of_the_others():
 ])  # fmt: skip
 def test_bad_arguments(checkpoints, capsys, more, words):
     refused(capsys, lambda: run(capsys, checkpoints, *more), *words)
-    refused(
-        capsys, lambda: quality.main([checkpoints[1], "--judge", checkpoints[1]]), "left to right"
-    )
-    refused(
-        capsys, lambda: quality.main([checkpoints[0], "--judge", checkpoints[0]]), "judge", "AR"
-    )
+
+
+def test_the_model_is_no_ar_model_and_the_judge_is_one(checkpoints, capsys):
+    mdlm, ar = checkpoints
+    refused(capsys, lambda: quality.main([ar, "--judge", ar]), "left to right")
+    refused(capsys, lambda: quality.main([mdlm, "--judge", mdlm]), "judge", "AR")
 
 
 def test_a_judge_that_cannot_read_the_texts(checkpoints, corpus, capsys, tmp_path):
     ar = replace(tiny_run(corpus), loss="ar", causal=True, cond_dim=0)
     judge = str(save(tmp_path / "capitals.pt", ar, {"kind": "char", "characters": LETTERS.upper()}))
-    refused(
-        capsys,
-        lambda: run(capsys, (checkpoints[0], judge)),
-        "capitals.pt: cannot read",
-        "vocabulary",
-    )
+    words = "capitals.pt: cannot read", "vocabulary"
+    refused(capsys, lambda: run(capsys, (checkpoints[0], judge)), *words)

@@ -1,5 +1,5 @@
-"""The sample command: prompts and holes are kept, rows are independent, the terminal view is
-live."""
+"""The sample command: prompts and holes are kept, rows are independent, the
+terminal view is live."""
 
 import io
 import re
@@ -108,8 +108,8 @@ def test_temperature_zero_is_greedy_and_top_p_cuts(checkpoint, capsys):
 
 
 def test_holes_take_the_space_before_a_subword():
-    """Sub-word tokens begin with their space: "a ____ b" leaves no lone space token in front of the
-    hole."""
+    """Sub-word tokens begin with their space: "a ____ b" leaves no lone space
+    token in front of the hole."""
     spec = train_bpe(["to be or not to be that is the question " * 40], 300)
     tokenizer = load_tokenizer(spec)
     mask, cfg = tokenizer.vocab_size, Config(vocab_size=tokenizer.vocab_size)

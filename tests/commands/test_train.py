@@ -354,8 +354,8 @@ def test_two_processes_train_like_one_and_resume_each_other(cfg, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_the_other_losses_like_one(cfg, tmp_path):
-    """D3PM with two forwards per step, on padded rows: the processes have different numbers of
-    tokens."""
+    """D3PM with two forwards per step, on padded rows: the processes have
+    different numbers of tokens."""
     write_padded_rows(tmp_path / "padded")
     cfg = replace(as_d3pm(cfg), data=str(tmp_path / "padded"), micro_batch=2, eval_every=10)
     cfg = replace(cfg, steps=10, samples=0)

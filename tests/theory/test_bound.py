@@ -28,8 +28,8 @@ from evaluate import bound, strata
 
 
 class Markov:
-    """Texts of an order-1 chain over 5 letters. Its exact denoiser needs only the nearest visible
-    tokens."""
+    """Texts of an order-1 chain over 5 letters. Its exact denoiser needs only the
+    nearest visible tokens."""
 
     V, L = 5, 64
 
@@ -126,8 +126,8 @@ def test_pairs_mask_a_constant_number_of_tokens():
 @pytest.mark.parametrize("T", [0, 1, 4])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_every_T_estimates_its_bound(T, schedule):
-    """With a time-dependent network each T has another bound; a split that repeats one text
-    converges to it."""
+    """With a time-dependent network each T has another bound; a split that repeats
+    one text converges to it."""
     model, text = hostile_model(), torch.tensor([0, 2, 1])
     cfg, ids = tiny(schedule=schedule, time_cond=True, cond_dim=8), np.tile(text.numpy(), 20_000)
     got = bound(Network(model), ids, {}, cfg, "text", T=T, batch_size=10_000)

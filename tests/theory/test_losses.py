@@ -186,9 +186,9 @@ def dense_d3pm(model, x0, xt, t, cfg):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("T", [1, 2, 7, 1000])
 def test_losses_equal_the_dense_d3pm_posterior_kl(schedule, T):
-    """mdlm in T steps is D3PM's KL over the whole vocabulary. aux_ce adds nanoDD's cross-entropy of
-    all tokens, and in step 1 is T times that alone; without carry_over the network also pays for
-    copying x0."""
+    """mdlm in T steps is D3PM's KL over the whole vocabulary. aux_ce adds nanoDD's
+    cross-entropy of all tokens, and in step 1 is T times that alone; without carry_over the
+    network also pays for copying x0."""
     model = hostile_model()
     x0 = torch.randint(0, V, (60, L))
     t = torch.randint(1, T + 1, (60,)).double() / T
@@ -402,8 +402,8 @@ def test_exact_count_bound_of_a_time_conditioned_network_is_its_continuous_bound
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_losses_stay_finite_next_to_the_ends(schedule):
-    """1 - alpha rounds to 0 near t = 0 in most schedules: nothing is masked there, and the loss is
-    0, not NaN."""
+    """1 - alpha rounds to 0 near t = 0 in most schedules: nothing is masked there, and
+    the loss is 0, not NaN."""
     t = torch.tensor([0.0, 1e-300, 1e-12, 1e-9, 1 - 1e-12, 1.0], dtype=torch.float64)
     x0 = torch.randint(0, V, (len(t), L))
     nats = LOSSES["mdlm"](hostile_model(), x0, ones(x0), tiny(schedule=schedule), t)

@@ -219,8 +219,8 @@ def test_rotary_scores_depend_on_distance_alone():
 
 
 def test_adaln_reads_shift_scale_gate_in_upstreams_order():
-    """Six chunks: shift, scale and gate of attention, then of the MLP; two at the end: shift,
-    scale."""
+    """Six chunks: shift, scale and gate of attention, then of the MLP; two at
+    the end: shift, scale."""
     model, c, (cos, sin) = awake(SMALL), torch.randn(2, 1, 8), rotary_tables(16, 8)
     block, x = model.blocks[0], torch.randn(2, 16, 16)
     m = (c @ block.ada.weight.T + block.ada.bias).view(2, 1, 6, 16).unbind(2)
@@ -266,8 +266,8 @@ def backward_names(tensor):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("length", [16, 600, 1030])
 def test_attention_equals_scaled_dot_product_attention(length, causal):
-    """Plain matmuls in bfloat16 training of rows up to 1,024 on CPUs, torch's kernel for the
-    rest."""
+    """Plain matmuls in bfloat16 training of rows up to 1,024 on CPUs,
+    torch's kernel for the rest."""
     cfg = replace(SMALL, seq_len=length, **(AR if causal else {}))
     block = awake(cfg).blocks[0]
     x, (cos, sin) = torch.randn(2, length, 16), rotary_tables(length, 8)

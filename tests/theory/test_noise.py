@@ -6,7 +6,6 @@ import torch
 from world import Network, V, hostile_model, tiny
 
 from data import batches
-from data.corpus import epoch_order
 from diffusion import philox, row_generators, uniform
 from evaluate import bound, standard_error, widen
 
@@ -25,7 +24,7 @@ def test_the_four_streams_of_one_key_differ():
     assert len(set(values)) == 5
     assert batches.row_noise(5, 3, 1)[0] == values[1]
     offset = np.random.Generator(np.random.Philox(key=[5, 3])).integers(10**9)
-    assert epoch_order(5, 3, 10, 10**9)[1] == offset == philox(5, 3, 0).integers(10**9)
+    assert draw_order(5, 3, 10, 10**9)[1] == offset == philox(5, 3, 0).integers(10**9)
 
 
 def test_a_row_draws_only_while_it_has_masks():

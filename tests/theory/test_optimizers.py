@@ -79,8 +79,8 @@ def test_muon_in_bfloat16_is_torchs_to_the_bit(shape, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 def test_muon_in_float32_orthogonalises(shape):
-    """The result has the gradient's singular vectors; five steps bring the singular values to
-    0.68 .. 1.14."""
+    """The result has the gradient's singular vectors; five steps bring the singular
+    values to 0.68 .. 1.14."""
     u, s, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
     s = torch.linspace(1, 0.05, len(s), dtype=torch.float64)
     rotated = u.T @ muon.orthogonalize(u @ s.diag() @ vh, torch.float32).double() @ vh.T

@@ -104,9 +104,9 @@ def clean_row(p):
 
 
 def staggered_row(p, alpha_s, alpha_t):
-    """SEDD's analytic step as its paper writes it, for scores p^ r: the score staggered by the
-    change of sigma, times the transposed transition's row of MASK. Probabilities below zero are
-    never drawn."""
+    """SEDD's analytic step as its paper writes it, for scores p^ r: the score staggered
+    by the change of sigma, times the transposed transition's row of MASK. Probabilities
+    below zero are never drawn."""
     score = torch.cat((p * alpha_t / (1 - alpha_t), torch.ones_like(p[..., :1])), -1)
     ratio = alpha_s / alpha_t  # e^(sigma_t - sigma_s)
     staggered = ratio * score
@@ -128,8 +128,8 @@ def analytic_law(model, canvas, schedule, steps):
 
 
 def euler_law(model, canvas, schedule, steps):
-    """onehot + dt sigma' x reverse rate; the rate to y is the score of y, and to MASK minus their
-    sum."""
+    """onehot + dt sigma' x reverse rate; the rate to y is the score of y, and
+    to MASK minus their sum."""
 
     def row(n):
         p = predictions(model, n / steps).exp() / V
@@ -328,8 +328,8 @@ def test_the_exact_denoiser_gives_the_joint():
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("sampler", ["analytic", "euler"])
 def test_sedds_samplers_have_the_law_of_its_dense_kernels(sampler, steps, schedule):
-    """With scores that are not normalised, whose sum both samplers use, and noise removal at the
-    end."""
+    """With scores that are not normalised, whose sum both samplers use, and
+    noise removal at the end."""
     model, cfg = hostile_scores(), tiny(loss="sedd", schedule=schedule)
     law = {"analytic": analytic_law, "euler": euler_law}[sampler]
     assert_laws(sample(sampler, model, ALL, steps, cfg), law(model, ALL, schedule, steps))
@@ -581,8 +581,8 @@ def test_remdm_leaves_earlier_windows_as_they_are():
     ],
 )
 def test_options_lead_from_all_at_once_to_one_by_one(sampler, option, sizes):
-    """Two rows of 11 and 3 masks with equally likely tokens; the shorter row leaves the batch when
-    it is done."""
+    """Two rows of 11 and 3 masks with equally likely tokens; the shorter row leaves the
+    batch when it is done."""
     denoise, calls = even_denoiser(V)
     x = torch.where(torch.arange(11) < torch.tensor([[11], [3]]), MASK, 0)
     last(SAMPLERS[sampler](denoise, x, 7, tiny(), **option))
@@ -633,8 +633,8 @@ def test_the_surest_token_comes_first_by_each_score(sampler, temperature, top_p)
 
 
 def test_a_step_reveals_as_many_as_the_schedule_says():
-    """Ten masks in ten steps, one each in spite of rounding; rows may have different numbers of
-    masks."""
+    """Ten masks in ten steps, one each in spite of rounding; rows may have
+    different numbers of masks."""
     denoise, _ = even_denoiser(V)
     masks_left = lambda frames: [(f == MASK).sum(-1).tolist() for f in frames]
     frames = SAMPLERS["confidence"](denoise, torch.full((3, 10), MASK), 10, tiny())
@@ -787,8 +787,8 @@ def test_top_p_keeps_the_smallest_set_and_comes_after_the_temperature():
 
 
 def test_shaping_keeps_what_scores_sum_to():
-    """`analytic` with a temperature next to 1 is `analytic`, and so is `ddpm` of a network that
-    predicts MASK."""
+    """`analytic` with a temperature next to 1 is `analytic`, and so is `ddpm` of a
+    network that predicts MASK."""
     canvas = ALL[0]
     shape = lambda denoise: with_top_p(with_temperature(denoise, 1.0000001), 0.9999999)
     model, cfg = hostile_scores(), tiny(loss="sedd")
@@ -841,8 +841,8 @@ def causal_network(bos):
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_ar_with_a_cache_is_ar_without_draw_for_draw(bos):
-    """A call reads one new token. Rows at different positions cannot use the cache, but are served
-    too."""
+    """A call reads one new token. Rows at different positions cannot use the
+    cache, but are served too."""
     model, cfg, read = causal_network(bos)
     gen = lambda: row_generators(2, range(4))
     draw = lambda maker, x: list(SAMPLERS["ar"](maker(model, cfg), x, 1, cfg, gen()))

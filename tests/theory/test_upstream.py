@@ -158,9 +158,9 @@ def test_importance_sampling():
     assert_close(nats * ratio, [103.775085, 110.729564, 138.840685, 84.0245631])
 
 
-# Probabilities of the V tokens and of MASK after a step from t = 3/4 to 1/2, at two masked
-# positions. Upstream's categorical draw never takes a token of negative probability, as if it
-# were 0.
+# Probabilities of the V tokens and of MASK after a step from t = 3/4 to 1/2, at two
+# masked positions. Upstream's categorical draw never takes a token of negative
+# probability, as if it were 0.
 WHERE = [1, 1], [0, 1]
 KERNEL = {
     "mdlm": [
