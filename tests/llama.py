@@ -4,8 +4,8 @@ import json
 
 from data.tokenizer import load_tokenizer
 
-WORDS = "the cat sat on a mat , naïve façades ; 🐈 and <s> tags </s>\n\n  four    spaces\tand <unk> 日本"
-WORDS = WORDS.split(" ")
+WORDS = "the cat sat on a mat , naïve façades ; 🐈 and <s> tags </s>\n\n  four    spaces\tand <unk>"
+WORDS = [*WORDS.split(" "), "日本"]
 DOCS = [
     " ".join(WORDS[(i * j) % len(WORDS)] for j in range(i % 23)) + " end" * (i % 3)
     for i in range(60)

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_cli import refused
-from test_judge import save
+from conftest import refused, save
 from world import (
     MASK,
     TEXTS,

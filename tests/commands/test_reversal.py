@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_run
-from test_cli import refused
+from conftest import refused, tiny_run
 
 from configs import as_ar
 from data.corpus import read_meta

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_run
-from test_cli import refused
+from conftest import refused, tiny_run
 
 import evaluate
 from configs import CONFIGS, as_ar, smdm

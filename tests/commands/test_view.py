@@ -4,7 +4,7 @@ import re
 from xml.etree import ElementTree
 
 import pytest
-from test_cli import refused
+from conftest import refused
 
 import sample
 from tasks import view

@@ -5,7 +5,9 @@ import pytest
 import torch
 from world import Network, V, hostile_model, tiny
 
+from configs import Config
 from data import batches
+from data.corpus import training_rows
 from diffusion import philox, row_generators, uniform
 from evaluate import bound, standard_error, widen
 
@@ -23,8 +25,16 @@ def test_the_four_streams_of_one_key_differ():
     values += [philox(5, 3, 3, step=1).random()]
     assert len(set(values)) == 5
     assert batches.row_noise(5, 3, 1)[0] == values[1]
-    offset = np.random.Generator(np.random.Philox(key=[5, 3])).integers(10**9)
-    assert draw_order(5, 3, 10, 10**9)[1] == offset == philox(5, 3, 0).integers(10**9)
+
+
+def test_an_epochs_windows_are_of_stream_zero():
+    """The offset of its windows, then their order."""
+    cfg = Config(vocab_size=1000, seq_len=10, seed=5)
+    ids, windows = np.arange(1000, dtype=np.uint16), (1000 - 9) // 10
+    rows = training_rows(ids, {"wrap": 0}, cfg, 3 * windows + np.arange(windows))
+    rng = philox(5, 3, stream=0)
+    offset, order = rng.integers(10), rng.permutation(windows)
+    assert rows[:, 0].tolist() == (10 * order + offset).tolist()
 
 
 def test_a_row_draws_only_while_it_has_masks():
