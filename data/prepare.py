@@ -163,5 +163,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a pipe on Windows cannot show every file's name
     main()

@@ -168,7 +168,8 @@ def bench_evaluate(args):
         result = bound(model, ids, meta, cfg, "val.bin", seed=seed, **settings)
         estimates[ours].append(result["nats"])
         reported.append(result["se"])
-    bits = report(result | dict(nats=1.0, se=0.0), meta, "val")["bits_per_char"]  # per nat per token
+    per_token = report(result | dict(nats=1.0, se=0.0), meta, "val")
+    bits = per_token["bits_per_char"]  # per nat per token
     best = np.std(estimates[ours], ddof=1) * bits
     error = 1 / math.sqrt(2 * (args.repeats - 1))  # relative error of a standard deviation
     table = []

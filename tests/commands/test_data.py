@@ -37,7 +37,7 @@ def hashes(meta):
     return {split: of["sha256"] for split, of in meta["splits"].items()}
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
 
 SPECS = [  # text to be covered -> spec
@@ -165,7 +165,7 @@ def test_long_training_shows_progress_and_ends_with_ctrl_c(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"a.txt"}
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pydocs
 
 
@@ -204,7 +204,7 @@ def test_pydocs_goes_on_without_topics(monkeypatch):
     assert list(texts_module.read_topics()) == []
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # text8
 
 
@@ -279,7 +279,7 @@ def test_text8_bad_input(small_text8, tmp_path, refuses):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # openwebtext
 
 DOCS = [
@@ -431,7 +431,8 @@ def test_openwebtext_redoes_a_shard_whose_file_changed(tmp_path, refused):
 @needs_gpt2
 @pytest.mark.slow
 def test_openwebtext_from_the_hub(tmp_path, serve):
-    """The real huggingface_hub against a small imitation of the hub, in a process of its own (HF_ENDPOINT)."""
+    """The real huggingface_hub against a small imitation of the hub, in a process of its own
+    (HF_ENDPOINT)."""
     one, two = write_shards(tmp_path / "shards")
     sha, repo = "c0ffee" * 6 + "c0de", pretrain.OPENWEBTEXT
     names = ["README.md", f"data/{two.name}", f"data/{one.name}", "data/test-0.parquet"]
@@ -511,7 +512,7 @@ def test_openwebtext_too_small(tmp_path, refused, options, words):
     assert not (tmp_path / "a").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # text
 
 
@@ -537,7 +538,8 @@ def test_text_of_the_users(tmp_path, tokenizer, capsys):
     assert {s: of["characters"] for s, of in meta["splits"].items()} == {
         s: len(t) for s, t in expected.items()
     }
-    command = f"train.py pydocs_mdlm --data={tmp_path}/mine --vocab_size={codec.vocab_size} --out_dir=out/mine\n"
+    command = f"train.py pydocs_mdlm --data={tmp_path}/mine --vocab_size={codec.vocab_size}"
+    command += " --out_dir=out/mine\n"
     assert command in capsys.readouterr().out
     if tokenizer == "char":
         assert meta["tokenizer"]["characters"] == "".join(sorted(set(whole)))
@@ -813,13 +815,14 @@ def test_a_folder_is_replaced_only_when_asked_and_only_by_a_complete_one(tmp_pat
     assert (out / "chapter1.txt").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
 @pytest.fixture
 def counting(tmp_path):
-    """A corpus whose id at position p is p, so that a row shows where it came from; and its Config."""
+    """A corpus whose id at position p is p, so that a row shows where it came from; and its
+    Config."""
     from data.corpus import finish, partial_of
 
     folder = tmp_path / "counting"

@@ -75,11 +75,12 @@ def jsonl(path, *records):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # GSM8K
 
 NATALIA = (
-    "Question: Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
+    "Question: Natalia sold clips to 48 of her friends in April, and then she sold half as many "
+    "clips in May. "
     "How many clips did Natalia sell altogether in April and May?"
 )
 NATALIAS = (
@@ -186,7 +187,7 @@ def test_gsm8k_parquet_and_trained_padding(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The reversal curse
 
 
@@ -236,7 +237,7 @@ def test_reversal_without_tests(tmp_path, refuses):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ShareGPT
 
 
@@ -287,7 +288,7 @@ def test_a_conversation_ends_at_a_turn_that_is_out_of_turn():
     assert [text for text, _ in parse_conversation(long)][1::2] == [" b"]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the loader makes of it
 
 

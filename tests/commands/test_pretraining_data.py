@@ -22,7 +22,7 @@ import data.prepare as prepare
 import data.pretrain as pretrain
 import data.shards as shards
 from data.corpus import read_meta
-from data.tokenizer import MASK_SHOWN, load_tokenizer, read_llama, train_bpe
+from data.tokenizer import LLAMA, MASK_SHOWN, load_tokenizer, read_llama, train_bpe
 
 GITHUB = {"redpajama_set_name": "RedPajamaGithub"}
 
@@ -45,7 +45,7 @@ def slow_slimpajama(texts, github=True):
     return [i for text in kept for i in [*slow_ids(text), 2]]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tokenizer
 
 
@@ -146,7 +146,7 @@ def test_other_files_are_no_llama_vocabulary(tmp_path, refuses):
     refuses(["slimpajama", "--input", docs, "--vocab", tmp_path / "gone"], "gone: No such file")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # slimpajama
 
 
@@ -184,7 +184,8 @@ def test_slimpajama(tmp_path, vocab, capsys):
 
 
 def test_slimpajama_as_first_published(tmp_path, vocab):
-    """.jsonl.zst of several frames in folders of splits and chunks; .jsonl.gz and .jsonl will do as well."""
+    """.jsonl.zst of several frames in folders of splits and chunks; .jsonl.gz and .jsonl will do as
+    well."""
     parts = {
         "train/chunk1/example_train_0.jsonl.zst": DOCS[:25],
         "train/chunk1/example_train_1.jsonl.gz": DOCS[25:30],
@@ -298,7 +299,7 @@ def test_slimpajama_too_small(tmp_path, vocab, refused):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fineweb
 
 
@@ -308,7 +309,8 @@ def slow_fineweb(tokens):
 
 @pytest.mark.parametrize("tokens", [1, 100, 383, 1200])
 def test_fineweb(tmp_path, vocab, tokens, capsys):
-    """The first ids, of as few files as will do, be they cut in the middle of a document or of a file."""
+    """The first ids, of as few files as will do, be they cut in the middle of a document or of a
+    file."""
     files = [write_parquet(tmp_path / f"{i}.parquet", DOCS[i * 15 :][:15]) for i in range(4)]
     sizes = np.cumsum(
         [sum(1 + len(slow_ids(text)) for text in DOCS[i * 15 :][:15]) for i in range(4)]
@@ -369,7 +371,7 @@ def test_default_folders_and_hints(tmp_path, vocab, monkeypatch, refused):
         refused(lambda folder=folder: read_meta(folder), f"first: python data/prepare.py {how}")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From the hub
 
 

@@ -38,7 +38,7 @@ def write_parquet(path, texts, column="text"):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Detokenisers
 
 # fmt: off
@@ -99,12 +99,13 @@ DETOKENISED = {
 
 @pytest.mark.parametrize("name", DETOKENISED)
 def test_detokenisers_do_what_upstreams_do(name):
-    """Inputs and what the functions of kuleshov-group/mdlm's dataloader.py (commit c112c52) returned for them."""
+    """Inputs and what the functions of kuleshov-group/mdlm's dataloader.py (commit c112c52)
+    returned for them."""
     for text, expected in DETOKENISED[name]:
         assert DETOKENIZERS[name](text) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # WordPiece
 
 PIECES = "[PAD] [unused0] [UNK] [CLS] [SEP] [MASK] the cat cats ##s ##at un ##happiness we ' . , ! ? & $ 中 [ ]"
@@ -121,7 +122,8 @@ SENTENCES = [
 
 
 def slow_wordpiece(text, pieces=PIECES):
-    """Lower case without accents, split at spaces, punctuation and Chinese, then the longest pieces that fit."""
+    """Lower case without accents, split at spaces, punctuation and Chinese, then the longest pieces
+    that fit."""
     text = "".join(
         c
         for c in text
@@ -172,7 +174,8 @@ def test_wordpiece_decodes_to_words():
 
 
 def test_wordpiece_files(tmp_path):
-    """A vocab.txt and a tokenizer.json of the same pieces are one spec; whatever else is one line."""
+    """A vocab.txt and a tokenizer.json of the same pieces are one spec; whatever else is one
+    line."""
     (tmp_path / "vocab.txt").write_text(SPEC["vocab"])
     shuffled = random.Random(1).sample(list(enumerate(PIECES)), len(PIECES))
     as_json = {"model": {"type": "WordPiece", "vocab": {piece: i for i, piece in shuffled}}}
@@ -223,7 +226,8 @@ def test_wordpiece_equals_the_original():
 
 @needs_bert
 def test_the_vocabulary_that_is_asked_for_is_berts(refused, tmp_path):
-    """This copy of tokenizer.json has other names for ids 1 to 19, which no text makes; BERT's are put back."""
+    """This copy of tokenizer.json has other names for ids 1 to 19, which no text makes; BERT's are
+    put back."""
     copy, spec = read_wordpiece(BERT), bert_vocabulary(BERT)
     assert hashlib.sha256(spec["vocab"].encode()).hexdigest() == BERT_VOCAB_SHA256
     differ = [
@@ -236,7 +240,7 @@ def test_the_vocabulary_that_is_asked_for_is_berts(refused, tmp_path):
     refused(lambda: bert_vocabulary(tmp_path / "vocab.txt"), "not the vocabulary of google-bert")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # LM1B
 
 LM1B = (
@@ -413,7 +417,7 @@ def test_lm1b_bad_input(tmp_path, vocab, sentences, refuses, refused):
     refused(lambda: prepare.main([*argv, "--val_docs", "12"]), "12 documents")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Zero-shot sets
 
 TEXTS = [
@@ -545,7 +549,8 @@ for argv, sentences, vocab, lambada in json.loads(sys.argv[1]):
 
 @needs_gpt2
 def test_from_the_hub(tmp_path, serve, sentences):
-    """The real huggingface_hub against a small imitation of the hub, in a process of its own (HF_ENDPOINT)."""
+    """The real huggingface_hub against a small imitation of the hub, in a process of its own
+    (HF_ENDPOINT)."""
     sha, listing, files = "c0ffee" * 6 + "c0de", {}, {}
     sha256 = lambda content: hashlib.sha256(content).hexdigest()
 
@@ -641,7 +646,7 @@ def test_from_the_hub(tmp_path, serve, sentences):
     assert sha in read_meta(str(lm1b))["source"]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Padding
 
 
