@@ -21,12 +21,38 @@ from samplers import OPTIONS, SAMPLERS, default_options
 # Errors and output
 
 
+class UserError(Exception):
+    """What the user gave cannot be used; the message is one line on what is wrong and allowed."""
+
+
 def fail(message):
-    """Every bad input ends here: one line on stderr, exit code 2."""
-    sys.stderr.write(
-        f"error: {message}\n"
-    )  # a single write: torchrun's processes share the terminal
-    raise SystemExit(2)
+    """Every bad input ends here; see `command`."""
+    raise UserError(message)
+
+
+def command(main):
+    """Decorator of a script's main(argv=None): a UserError or an error of the system becomes one
+    line on stderr and exit code 2, Ctrl-C becomes exit code 130, and a character that the terminal
+    cannot show becomes "?"."""
+
+    @functools.wraps(main)
+    def run(*argv):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, ValueError):
+                stream.reconfigure(errors="replace")
+        try:
+            return main(*argv)
+        except BrokenPipeError:  # the reader of a pipe has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise SystemExit(1) from None
+        except (UserError, OSError) as e:  # OSError: a full disk, no permission, too long a name
+            sys.stderr.write(f"error: {one_line(e)}\n")  # a single write: processes share stderr
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            raise SystemExit(130) from None
+
+    return run
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from common import (
     add_model_options,
     autocast,
     check_range,
+    command,
     compute_dtype,
     fail,
     one_line,
@@ -353,6 +354,7 @@ def parse_arguments(argv):
     return args
 
 
+@command
 def main(argv=None):
     args = parse_arguments(argv)
     device, args.partials = pick_device(args.device), []

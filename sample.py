@@ -22,6 +22,7 @@ from common import (
     check_range,
     check_top_p,
     choose_sampler,
+    command,
     fail,
     parser,
     pick_device,
@@ -254,6 +255,7 @@ def watch_all(model, tokenizer, cfg, canvas, num, eos, options):
         yield tokenizer.decode(text_ids(ids, canvas, cfg, eos))
 
 
+@command
 def main(argv=None):
     args = parse_arguments(argv)
     check_arguments(args)

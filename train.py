@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from common import (
     autocast,
+    command,
     compute_dtype,
     fail,
     local_device,
@@ -416,13 +417,16 @@ def finish(run):
     return val
 
 
-if __name__ == "__main__":
-    cfg, args = from_cli(
-        doc=__doc__,
-        flags=(
-            ("resume", "continue from ckpt.pt of out_dir, if there is one, with its fields"),
-            ("overwrite", "delete the run that is in out_dir"),
-        ),
+@command
+def command_line(argv=None):
+    flags = (
+        ("resume", "continue from ckpt.pt of out_dir, if there is one, with its fields"),
+        ("overwrite", "delete the run that is in out_dir"),
     )
+    cfg, args = from_cli(argv, doc=__doc__, flags=flags)
     with process_group(cfg):
         main(cfg, args.resume, args.overwrite)
+
+
+if __name__ == "__main__":
+    command_line()

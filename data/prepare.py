@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is data/ alone
 
-from common import fail, one_line, parser
+from common import command, fail, one_line, parser
 from configs import CONFIGS
 from data.corpus import DUMP, default_folder, folder_of, partial_of  # noqa: F401
 from data.finetune import gsm8k, reversal, sharegpt
@@ -153,13 +153,10 @@ def parse_arguments(argv):
     return {k: v for k, v in vars(p.parse_args(argv)).items() if v is not None}
 
 
+@command
 def main(argv=None):
     options = parse_arguments(argv)
-    try:
-        announce(prepare(**options), **options)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        raise SystemExit(130) from None
+    announce(prepare(**options), **options)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from common import (
     check_range,
     check_top_p,
     choose_sampler,
+    command,
     compute_dtype,
     fail,
     one_line,
@@ -349,6 +350,7 @@ def summarise(done, questions, args):
     return result, text
 
 
+@command
 def main(argv=None):
     args = parse_arguments(argv)
     device = pick_device(args.device)

@@ -30,6 +30,7 @@ from common import (
     autocast,
     check_range,
     choose_sampler,
+    command,
     compute_dtype,
     fail,
     parser,
@@ -390,6 +391,7 @@ def parse_arguments(argv):
     return args
 
 
+@command
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:

@@ -14,7 +14,7 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from common import check_range, fail, local_device, process_group, rank_and_world
+from common import check_range, command, fail, local_device, process_group, rank_and_world
 from configs import from_cli
 from data.tokenizer import tokenizer_of
 from model import count_parameters, load
@@ -120,12 +120,17 @@ def main(cfg, seeds, passes):
     return results
 
 
-if __name__ == "__main__":
+@command
+def command_line(argv=None):
     flags = (
         ("seeds", "runs of each loss", 3),
         ("passes", "forwards per window of the final bounds", 16),
     )
-    cfg, args = from_cli(doc=__doc__, flags=flags, out="out/compare_{}")
+    cfg, args = from_cli(argv, doc=__doc__, flags=flags, out="out/compare_{}")
     check_range(args, seeds=1, passes=1)
     with process_group(cfg):
         main(cfg, args.seeds, args.passes)
+
+
+if __name__ == "__main__":
+    command_line()

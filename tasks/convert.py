@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from common import KIND, fail, one_line, parser, read_checkpoint, save_checkpoint
+from common import KIND, command, fail, one_line, parser, read_checkpoint, save_checkpoint
 from configs import from_dict
 from diffusion import LOSSES
 from model import DiT, count_parameters
@@ -187,6 +187,7 @@ def write(out, state, cfg, args):
         fail(one_line(e))
 
 
+@command
 def main(argv=None):
     args = read_arguments(argv)
     check_arguments(args)

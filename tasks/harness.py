@@ -36,6 +36,7 @@ from common import (
     check_range,
     check_top_p,
     choose_sampler,
+    command,
     compute_dtype,
     fail,
     parser,
@@ -358,6 +359,7 @@ def parse_arguments(argv):
     return args
 
 
+@command
 def main(argv=None):
     args = parse_arguments(argv)
     try:

@@ -21,6 +21,7 @@ from common import (
     check_range,
     check_top_p,
     choose_sampler,
+    command,
     compute_dtype,
     fail,
     parser,
@@ -219,6 +220,7 @@ def describe(result):
     )
 
 
+@command
 def main(argv=None):
     p = parser(__doc__)
     p.add_argument("ckpt")

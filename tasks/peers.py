@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import autocast, check_range, compute_dtype, fail, parser, settle_mode_options
+from common import autocast, check_range, command, compute_dtype, fail, parser, settle_mode_options
 from configs import Config
 from data.corpus import read_split, training_rows, unpack
 from diffusion import cross_entropy, scatter
@@ -260,6 +260,7 @@ def make_config(args):
         fail(f"--{e}")
 
 
+@command
 def main(argv=None):
     mode, args = parse_arguments(argv)
     print(format_rows(mode(args, make_config(args)), args.json))

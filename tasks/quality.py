@@ -21,6 +21,7 @@ from common import (
     check_range,
     check_top_p,
     choose_sampler,
+    command,
     fail,
     parser,
     pick_device,
@@ -145,6 +146,7 @@ def parse_arguments(argv):
     return args
 
 
+@command
 def main(argv=None):
     args = parse_arguments(argv)
     rows = measure(args)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import autocast, check_range, fail, local_device
+from common import autocast, check_range, command, fail, local_device
 from configs import from_cli
 from data.corpus import folder_of, read_meta
 from data.tokenizer import tokenizer_of
@@ -136,6 +136,7 @@ def parse_arguments(argv):
     return cfg, args
 
 
+@command
 def main(argv=None):
     cfg, args = parse_arguments(argv)
     path = folder_of(cfg.data) / "test.jsonl"

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import check_range, fail, parser, process_group, rank_and_world, to_json
+from common import check_range, command, fail, parser, process_group, rank_and_world, to_json
 from configs import SMDM_SIZES, Config, from_cli
 from data.corpus import read_meta
 from model import DiT
@@ -392,8 +392,13 @@ def parse_arguments(argv=None):
     return from_cli(rest, __doc__, out="out/scaling_{}")[0], args
 
 
-if __name__ == "__main__":
-    cfg, args = parse_arguments()
+@command
+def command_line(argv=None):
+    cfg, args = parse_arguments(argv)
     with process_group(cfg):
         runs = read_runs(args.fit) if args.fit else None
         main(cfg, args.sizes, args.budgets, args.seeds, args.passes, runs)
+
+
+if __name__ == "__main__":
+    command_line()

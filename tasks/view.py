@@ -12,7 +12,15 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import sample
-from common import add_model_options, add_sampler_options, check_range, fail, parser, pick_device
+from common import (
+    add_model_options,
+    add_sampler_options,
+    check_range,
+    command,
+    fail,
+    parser,
+    pick_device,
+)
 from data.tokenizer import tokenizer_of
 from model import load
 
@@ -131,6 +139,7 @@ def parse_arguments(argv):
     return p.parse_args(argv)
 
 
+@command
 def main(argv=None):
     args = parse_arguments(argv)
     sample.check_arguments(args)

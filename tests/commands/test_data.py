@@ -28,6 +28,7 @@ import data.corpus as corpus_module
 import data.prepare as prepare
 import data.pretrain as pretrain
 import data.texts as texts_module
+from common import UserError
 from configs import Config
 from data.corpus import read_meta, read_split, training_rows
 from data.tokenizer import load_tokenizer, train_bpe
@@ -734,9 +735,9 @@ def test_the_hint_for_a_missing_folder_makes_that_folder(name, tmp_path, monkeyp
     for combination in itertools.product(*choices):
         options = {option: value for option, value in combination if value is not None}
         folder = prepare.default_folder(name, **options)
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError) as e:
             read_meta(folder)
-        hint = capsys.readouterr().err.rstrip("\n").rpartition("python data/prepare.py ")[2]
+        hint = str(e.value).rpartition("python data/prepare.py ")[2]
         assert ("--input" in hint or "--out" in hint) == (name in ("text", "reversal"))
 
         def note_folder(path, **kwargs):
