@@ -8,7 +8,6 @@ python sample.py out/pydocs_mdlm/ckpt.pt --sampler threshold --threshold 0.7    
 """
 
 import re
-import shutil
 import sys
 from collections import deque
 from functools import partial
@@ -138,32 +137,6 @@ def generate(
     return texts
 
 
-def watch(tokenizer, xs, header):
-    """Redraw one row in the terminal as it is revealed: new tokens bright green, masks dim. Uses
-    the terminal's alternate screen, cut to what fits; returns the final ids."""
-    print("\x1b[?1049h", end="")
-    previous = None
-    try:
-        for x in xs:
-            ids = x[0].tolist()
-            width, height = shutil.get_terminal_size()
-            lines, column = [""], 0
-            for piece, now, before in zip(tokenizer.pieces(ids), ids, previous or ids):
-                style = "2" if now == tokenizer.vocab_size else "1;32" if now != before else "0"
-                for character in piece:
-                    if character == "\n" or column == width:
-                        lines, column = [*lines, ""], 0
-                    if character != "\n":
-                        lines[-1] += f"\x1b[{style}m{character}"
-                        column += 1
-            screen = "\x1b[0m\x1b[K\n".join([header[:width], "", *lines[: height - 3]])
-            print(f"\x1b[H{screen}\x1b[0m\x1b[J", end="", flush=True)
-            previous = ids
-    finally:
-        print("\x1b[?1049l", end="", flush=True)
-    return ids
-
-
 # --------------------------------------------------------------------------------------------------
 # The command
 
@@ -249,6 +222,8 @@ def make_canvas(args, cfg, tokenizer, subword):
 
 def watch_all(model, tokenizer, cfg, canvas, num, eos, options):
     """Yield num texts, each shown while it is generated."""
+    from tasks.view import watch
+
     for row in range(num):
         header = f"sample {row + 1} of {num} · {options['sampler']}, {options['steps']} steps"
         ids = watch(tokenizer, frames(model, cfg, canvas, [row], **options), header)

@@ -354,7 +354,7 @@ def show_progress(run):
     windows = math.ceil(len(run.val_ids) / cfg.seq_len)
     some = min(cfg.eval_windows or windows, windows)
     per_window = run.per_window or per_step / cfg.batch_size / 3
-    to_come = math.ceil(cfg.steps / cfg.eval_every) - run.step // cfg.eval_every
+    to_come = math.ceil(cfg.steps / cfg.eval_every) - (run.step - 1) // cfg.eval_every
     windows_left = some * to_come + (windows if cfg.eval_windows else 0)
     left = (cfg.steps - run.step) * per_step + windows_left * per_window
     run.bar.set_postfix_str(f"{run.status}{tqdm.format_interval(left)} left", refresh=False)

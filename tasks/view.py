@@ -1,4 +1,4 @@
-"""A moving picture of one text that appears out of masks: an animated SVG, for a page or a README.
+"""A text that appears out of masks: live in the terminal (`watch`), or an animated SVG for a page.
 
 python -m tasks.view out/pydocs_mdlm/ckpt.pt --svg text.svg
 python -m tasks.view out/pydocs_mdlm/ckpt.pt --prompt "The function" --length 96 --svg text.svg
@@ -6,6 +6,7 @@ python -m tasks.view out/pydocs_mdlm/ckpt.pt --prompt "The function" --length 96
 CSS animates the file, so it also moves inside an <img>; without animation it shows the final text.
 """
 
+import shutil
 from collections import defaultdict
 from itertools import groupby
 from pathlib import Path
@@ -137,6 +138,32 @@ def parse_arguments(argv):
     p.set_defaults(num=1, batch_size=1, guidance=0.0, noise_removal="sampled")  # sample.py's other
     p.set_defaults(semi_ar=False, window=None, stride=None)  # options, which its checks read
     return p.parse_args(argv)
+
+
+def watch(tokenizer, xs, header):
+    """Redraw one row in the terminal as it is revealed: new tokens bright green, masks dim. Uses
+    the terminal's alternate screen, cut to what fits; returns the final ids."""
+    print("\x1b[?1049h", end="")
+    previous = None
+    try:
+        for x in xs:
+            ids = x[0].tolist()
+            width, height = shutil.get_terminal_size()
+            lines, column = [""], 0
+            for piece, now, before in zip(tokenizer.pieces(ids), ids, previous or ids):
+                style = "2" if now == tokenizer.vocab_size else "1;32" if now != before else "0"
+                for character in piece:
+                    if character == "\n" or column == width:
+                        lines, column = [*lines, ""], 0
+                    if character != "\n":
+                        lines[-1] += f"\x1b[{style}m{character}"
+                        column += 1
+            screen = "\x1b[0m\x1b[K\n".join([header[:width], "", *lines[: height - 3]])
+            print(f"\x1b[H{screen}\x1b[0m\x1b[J", end="", flush=True)
+            previous = ids
+    finally:
+        print("\x1b[?1049l", end="", flush=True)
+    return ids
 
 
 @command

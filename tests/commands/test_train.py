@@ -613,7 +613,6 @@ def test_the_time_left_is_exact_from_the_second_step_on(progress):
         assert left == actual, step
 
 
-@pytest.mark.xfail(strict=True, reason="show_progress leaves out the validation of this step")
 def test_the_time_left_counts_the_validation_that_follows(progress):
     for step in (18, 24):
         left, actual = progress[step]
