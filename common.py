@@ -104,17 +104,6 @@ def check_range(args, **minima):
                 fail(f"--{name} {value}: must be at least {low} and below 2**31")
 
 
-def settle_mode_options(args, modes, mode, misplaced):
-    """Fill in and check options that only some modes have: modes is {mode: {option: default}}, and
-    an option that was not given is None. The options of `mode` get their defaults; an option of
-    another mode fails with --OPTION: misplaced."""
-    for option in sorted({option for options in modes.values() for option in options}):
-        if getattr(args, option) is None:
-            setattr(args, option, modes[mode].get(option))
-        elif option not in modes[mode]:
-            fail(f"--{option}: {misplaced}")
-
-
 def add_model_options(p):
     """Options of every script that runs a trained network."""
     p.add_argument("--no_ema", action="store_true", help="use the raw weights")

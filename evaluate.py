@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import math
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from common import (
     sibling,
     to_json,
 )
-from data.corpus import folder_of, read_meta, read_split, take, unpack
+from data.corpus import read_meta, read_split, take, unpack
 from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox
 from model import load
 
@@ -221,8 +220,6 @@ def fingerprint(model, **settings):
 # --------------------------------------------------------------------------------------------------
 # The command: a function per mode, (model, cfg, args) -> (record for JSON, text to print)
 
-MDLM_SETS = ("ptb", "wikitext103", "lm1b_gpt2", "lambada", "ag_news", "pubmed", "arxiv")
-
 
 def settle_T(args, cfg):
     """Set args.T, by default the model's; returns the sign before a figure
@@ -269,52 +266,6 @@ def evaluate_one(model, cfg, args):
     return result, "\n".join(lines)
 
 
-def zero_shot_recipes(model, cfg, args):
-    """{set: arguments of `prepare`} of the sets that --zero_shot names."""
-    from data.prepare import DUMP, ZERO_SHOT
-
-    recipes = {}
-    for name in args.zero_shot or MDLM_SETS:
-        dump = re.fullmatch(f"fineweb_({DUMP})", name)
-        if not dump and name not in ZERO_SHOT:
-            sets = f"{', '.join(ZERO_SHOT)}, and dumps: fineweb_CC-MAIN-2024-10"
-            fail(f"--zero_shot {name}: there are {sets}")
-        recipes[name] = (
-            dict(name="fineweb", dump=dump[1]) if dump else dict(name=name, wrap=cfg.seq_len)
-        )
-    for name, recipe in recipes.items():
-        kind, words = ("llama", "Llama-2's pieces") if "dump" in recipe else ("gpt2", "GPT-2's BPE")
-        if model.tokenizer["kind"] != kind:
-            fail(f"--zero_shot {name}: is in {words}, but {args.ckpt} is not")
-    return recipes
-
-
-def evaluate_zero_shot(model, cfg, args):
-    """The bound on each set, in rows of the model's length; prepares a set that is missing. Dumps
-    of FineWeb, from after the model's training data, are SMDM's temporal test."""
-    from data.prepare import default_folder, prepare
-
-    sign, kind = settle_T(args, cfg)
-    recipes = zero_shot_recipes(model, cfg, args)
-    folders = {name: default_folder(**recipe) for name, recipe in recipes.items()}
-    for name, folder in folders.items():
-        if not folder_of(folder).exists():
-            prepare(**recipes[name])
-    sets = {
-        name: evaluate_split(folder, "test", model, cfg, args) for name, folder in folders.items()
-    }
-    width = max(12, *map(len, sets))
-    lines = [f"{'set':{width}} {'perplexity':>20} {'bits per token':>20} {'tokens':>12}"]
-    for name, result in sets.items():
-        perplexity, bits = (f"{sign} {figure(result, f)}" for f in ("perplexity", "bits_per_token"))
-        lines.append(f"{name:{width}} {perplexity:>20} {bits:>20} {result['tokens']:12,}")
-    rows = f"end-of-text after each, cut to rows [BOS] {cfg.seq_len - 2} tokens [EOS]"
-    if model.tokenizer["kind"] == "llama":
-        rows = f"<s> before each, cut to rows of {cfg.seq_len} tokens"
-    lines.append(f"{kind}; the documents of a set one after the other, {rows}")
-    return {"sets": sets}, "\n".join(lines)
-
-
 def parse_arguments(argv):
     p = parser(__doc__)
     p.add_argument("ckpt")
@@ -359,8 +310,12 @@ def main(argv=None):
     args = parse_arguments(argv)
     device, args.partials = pick_device(args.device), []
     model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
-    mode = evaluate_one if args.zero_shot is None else evaluate_zero_shot
-    result, text = mode(model, cfg, args)
+    if args.zero_shot is None:
+        result, text = evaluate_one(model, cfg, args)
+    else:
+        from tasks.zero_shot import evaluate_sets
+
+        result, text = evaluate_sets(model, cfg, args)
     result |= {
         "T": args.T, "passes": args.passes, "ckpt": args.ckpt, "step": model.step,
         "seed": args.seed, "ema": not args.no_ema, "dtype": compute_dtype(device, args.dtype),

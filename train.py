@@ -46,7 +46,6 @@ from common import (
     compute_dtype,
     fail,
     local_device,
-    one_line,
     process_group,
     rank_and_world,
     save_checkpoint,
@@ -55,12 +54,12 @@ from configs import from_cli
 from data.batches import micro_batches, split_batch
 from data.corpus import folder_of, read_split
 from data.prepare import prepare
-from data.runs import catch_signals, find_checkpoint, open_log
+from data.runs import catch_signals, copy_weights, find_checkpoint, open_log, restore
 from data.tokenizer import tokenizer_of
 from diffusion import LOSSES
 from evaluate import bound, figure, report
 from head import keep_freed_memory
-from model import DiT, check_weights, count_parameters, flops_per_token, load
+from model import DiT, count_parameters, flops_per_token
 from sample import generate, prompt_canvas
 
 LOG_EVERY = 10  # steps
@@ -113,17 +112,6 @@ def update_ema(ema, model, n, cfg):
 
 # --------------------------------------------------------------------------------------------------
 # Steps
-
-
-def copy_weights(model, path, meta):
-    """Copy the averaged weights of the checkpoint `path` into the model."""
-    source, _ = load(path, device=next(model.parameters()).device)
-    if source.tokenizer != meta["tokenizer"]:
-        fail(f"init_from={path}: made with another tokenizer than the data")
-    try:
-        model.load_state_dict(source.state_dict())
-    except RuntimeError as e:
-        fail(f"init_from={path}: its network differs ({str(e).splitlines()[1].strip()})")
 
 
 def build(cfg, meta, device, init_from=""):
@@ -234,31 +222,6 @@ def prepare_run(cfg, resume, overwrite, closing):
         step=step, best=best, seconds=seconds, losses=losses, val=None,
         first=step, status="", per_window=0.0,
     )  # fmt: skip
-
-
-def restore(state, model, ema, optimizers, cfg, rank, world):
-    """Copy a checkpoint's weights and moments; returns the losses that it had not logged yet."""
-    where = f"{cfg.out_dir}/ckpt.pt"
-    for network, name in ((model, "model"), (ema, "ema")):
-        check_weights(state[name], cfg, where)
-        network.load_state_dict(state[name])
-    if len(state["optimizer"]) != len(optimizers):
-        fail(f"{where} has {len(state['optimizer'])} optimizers, must have {len(optimizers)}")
-    for optimizer, saved in zip(optimizers, state["optimizer"]):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        try:
-            for i, moments in saved["state"].items():
-                for name, moment in moments.items():  # fused AdamW reads out of bounds otherwise
-                    shape = () if name == "step" else params[i].shape
-                    if moment.shape != shape or moment.dtype != torch.float32:
-                        fail(f"{where}: {name} of tensor {i} must be float32 {tuple(shape)}")
-            groups = optimizer.state_dict()["param_groups"]  # rates are those of cfg
-            optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
-            fail(f"{where}: the optimizer's state does not fit ({one_line(e)})")
-    losses = state.get("losses", torch.zeros(world, 0))  # (processes, steps since the last log)
-    losses = losses[rank] if len(losses) == world else losses.mean(0)
-    return list(losses.to(next(model.parameters()).device))
 
 
 def sampling_inputs(cfg, meta):

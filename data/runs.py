@@ -10,10 +10,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from common import fail, one_line, read_checkpoint, to_json
 from configs import from_dict
+from model import check_weights, load
 
 try:
     import fcntl
@@ -67,6 +69,42 @@ def is_finished(log, step):
     except OSError:
         return False
     return any(f'"step": {step}, "final"' in line for line in lines)
+
+
+def copy_weights(model, path, meta):
+    """Copy the averaged weights of the checkpoint `path` into the model."""
+    source, _ = load(path, device=next(model.parameters()).device)
+    if source.tokenizer != meta["tokenizer"]:
+        fail(f"init_from={path}: made with another tokenizer than the data")
+    try:
+        model.load_state_dict(source.state_dict())
+    except RuntimeError as e:
+        fail(f"init_from={path}: its network differs ({str(e).splitlines()[1].strip()})")
+
+
+def restore(state, model, ema, optimizers, cfg, rank, world):
+    """Copy a checkpoint's weights and moments; returns the losses that it had not logged yet."""
+    where = f"{cfg.out_dir}/ckpt.pt"
+    for network, name in ((model, "model"), (ema, "ema")):
+        check_weights(state[name], cfg, where)
+        network.load_state_dict(state[name])
+    if len(state["optimizer"]) != len(optimizers):
+        fail(f"{where} has {len(state['optimizer'])} optimizers, must have {len(optimizers)}")
+    for optimizer, saved in zip(optimizers, state["optimizer"]):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        try:
+            for i, moments in saved["state"].items():
+                for name, moment in moments.items():  # fused AdamW reads out of bounds otherwise
+                    shape = () if name == "step" else params[i].shape
+                    if moment.shape != shape or moment.dtype != torch.float32:
+                        fail(f"{where}: {name} of tensor {i} must be float32 {tuple(shape)}")
+            groups = optimizer.state_dict()["param_groups"]  # rates are those of cfg
+            optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+            fail(f"{where}: the optimizer's state does not fit ({one_line(e)})")
+    losses = state.get("losses", torch.zeros(world, 0))  # (processes, steps since the last log)
+    losses = losses[rank] if len(losses) == world else losses.mean(0)
+    return list(losses.to(next(model.parameters()).device))
 
 
 def open_folder(cfg, step):

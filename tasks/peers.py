@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import autocast, check_range, command, compute_dtype, fail, parser, settle_mode_options
+from common import autocast, check_range, command, compute_dtype, fail, parser
 from configs import Config
 from data.corpus import read_split, training_rows, unpack
 from diffusion import cross_entropy, scatter
@@ -37,7 +37,14 @@ from head import cast_linears, keep_freed_memory
 from model import DiT
 from samplers import SAMPLERS
 from tasks.bench import serve_training
-from tasks.report import blank_canvas, format_rows, peak_memory, start_processes, time_sampling
+from tasks.report import (
+    blank_canvas,
+    format_rows,
+    peak_memory,
+    settle_mode_options,
+    start_processes,
+    time_sampling,
+)
 from tasks.upstream import CPU, PROJECTS, build_mdlm, enter_clone, mdlm
 
 # --------------------------------------------------------------------------------------------------

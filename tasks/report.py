@@ -69,6 +69,17 @@ def evaluate_final(cfg, passes):
     return report(bound(model, ids, meta, cfg, where, **settings), meta, "val")
 
 
+def settle_mode_options(args, modes, mode, misplaced):
+    """Fill in and check options that only some modes have: modes is {mode: {option: default}}, and
+    an option that was not given is None. The options of `mode` get their defaults; an option of
+    another mode fails with --OPTION: misplaced."""
+    for option in sorted({option for options in modes.values() for option in options}):
+        if getattr(args, option) is None:
+            setattr(args, option, modes[mode].get(option))
+        elif option not in modes[mode]:
+            fail(f"--{option}: {misplaced}")
+
+
 # --------------------------------------------------------------------------------------------------
 # Tables and plots
 

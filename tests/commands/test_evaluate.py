@@ -26,6 +26,7 @@ from data.corpus import read_meta, read_split
 from data.prepare import prepare
 from evaluate import bound
 from model import load
+from tasks import zero_shot
 
 GPT2 = {"kind": "gpt2"}
 
@@ -131,7 +132,7 @@ def sets(tmp_path, monkeypatch):
         prepared.append((name, options))
         return prepare(name, input=[str(tmp_path / f"{name}.txt")], **options)
 
-    monkeypatch.setattr("data.prepare.prepare", prepare_from_file)
+    monkeypatch.setattr("tasks.zero_shot.prepare", prepare_from_file)
     return prepared
 
 
@@ -196,8 +197,8 @@ def test_zero_shot_prepares_the_papers_sets_by_default(sets, tmp_path, capsys, m
     refused(capsys, lambda: evaluate.main([*command, "ptb"]), "ptb_wrap16", "another tokenizer")
     assert not sets
     prepared = []
-    monkeypatch.setattr("data.prepare.prepare", lambda name, wrap: prepared.append((name, wrap)))
-    monkeypatch.setattr(evaluate, "evaluate_split", lambda *args: evaluate.fail("here"))
+    monkeypatch.setattr("tasks.zero_shot.prepare", lambda name, wrap: prepared.append((name, wrap)))
+    monkeypatch.setattr(zero_shot, "evaluate_split", lambda *args: evaluate.fail("here"))
     refused(capsys, lambda: evaluate.main(command), "here")
     papers = ["wikitext103", "lm1b_gpt2", "lambada", "ag_news", "pubmed", "arxiv"]
     assert prepared == [(name, 16) for name in papers]
