@@ -1,0 +1,105 @@
+"""Masked diffusion language models (MDLM) on one page. Run `python tiny.py`: one learns to write.
+
+A text x0 is a row of L tokens. Noise hides them: at time t each token, independently of the
+others, is replaced by MASK with probability t. At t = 0 the text is whole, at t = 1 all is hidden:
+
+    t = 0      the value of the object        x0
+    t = 1/2    the _____ __ the ______        xt
+    t = 1      ___ _____ __ ___ ______
+
+A network learns to guess the hidden tokens from the visible ones. That is enough to write: start
+from masks only and let t fall to 0. Each token appears at a random moment, drawn from the guess
+that the network makes from all tokens that have appeared before, on both sides.
+
+    B, L, V    rows in a batch, tokens in a row, tokens in the vocabulary
+    x0, xt     (B, L) token ids 0 .. V-1; in xt, mask_id = V stands for MASK
+    t          time, from 0 to 1
+"""
+
+import math
+import re
+import time
+from collections import Counter
+from pydoc_data.topics import topics  # the pages of Python's help(): every installation has them
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Net(nn.Module):
+    """xt (B, L) -> logits (B, L, V): a guess at every token, never MASK. It needs no t: masks fall
+    without regard to the text, so once the visible tokens are known, t adds nothing."""
+
+    def __init__(self, V, d=128):
+        super().__init__()
+        self.embed = nn.Embedding(V + 1, d)  # V tokens and MASK
+        self.near = nn.Conv1d(d, d, 7, padding=3)  # each position reads its neighbours, in order
+        options = dict(dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True)
+        self.far = nn.TransformerEncoderLayer(d, 4, 4 * d, **options)  # ... and all others
+        self.head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, V))
+
+    def forward(self, xt):
+        return self.head(self.far(self.near(self.embed(xt).mT).mT))
+
+
+def loss(model, x0, mask_id, t=None, xt=None):
+    """(B,) nats, on average at least -log p(x0): -log p(x0_i | xt) summed over masked i, over t."""
+    B, L = x0.shape
+    if t is None:  # one t in each B-th of (0, 1]
+        t = (torch.arange(1, B + 1) - torch.rand(B)) / B
+    if xt is None:
+        xt = torch.where(torch.rand(B, L) < t[:, None], mask_id, x0)
+    nats = F.cross_entropy(model(xt).mT, x0, reduction="none")  # (B, L)
+    return (nats * (xt == mask_id)).sum(1) / t
+
+
+@torch.no_grad()
+def sample(model, xt, steps, mask_id):
+    """Time runs from 1 to 0, from t to s in each step; yields xt (B, L). Visible tokens stay."""
+    for n in range(steps, 0, -1):
+        t, s = n / steps, (n - 1) / steps
+        x0 = torch.distributions.Categorical(logits=model(xt)).sample()  # a guess at every token
+        reveal = torch.rand(xt.shape) < (t - s) / t  # P(visible at s | masked at t)
+        xt = torch.where((xt == mask_id) & reveal, x0, xt)
+        yield xt
+
+
+def tokenize(merges):
+    """The text as ids (N,), and the string of each id: letters, and pairs that often meet (BPE)."""
+    text = re.sub("[^a-z]+", " ", " ".join(topics.values()).lower())
+    strings = {c: c for c in sorted(set(text))}  # one character of text stands for one token
+    for new in map(chr, range(1000, 1000 + merges)):
+        (a, b), _ = Counter(zip(text[:100_000], text[1:])).most_common(1)[0]
+        strings[new], text = strings[a] + strings[b], text.replace(a + b, new)
+    ids = {c: i for i, c in enumerate(strings)}
+    return torch.tensor([ids[c] for c in text]), list(strings.values())
+
+
+def main(steps=4000, B=16, L=64):
+    torch.manual_seed(0)
+    data, strings = tokenize(merges=250)
+    V, start, bits = len(strings), time.time(), 0.0
+    per_nat = len(data) / sum(len(strings[i]) for i in data.tolist()) / L / math.log(2)  # bits/char
+    model = Net(V)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05)
+    for step in range(1, steps + 1):
+        x0 = data[torch.randint(len(data) - L, (B, 1)) + torch.arange(L)]
+        nats = loss(model, x0, mask_id=V).mean()
+        optimizer.zero_grad()
+        nats.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), decay.step()
+        bits += nats.item() * per_nat / 200  # of the last 200 steps
+        if step % 200 == 0:
+            print(f"step {step}: {bits:.2f} bits per character, {time.time() - start:.0f} s")
+            bits = 0.0
+    for n, xt in enumerate(sample(model, torch.full((3, L), V), L, mask_id=V), start=1):
+        if n % (L // 4) == 0:
+            print(f"\nt = {1 - n / L}")
+            print(*("".join([*strings, "_"][i] for i in x) for x in xt), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
