@@ -337,6 +337,7 @@ def torchrun(cfg, *extra):
     assert b"FutureWarning" not in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_and_resume_each_other(cfg, tmp_path):
     """The losses of one process with the same global batch, and checkpoints that either resumes."""
     cfg = replace(cfg, micro_batch=2, save_every=10, eval_every=10)

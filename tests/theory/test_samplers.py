@@ -678,10 +678,8 @@ def window_law(law, canvas, starts, window):
 )
 @pytest.mark.parametrize("sampler", ["ddpm", "ar"])
 def test_semi_ar_has_the_law_of_its_windows(sampler, window, stride, starts):
-    """A canvas of five tokens, one of them given. `ar` would pass the times of a row of three
-    tokens, so its network gets t = 0."""
-    cfg, timed = tiny(), sampler != "ar"
-    model = lambda x, t, at: hostile_model()(x, t * timed, at)
+    """A canvas of five tokens, one of them given."""
+    cfg, model = tiny(), hostile_model()
     canvas, weights = torch.tensor([MASK, 2, MASK, MASK, MASK]), (V + 1) ** torch.arange(4, -1, -1)
     law = lambda part: LAWS.get(sampler, ancestral_law)(model, part, "linear", 4)
     denoise, x = denoiser(read_any_length(model), cfg), canvas.repeat(N, 1)
