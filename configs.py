@@ -22,7 +22,10 @@ CHOICES = dict(
     loss=LOSSES, schedule=SCHEDULES, time_law=TIME_LAWS, time_draw=TIME_DRAWS, lr_decay=LR_DECAYS,
     time_input=TIME_INPUTS, dtype=DTYPES, norm=NORMS, mlp=MLPS, init=INITS,
 )  # fmt: skip
-AT_LEAST_ONE = "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every save_every".split()
+AT_LEAST_ONE = (
+    "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every".split()
+    + ["save_every"]
+)
 BELOW_ONE = ("prompt_dropout", "t_min", "short_rows", "dropout", "ema", "beta1", "beta2")
 
 
@@ -114,13 +117,11 @@ class Config:
 
     def __post_init__(self):
         """Raises ValueError with one line that names the field and what is allowed."""
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}"
-                )
         for f in fields(self):
             value = getattr(self, f.name)
+            kinds = (int, float) if f.type is float else f.type
+            if not isinstance(value, kinds) or isinstance(value, bool) != (f.type is bool):
+                raise ValueError(f"{f.name}={value!r}: must be {f.type.__name__}")
             least = 1 if f.name in AT_LEAST_ONE else -1 if f.name == "ema_start" else 0
             if f.type in (int, float) and not least <= value < 2**31:
                 raise ValueError(f"{f.name}={value}: must be at least {least} and below 2**31")
@@ -128,6 +129,11 @@ class Config:
                 raise ValueError(f"{f.name}={value}: must be below 1")
             if f.name in ("lr", "eps") and not value > 0:
                 raise ValueError(f"{f.name}={value}: must be above 0")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: must be one of {', '.join(allowed)}"
+                )
         for wrong, name, message in self.conflicts():
             if wrong:
                 raise ValueError(f"{name}={getattr(self, name)}: {message}")
@@ -135,36 +141,43 @@ class Config:
     def conflicts(self):
         """[(wrong, field, message)]: values that are in range but do not go together."""
         is_d3pm, is_ar, pair = self.loss == "d3pm", self.loss == "ar", 2 * self.n_head
-        continuous = self.T == 0 and not is_ar
-        importance = self.time_draw == "importance"
-        return [
+        discrete = self.T > 0 or is_ar
+        only_d3pm = [
+            (
+                not is_d3pm and getattr(self, name) != getattr(Config, name),
+                name,
+                "only for loss=d3pm",
+            )
+            for name in ("aux_ce", "zero_masking", "carry_over")
+        ]
+        return only_d3pm + [
             (self.min_lr > self.lr, "min_lr", f"must be at most lr={self.lr}"),
             (not self.out_dir, "out_dir", "must not be empty"),
-            (self.n_embd % pair, "n_embd", f"must be a multiple of 2 * n_head = {pair} (rotary pairs)"),
+            (self.n_embd % pair, "n_embd", f"must be a multiple of 2 * n_head = {pair} (rotary)"),
+            (self.seq_len * self.n_embd // self.n_head > 2**23, "seq_len", "tables above 64 MB"),
             (self.time_cond and not self.cond_dim, "time_cond", "needs cond_dim > 0"),
-            (is_d3pm and not self.T, "loss", "needs T, the number of diffusion steps, e.g. --T=1000"),
-            *((not is_d3pm and getattr(self, name) != getattr(Config, name), name, "only for loss=d3pm")
-              for name in ("aux_ce", "zero_masking", "carry_over")),
+            (is_d3pm and not self.T, "loss", "needs T, the number of steps, e.g. --T=1000"),
             (self.aux_ce and not (self.zero_masking and self.carry_over), "aux_ce",
              "needs zero_masking=True and carry_over=True"),
             (self.loss in ("sedd", "ar") and self.T, "T", f"must be 0 for loss={self.loss}"),
             (is_ar != self.causal, "causal", "must be True for loss=ar and False for the others"),
-            (is_ar and self.prompt_dropout, "prompt_dropout", "must be 0 for loss=ar, which has no MASK"),
+            (is_ar and self.prompt_dropout, "prompt_dropout", "must be 0 for loss=ar (no MASK)"),
             (is_ar and self.cond_dim, "cond_dim", "must be 0 for loss=ar, which has no time"),
-            (self.time_draw in ("importance", "counts") and not continuous, "time_draw",
+            (self.time_draw in ("importance", "counts") and discrete, "time_draw",
              "needs continuous time, T=0, and not loss=ar"),
-            (importance and not (0 < self.t_min and self.time_law == "uniform"), "time_draw",
-             "needs t_min between 0 and 1 and time_law=uniform"),
+            (self.time_draw == "importance" and not self.t_min, "time_draw", "needs t_min above 0"),
+            (self.time_draw == "importance" and self.time_law != "uniform", "time_draw",
+             "needs time_law=uniform"),
         ]  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Experiments. A number without a source is ours; upstream's numbers are read off its code.
 
 
 def pydocs_mdlm():
-    """The demo: Python's own documentation, four minutes on two CPU cores, nothing to download. One block,
-    seen often, beats more blocks seen less in that time; README.md has what was tried."""
+    """The demo: Python's own documentation, four minutes on two CPU cores, nothing to download. One
+    block for more steps beats more blocks in that time; docs/results.md has the trials."""
     return Config(
         data="pydocs", vocab_size=2048, seq_len=256,
         n_layer=1, n_head=4, n_embd=256, cond_dim=0,
@@ -178,16 +191,16 @@ def pydocs_mdlm():
 def reversal_mdlm():
     """The demo's recipe for tasks/reversal.py, with decay: a fact per row, from scratch."""
     return replace(
-        pydocs_mdlm(), data="reversal", seq_len=64, bos=True, steps=1000, batch_size=64, micro_batch=64, samples=0,
-        lr_decay="linear", eval_every=500, save_every=500,
+        pydocs_mdlm(), data="reversal", seq_len=64, bos=True, steps=1000, batch_size=64,
+        micro_batch=64, samples=0, lr_decay="linear", eval_every=500, save_every=500,
     )  # fmt: skip
 
 
 def owt_mdlm():
-    """MDLM on OpenWebText, small (Sahoo et al. 2024, arXiv 2406.07524; kuleshov-group/mdlm configs/).
-    Test perplexity there: at most 23.2 after 1M steps (262B masked tokens)."""
+    """MDLM on OpenWebText, small (Sahoo et al. 2024, arXiv 2406.07524; kuleshov-group/mdlm
+    configs/). Test perplexity there: at most 23.2 after 1M steps (262B masked tokens)."""
     return Config(
-        data="openwebtext_wrap1024", vocab_size=50257, seq_len=1024,  # MDLM packs [BOS] 1022 tokens [EOS]
+        data="openwebtext_wrap1024", vocab_size=50257, seq_len=1024,  # [BOS] 1022 tokens [EOS]
         n_layer=12, n_head=12, n_embd=768, cond_dim=128, time_cond=False, dropout=0.1,
         loss="mdlm", T=0, t_min=1e-3,  # sampling_eps
         steps=1_000_000, batch_size=512, micro_batch=32,
@@ -197,16 +210,17 @@ def owt_mdlm():
     )  # fmt: skip
 
 
-# What the baselines of MDLM's paper change about an MDLM, and nothing else.
+# The baselines of MDLM's paper: each changes what the paper says and nothing else.
 
 
 def as_sedd(cfg):
-    """Score entropy; the network is told the time, if it can be."""
+    """Score entropy; the network is conditioned on time if it has adaLN."""
     return replace(cfg, loss="sedd", time_cond=cfg.cond_dim > 0)
 
 
 def as_d3pm(cfg):
-    """MDLM's D3PM: 1,000 steps, a network that may answer MASK, has to copy what it sees and is told the time."""
+    """MDLM's D3PM: 1,000 steps and a network that may predict MASK, must copy visible tokens and is
+    conditioned on time."""
     return replace(
         cfg, loss="d3pm", T=1000, zero_masking=False, carry_over=False, time_cond=cfg.cond_dim > 0
     )
@@ -223,15 +237,16 @@ def owt_sedd():
 
 
 def owt_ar():
-    """Every row begins with [BOS], which is given. An AR model learns from all tokens of a row, the others from
-    the masked half: so half the steps. Perplexity in MDLM's paper 17.54."""
+    """Every row begins with [BOS], which is given. An AR model learns from all tokens of a row, the
+    others from the masked half: so half the steps. Perplexity in MDLM's paper 17.54."""
     return replace(as_ar(owt_mdlm()), bos=True, steps=500_000)
 
 
 def lm1b_mdlm():
-    """MDLM on the One Billion Word Benchmark: a sentence a row, in BERT's WordPieces, padded to 128, padding not
-    counted. MDLM's paper: at most 27.04 (33B tokens). --data=lm1b_packed is the other protocol, whose figures are
-    not comparable. Upstream masks with BERT's own [MASK], id 103; ours is one id more."""
+    """MDLM on the One Billion Word Benchmark: a sentence a row, in BERT's WordPieces, padded to
+    128, padding not counted. MDLM's paper: at most 27.04 (33B tokens). --data=lm1b_packed is the
+    other protocol, whose figures are not comparable. Upstream masks with BERT's own [MASK], id
+    103; ours is one id more."""
     return replace(owt_mdlm(), data="lm1b", vocab_size=30522, seq_len=128, micro_batch=128)
 
 
@@ -248,8 +263,9 @@ def lm1b_ar():
 
 
 def text8_mdlm():
-    """MDLM's recipe at text8's standard size: 27 characters, 256 of them a row, 1M steps of 512 rows, as
-    D3PM (arXiv 2107.03006) and MD4 (arXiv 2406.04329) train it; others report at most 1.40 bits/char."""
+    """MDLM's recipe at text8's standard size: 27 characters, 256 of them a row, 1M steps of
+    512 rows, as D3PM (arXiv 2107.03006) and MD4 (arXiv 2406.04329) train it; others report
+    at most 1.40 bits/char."""
     return replace(owt_mdlm(), data="text8", vocab_size=27, seq_len=256, micro_batch=64)
 
 
@@ -264,13 +280,14 @@ def text8_ar():
 
 
 def text8_d3pm():
-    """nanoDD on text8 (flukeskywalker/nanoDD, configs.d3pm_text8): 92,402,176 parameters, reported test
-    bound 1.37 bits/char. Our d3pm is T times nanoDD's per-step loss, so that it is in nats per token;
-    the clip of 0.1 and AdamW's 1e-8 there are T times larger here, which makes the updates the same."""
+    """nanoDD on text8 (flukeskywalker/nanoDD, configs.d3pm_text8): 92,402,176 parameters,
+    reported test bound 1.37 bits/char. Our d3pm is T times nanoDD's per-step loss, so that it is
+    in nats per token; the clip of 0.1 and AdamW's 1e-8 there are T times larger here, which
+    makes the updates the same."""
     return Config(
         data="text8", vocab_size=27, seq_len=256,
-        n_layer=12, n_head=12, n_embd=768, cond_dim=128, time_cond=True, time_input="step", tied=True,
-        dropout=0.025,
+        n_layer=12, n_head=12, n_embd=768, cond_dim=128, time_cond=True, time_input="step",
+        tied=True, dropout=0.025,
         loss="d3pm", T=1000, aux_ce=0.05,
         steps=500_000, batch_size=1024, micro_batch=256,
         lr=1e-3, min_lr=1e-5, lr_decay="cosine", warmup=2500,
@@ -283,28 +300,32 @@ def text8_d3pm():
 def owt_d3pm():
     """nanoDD on OpenWebText (configs.d3pm_openwebtext_8gpu); no result published there."""
     return replace(
-        text8_d3pm(), data="openwebtext", vocab_size=50257, seq_len=1024, dropout=0.0, lr=6e-4, seed=9,
-        micro_batch=16,
+        text8_d3pm(), data="openwebtext", vocab_size=50257, seq_len=1024, dropout=0.0, lr=6e-4,
+        seed=9, micro_batch=16,
     )  # fmt: skip
 
 
 SMDM_SIZES = {  # millions of parameters without embedding and head: (n_layer, n_head, n_embd)
-    6: (6, 4, 256), 19: (8, 6, 384), 34: (8, 8, 512), 48: (9, 9, 576), 66: (10, 10, 640), 75: (16, 8, 640),
-    85: (13, 10, 640), 113: (12, 12, 768), 142: (15, 12, 768), 170: (18, 12, 768), 180: (14, 14, 896),
-    206: (16, 14, 896), 231: (18, 14, 896), 268: (16, 16, 1024), 302: (18, 16, 1024), 336: (20, 16, 1024),
-    472: (18, 10, 1280), 551: (21, 10, 1280), 571: (18, 11, 1408), 629: (24, 10, 1280), 666: (21, 11, 1408),
-    717: (19, 12, 1536), 761: (24, 11, 1408), 831: (22, 12, 1536), 944: (25, 12, 1536), 1028: (20, 14, 1792),
-    1233: (24, 14, 1792), 1476: (22, 16, 2048), 1678: (25, 16, 2048), 2121: (28, 17, 2176),
+    6: (6, 4, 256), 19: (8, 6, 384), 34: (8, 8, 512), 48: (9, 9, 576), 66: (10, 10, 640),
+    75: (16, 8, 640), 85: (13, 10, 640), 113: (12, 12, 768), 142: (15, 12, 768),
+    170: (18, 12, 768), 180: (14, 14, 896), 206: (16, 14, 896), 231: (18, 14, 896),
+    268: (16, 16, 1024), 302: (18, 16, 1024), 336: (20, 16, 1024), 472: (18, 10, 1280),
+    551: (21, 10, 1280), 571: (18, 11, 1408), 629: (24, 10, 1280), 666: (21, 11, 1408),
+    717: (19, 12, 1536), 761: (24, 11, 1408), 831: (22, 12, 1536), 944: (25, 12, 1536),
+    1028: (20, 14, 1792), 1233: (24, 14, 1792), 1476: (22, 16, 2048), 1678: (25, 16, 2048),
+    2121: (28, 17, 2176),
 }  # fmt: skip
 
 
 def smdm(size, ar=False, flops=10.0, batch_size=256, short_rows=0.0):
-    """SMDM (Nie et al. 2024, arXiv 2410.18514; ML-GSAI/SMDM) at one of its 30 sizes and, with ar, its twin.
+    """SMDM (Nie et al. 2024, arXiv 2410.18514; ML-GSAI/SMDM) at one of its 30
+    sizes and, with ar, its twin.
 
-    flops: the budget in 10^18; steps follow from 6 x parameters x tokens, where SMDM counts short rows by their
-    length, since it throws the rest away; we keep it. lr is that of SMDM's code, 2e-4 to 2e-5; its paper says
-    4e-4 to 4e-5, and which of the two trained the released weights is not known. Two things are not as in its
-    code: times are stratified, and weight decay leaves out the norms' gains."""
+    flops: the budget in 10^18; steps follow from 6 x parameters x tokens, where SMDM counts
+    short rows by their length, since it throws the rest away; we keep it. lr is that of SMDM's
+    code, 2e-4 to 2e-5; its paper says 4e-4 to 4e-5, and which of the two trained the released
+    weights is not known. Two things are not as in its code: times are stratified, and weight
+    decay leaves out the norms' gains."""
     if not flops > 0:
         raise ValueError(f"flops={flops}: must be above 0, in units of 10^18")
     n_layer, n_head, n_embd = SMDM_SIZES[size]
@@ -328,7 +349,8 @@ def smdm(size, ar=False, flops=10.0, batch_size=256, short_rows=0.0):
 CONFIGS = {
     f.__name__: f
     for f in (
-        pydocs_mdlm, reversal_mdlm, text8_mdlm, text8_d3pm, text8_sedd, text8_ar, lm1b_mdlm, lm1b_d3pm, lm1b_sedd, lm1b_ar,
+        pydocs_mdlm, reversal_mdlm, text8_mdlm, text8_d3pm, text8_sedd, text8_ar,
+        lm1b_mdlm, lm1b_d3pm, lm1b_sedd, lm1b_ar,
         owt_mdlm, owt_d3pm, owt_sedd, owt_ar,
     )
 }  # fmt: skip
@@ -339,58 +361,63 @@ CONFIGS |= {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+
+def add_fields(p):
+    """An option per field of Config, whose help is the field's comment."""
+    notes = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for f in fields(Config):
+        kind = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        note = f"{notes.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
+        kind |= dict(help=note, metavar=f.type.__name__, default=argparse.SUPPRESS)
+        p.add_argument(f"--{f.name}", **kind)
 
 
 def from_cli(argv=None, doc=None, flags=(), out="out/{}", config="pydocs_mdlm"):
-    """[CONFIG] [--field=value ...] [--flag ...] -> (Config, namespace of the flags). Bad input: exit 2.
-    A flag is (name, help), or (name, help, default) for one that takes a value of the default's type.
-    With the flag --resume, fields that are not given are those of the run in out_dir."""
+    """[CONFIG] [--field=value ...] [--flag ...] -> (Config, namespace of the flags).
+
+    A flag is (name, help), or (name, help, default) if it takes a value of the default's type. A
+    config's own parameters, such as flops, are options too. With the flag --resume, fields that are
+    not given are those of the run in out_dir."""
     p = parser(doc)
     p.add_argument("config", nargs="?", default=config, help=", ".join(CONFIGS))
     for flag, text, *default in flags:
-        kind = (
-            dict(type=type(default[0]), default=default[0])
-            if default
-            else dict(action="store_true")
-        )
+        kind = dict(action="store_true")
+        if default:
+            kind = dict(type=type(default[0]), default=default[0])
         p.add_argument(f"--{flag}", help=text, **kind)
-    notes = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    for f in fields(Config):
-        options = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        note = f"{notes.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
-        p.add_argument(
-            f"--{f.name}", help=note, metavar=f.type.__name__, default=argparse.SUPPRESS, **options
-        )
+    add_fields(p)
     args, unknown = p.parse_known_args(argv)
     if args.config not in CONFIGS:
         fail(f"unknown config {args.config!r}; the configs are {', '.join(CONFIGS)}")
-    own = inspect.signature(CONFIGS[args.config]).parameters  # of the config, e.g. flops
+
+    parameters = inspect.signature(CONFIGS[args.config]).parameters
     q = parser(doc)
-    for name in own.keys() - vars(args).keys():
+    for name in parameters.keys() - vars(args).keys():
         if not hasattr(Config, name):
-            q.add_argument(f"--{name}", type=type(own[name].default), default=argparse.SUPPRESS)
-    own_given, unknown = q.parse_known_args(unknown)
+            kind = type(parameters[name].default)
+            q.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+    arguments, unknown = q.parse_known_args(unknown)
     if unknown:
-        fail(
-            f"unknown argument {unknown[0]}; the fields are {', '.join(f.name for f in fields(Config))}"
-        )
+        names = ", ".join(f.name for f in fields(Config))
+        fail(f"unknown argument {unknown[0]}; the fields are {names}")
+
     given = {f.name: vars(args).pop(f.name) for f in fields(Config) if f.name in args}
     given.setdefault("out_dir", out.format(args.config))
     saved = Path(given["out_dir"]) / "config.json"
+    shared = {name: value for name, value in given.items() if name in parameters}
     try:
-        cfg = CONFIGS[args.config](
-            **vars(own_given), **{k: v for k, v in given.items() if k in own}
-        )
+        cfg = CONFIGS[args.config](**vars(arguments), **shared)
         if getattr(args, "resume", False) and saved.exists():
-            cfg = from_dict(saved.read_text(), saved)
+            cfg = from_dict(saved.read_text(encoding="utf-8"), saved)
         return replace(cfg, **given), args
     except ValueError as e:
         fail(f"{args.config}: {e}")
 
 
 def from_dict(values, where):
-    """The Config that a checkpoint holds as a dict, config.json as text; `where` names the file on failure."""
+    """The Config of a checkpoint's dict or of config.json's text; errors name the file `where`."""
     try:
         return Config(**(json.loads(values) if isinstance(values, str) else values))
     except (TypeError, ValueError) as e:

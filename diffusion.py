@@ -8,7 +8,8 @@ missing tokens. Generation runs backwards: from all MASK at t = 1 to a text at t
     x0, xt       (B, L) int64 ids, 0 .. V-1; mask_id = V marks a masked position of xt
     t            (B,) in [0, 1]: 0 = clean, 1 = all masked; T discrete steps: t = n / T, n = 1 .. T
     alpha(t)     P(a token is still visible), from 1 down to 0
-    maskable     (B, L) bool, False on prompts and padding: never masked, never counted
+    maskable     (B, L) bool, False on given tokens (prompts, a given BOS), which are never masked
+    counted      (B, L) bool, False on padding too; nats and tokens are summed over it
     at           (B, L) bool, the N positions that the caller wants predictions for
 
 Contracts
@@ -17,15 +18,17 @@ Contracts
         infinity. (A D3PM without zero_masking has one more output, MASK, at the end.)
     model(x, t, at, tokens) -> their `cross_entropy`, tokens (B, L, k): how every loss calls it
     denoise(x, t, at) -> (N, V) log-probabilities; guidance, temperature and top-p wrap it
-    loss(model, x0, maskable, cfg, t=None, xt=None) -> (B, L) nats, 0 where nothing is lost
+    loss(model, x0, maskable, cfg, t=None, xt=None) -> (B, L) nats, 0 where nothing is lost.
+        With xt given, pass `counted` for maskable: then only counted tokens are evaluated.
     sampler(denoise, x, steps, cfg, gen=None) -> yields (B, L) canvases, each a new tensor
-cfg is a configs.Config. gen is a list of B torch.Generators, one per row, or None.
+cfg is a configs.Config. gen is a list of B generators, one per row (`row_generators`), or None.
 
 A canvas is any x with MASK somewhere: prompts, infilling and suffixes are all just canvases.
 """
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -46,16 +49,11 @@ def stretch(sigma, dsigma):
     )
 
 
+HALF_PI = math.pi / 2
 SCHEDULES = {  # name: alpha(t), d alpha / dt
     "linear": (lambda t: 1 - t, lambda t: -torch.ones_like(t)),  # "loglinear" in MDLM and SEDD
-    "cosine": (
-        lambda t: torch.cos(math.pi / 2 * t),
-        lambda t: -math.pi / 2 * torch.sin(math.pi / 2 * t),
-    ),
-    "cosine2": (
-        lambda t: torch.cos(math.pi / 2 * t) ** 2,
-        lambda t: -math.pi / 2 * torch.sin(math.pi * t),
-    ),
+    "cosine": (lambda t: torch.cos(HALF_PI * t), lambda t: -HALF_PI * torch.sin(HALF_PI * t)),
+    "cosine2": (lambda t: torch.cos(HALF_PI * t) ** 2, lambda t: -HALF_PI * torch.sin(math.pi * t)),
     "poly2": (lambda t: 1 - t**2, lambda t: -2 * t),
     "geometric": stretch(  # SEDD's: sigma from 1e-4 to 20
         lambda t: 1e-4 ** (1 - t) * 20**t,
@@ -76,8 +74,7 @@ def dalpha(schedule, t):
 
 
 def time_at(schedule, masked):
-    """The t at which a fraction `masked` of the tokens is masked: inverts 1 - alpha by
-    bisection."""
+    """The t at which a fraction `masked` of the tokens is masked: 1 - alpha, inverted."""
     low = torch.zeros_like(masked, dtype=torch.float64)
     high = torch.ones_like(masked, dtype=torch.float64)
     for _ in range(50):
@@ -97,8 +94,7 @@ TIME_LAWS = {  # name: uniform u in [0, 1) -> a time in [0, 1) of that law
 
 
 def stratify(n, device=None):
-    """n uniforms, one in each n-th of [0, 1): the loss has far less noise than with independent
-    ones."""
+    """n uniforms, one in each n-th of [0, 1): less noise in the loss than independent ones."""
     return (torch.arange(n, device=device) + torch.rand(n, dtype=torch.float64, device=device)) / n
 
 
@@ -114,15 +110,13 @@ def training_time(u, cfg):
 
 
 def mask_tokens(x0, alpha_t, maskable, mask_id, u=None):
-    """Replace each maskable token by MASK with probability 1 - alpha_t (B,); u (B, L) are
-    uniforms."""
+    """Replace maskable tokens by MASK with probability 1 - alpha_t (B,), by uniforms u (B, L)."""
     u = torch.rand(x0.shape, dtype=torch.float64, device=x0.device) if u is None else u
     return x0.masked_fill(maskable & (u >= alpha_t[:, None]), mask_id)
 
 
 def draw_count(n, u):
-    """Uniform u in [0, 1) -> a number of masks, uniform on 1 .. n (1 if n is 0); int64, shape of
-    u."""
+    """Uniform u (B,) -> a number of masks (B,) int64, uniform on 1 .. n; 1 if n is 0."""
     return (torch.floor(n * u) + 1).clamp(max=n.clamp(min=1)).long()
 
 
@@ -143,8 +137,7 @@ def mask_exactly(x0, count, maskable, mask_id, u=None):
 
 
 def draw_uniform(x0, maskable, cfg, u, v):
-    """t by the time law. u decides the rest: one per stratum of the global batch, or
-    independent."""
+    """t by the time law; u is stratified over the global batch, or independent."""
     t = training_time(u, cfg)
     return t, mask_tokens(x0, alpha(cfg.schedule, t), maskable, cfg.mask_id, v), torch.ones_like(u)
 
@@ -176,29 +169,29 @@ TIME_DRAWS = {
 
 
 def corrupt(x0, maskable, cfg, t, xt):
-    """Fill in what the caller of a loss left out: t, stratified over the batch, and xt at that t."""
+    """What the caller of a loss left out: t, stratified over the batch, and xt masked at t."""
     t = training_time(stratify(len(x0), x0.device), cfg) if t is None else t
     xt = mask_tokens(x0, alpha(cfg.schedule, t), maskable, cfg.mask_id) if xt is None else xt
     return t, xt
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Losses. They are one loss: -log p(x0 | xt) on masked positions, times a weight that depends on t.
+# 3. Losses. They are one loss: -log p(x0 | xt) on masked positions, times a weight that depends
+# on t alone. D3PM's bound is a sum over steps n = 1 .. T from t = n / T to s = (n - 1) / T, of
+# KL(q(x_s | xt, x0) || p(x_s | xt)). Look at one position:
 #
-# D3PM's bound sums, over the steps n = 1 .. T, KL(q(x_s | xt, x0) || p(x_s | xt)), where t = n / T and
-# s = (n - 1) / T. Look at one position.
-#   If it is visible in xt, it stays as it is under both q and p: KL = 0.
-#   If it is masked, q reveals it with probability r = (alpha_s - alpha_t) / (1 - alpha_t), as x0, and
-#   keeps MASK with probability 1 - r. The model never predicts MASK, so p keeps MASK with the same
-#   probability, and reveals v with probability r p(v | xt). The MASK terms cancel:
-#   KL = r log(r / (r p(x0 | xt))) = -r log p(x0 | xt).
-# So nothing of size (B, L, V) is needed, and only masked positions need the head. Drawing one random
-# step instead of summing all costs a factor T. As T grows, T r becomes -alpha' / (1 - alpha): MDLM.
+#   visible in xt: it stays as it is under both q and p, so KL = 0;
+#   masked: with r = (alpha_s - alpha_t) / (1 - alpha_t), q reveals x0 with probability r and keeps
+#   MASK with 1 - r. The model never predicts MASK, so p reveals v with probability r p(v | xt) and
+#   keeps MASK with 1 - r too. The MASK terms cancel: KL = r log(r / (r p(x0))) = -r log p(x0).
+#
+# So nothing of size (B, L, V) is needed, and only masked positions need the head. Drawing one
+# random step instead of summing over all costs a factor T. As T grows, T r becomes
+# -alpha' / (1 - alpha), and D3PM becomes MDLM.
 
 
 def indices_of(at):
-    """Flat indices (N,) of the True positions of `at` (B, L). On a GPU this waits for the
-    device."""
+    """Flat indices (N,) of the True positions of `at` (B, L). Synchronises with a GPU."""
     return at.flatten().nonzero()[:, 0]
 
 
@@ -222,8 +215,7 @@ def cross_entropy(logits, tokens):
 
 
 def cross_entropy_at(model, xt, t, at, tokens):
-    """`cross_entropy` of tokens (B, L, k) given xt: (B, L, k) and (B, L) float32, zero outside
-    `at`."""
+    """`cross_entropy` of tokens (B, L, k) given xt: (B, L, k) and (B, L), zero outside `at`."""
     if isinstance(model, torch.nn.Module):  # never stores large logits; see head.py
         return model(xt, t.float(), at, tokens)
     nats, log_z = cross_entropy(model(xt, t.float(), at), tokens[at])  # any function of (x, t, at)
@@ -236,15 +228,13 @@ def nll(model, x0, xt, t, at):
 
 
 def reveal_rate(t, cfg):
-    """-alpha' / (1 - alpha) at t (B,): the rate at which a masked token is revealed, backwards in
-    time."""
+    """-alpha' / (1 - alpha) at t (B,): the rate at which masks are revealed, backwards in time."""
     masked = 1 - alpha(cfg.schedule, t)
     return -dalpha(cfg.schedule, t) / masked.clamp(min=1e-12)  # 0 near t = 0, where inf * 0 is NaN
 
 
 def reveal_chance(t, s, cfg):
-    """r = (alpha_s - alpha_t) / (1 - alpha_t): P(a masked token is revealed in the step from t to
-    s)."""
+    """r = (alpha_s - alpha_t) / (1 - alpha_t): P(a mask is revealed in the step from t to s)."""
     alpha_t = alpha(cfg.schedule, t)
     return (alpha(cfg.schedule, s) - alpha_t) / (1 - alpha_t).clamp(min=1e-12)
 
@@ -255,8 +245,8 @@ def bound_weight(t, cfg):
 
 
 def mdlm(model, x0, maskable, cfg, t=None, xt=None):
-    """Bound on -log p(x0): weighted cross-entropy of the masked tokens, in continuous time or T
-    steps.
+    """Bound on -log p(x0): weighted cross-entropy of the masked tokens, in
+    continuous time or T steps.
 
     MDLM, arXiv 2406.07524, the NELBO of section 3. T = 0 is also MD4 (2406.04329), RADD
     (2406.03736) and, for alpha = 1 - t, the CE / t of SMDM (2410.18514). x0 (B, L) -> (B, L) nats,
@@ -270,9 +260,9 @@ def d3pm(model, x0, maskable, cfg, t=None, xt=None):
     """Absorbing D3PM (arXiv 2107.03006) in T steps, in three forms that are `mdlm` and more.
 
     aux_ce > 0           nanoDD's: T x (KL + aux_ce x cross-entropy of all tokens), and in step 1,
-                         instead, T x the cross-entropy of all tokens. What exceeds the KL is no
-                         part of the bound (flukeskywalker/nanoDD, its dense posteriors summed in
-                         closed form).
+                         instead, T x the cross-entropy of all tokens. What exceeds the KL
+                         is no part of the bound (flukeskywalker/nanoDD, its dense
+                         posteriors summed in closed form).
     carry_over=False     the network must copy visible tokens: adds the reconstruction -log p(x0 |
     x0)
                          at t = 0.
@@ -280,8 +270,8 @@ def d3pm(model, x0, maskable, cfg, t=None, xt=None):
     it
                          is normalised by 1 - alpha + alpha m; call that (1 - alpha) exp(a). Then
                          KL = r (a_t - log p(x0)) + (1 - r) (a_t - a_s).
-    The last two are the ablations of MDLM (arXiv 2406.07524), its "D3PM". x0 (B, L) -> (B, L)
-    nats."""
+    The last two are the ablations of MDLM (arXiv 2406.07524), its "D3PM". x0
+    (B, L) -> (B, L) nats."""
     t, xt = corrupt(x0, maskable, cfg, t, xt)
     if cfg.aux_ce:
         weight = bound_weight(t, cfg).float()[:, None] * (maskable & (xt == cfg.mask_id))
@@ -293,8 +283,8 @@ def d3pm(model, x0, maskable, cfg, t=None, xt=None):
 
 
 def posterior_kl(model, x0, maskable, cfg, t, xt):
-    """T x D3PM's KL of step n = T t for a network that may predict MASK: (B, L) nats, 0 where
-    visible."""
+    """T x D3PM's KL of step n = T t for a network that may predict MASK: (B, L)
+    nats, 0 where visible."""
     masked = maskable & (xt == cfg.mask_id)
     tokens = torch.stack((x0, torch.full_like(x0, cfg.mask_id)), -1)  # MASK is the last output
     nats, _ = cross_entropy_at(model, xt, t, masked, tokens)
@@ -338,29 +328,38 @@ def ar(model, x0, maskable, cfg, t=None, xt=None):
 LOSSES = {"mdlm": mdlm, "d3pm": d3pm, "sedd": sedd, "ar": ar}
 
 
-def exact_count_bound(model, x0, maskable, cfg, count, xt=None):
-    """The continuous-time bound of `mdlm` or `sedd` for evaluation, per row: mask exactly `count`
-    (B,) of n tokens and weight by n / count. With count uniform on 1 .. n its mean is the bound:
-    the probability of `count` masks, weighted by -alpha'/(1 - alpha) and integrated over t, is 1 /
-    count for every schedule. So there is no cut-off near t = 0 and no exploding weight. A
-    time-conditioned model gets t drawn from its law given the count. x0 (B, L) -> (B,) nats per
-    row."""
+def exact_count_bound(model, x0, maskable, cfg, count, xt=None, u=None, counted=None):
+    """The continuous-time bound of `mdlm` or `sedd` for evaluation, per row: mask exactly
+    `count` (B,) of n tokens and weight by n / count. With count uniform on 1 .. n its mean is
+    the bound: the probability of `count` masks, weighted by -alpha'/(1 - alpha) and
+    integrated over t, is 1 / count for every schedule. So there is no cut-off near t = 0 and
+    no exploding weight. A time-conditioned model gets t drawn from its law given the count.
+    u (B, L): the uniforms that choose the masks; counted (B, L): sum over these, by default over
+    maskable. x0 (B, L) -> (B,) nats per row."""
     n = maskable.sum(-1)
     fraction = count / n  # stands in for t if the model ignores it
     if xt is None:
-        xt, fraction = mask_exactly(x0, count, maskable, cfg.mask_id)
+        xt, fraction = mask_exactly(x0, count, maskable, cfg.mask_id, u)
     t = time_at(cfg.schedule, fraction) if cfg.time_cond else fraction
     loss = score_entropy if cfg.loss == "sedd" else nll
-    return n / count * loss(model, x0, xt, t, maskable & (xt == cfg.mask_id)).sum(-1)
+    at = (maskable if counted is None else counted) & (xt == cfg.mask_id)
+    return n / count * loss(model, x0, xt, t, at).sum(-1)
 
 
 # --------------------------------------------------------------------------------------------------
 # 4. What samplers need: noise per row, exact categorical draws, and log-probabilities from a model.
 
 
+def philox(seed, row, stream, step=0):
+    """A counter-based generator for key (seed, row). stream: 0 epochs, 1 training, 2 sampling,
+    3 evaluation."""
+    return np.random.Generator(np.random.Philox(key=[seed, row], counter=[0, 0, step, stream]))
+
+
 def row_generators(seed, rows):
-    """One random generator per row, so that a row's text does not depend on its batch."""
-    return [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in rows]
+    """One generator per row. Each row of each seed has a stream of its own, so a row's text depends
+    neither on its batch nor on other rows."""
+    return [philox(seed, row, stream=2) for row in rows]
 
 
 def uniform(at, gen):
@@ -371,7 +370,7 @@ def uniform(at, gen):
     u = torch.zeros(at.shape, dtype=torch.float64)
     for row, g, alive in zip(u, gen, at.any(-1).tolist()):
         if alive:
-            torch.rand(len(row), dtype=torch.float64, generator=g, out=row)
+            row.copy_(torch.from_numpy(g.random(len(row))))
     return u.to(at.device)
 
 
@@ -383,9 +382,9 @@ def in_parts(function, *tensors, rows=1024):
 
 
 def categorical(log_p, u):
-    """Draw one token per row of log_p (N, V): invert the cumulative distribution at u (N,), in
-    float64. Float32 noise cuts off rare tokens and quietly lowers the temperature (arXiv
-    2409.02908)."""
+    """Draw one token per row of log_p (N, V): invert the cumulative distribution at u
+    (N,), in float64. Float32 noise cuts off rare tokens and quietly lowers the
+    temperature (arXiv 2409.02908)."""
 
     def invert(log_p, u):
         cdf = log_p.double().exp().cumsum(-1)
@@ -415,9 +414,9 @@ def denoiser(model, cfg):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Samplers. `ddpm` defines a law for every number of steps; `ddpm_cache` has the same law in
-# fewer network calls; `first_hitting` is the limit of infinitely many steps. samplers.py has the
-# others.
+# 5. Samplers. `ddpm` defines a law for every number of steps; `ddpm_cache` has the same
+# law in fewer network calls; `first_hitting` is the limit of infinitely many steps.
+# samplers.py has the others.
 
 
 def mass(log_p):

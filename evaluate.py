@@ -1,10 +1,11 @@
-"""The likelihood bound of a checkpoint on a split or on the zero-shot sets, with its standard error.
+"""The likelihood bound of a checkpoint on a split or on the zero-shot
+sets, with its standard error.
 
 python evaluate.py out/pydocs_mdlm/ckpt.pt                      # test split, continuous time
 python evaluate.py out/owt_mdlm/ckpt.pt --split val --json
 python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a 1000-step sampler
-python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven; or --zero_shot ptb lambada
-python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --resume
+python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven; or --zero_shot ptb
+lambada python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --resume
 
 Generative perplexity of samples is another command: python -m tasks.judge.
 """
@@ -36,7 +37,7 @@ from common import (
     to_json,
 )
 from data.corpus import folder_of, read_meta, read_split, take, unpack
-from diffusion import LOSSES, ar, draw_count, exact_count_bound
+from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox
 from model import load
 
 # --------------------------------------------------------------------------------------------------
@@ -44,8 +45,9 @@ from model import load
 
 
 def strata(windows, rng):
-    """(windows,) uniforms: neighbours are u and 1 - u, with one u in each (windows / 2)-th of [0, 1). They
-    fill the interval evenly, and a batch of whole pairs always masks the same number of tokens."""
+    """(windows,) uniforms: neighbours are u and 1 - u, with one u in each (windows / 2)-th
+    of [0, 1). They fill the interval evenly, and a batch of whole pairs always masks the
+    same number of tokens."""
     half = (windows + 1) // 2
     u = (rng.permutation(half) + rng.random(half)) / half
     return np.stack([u, 1 - u], 1).reshape(-1)[:windows]
@@ -54,20 +56,32 @@ def strata(windows, rng):
 def standard_error(nats, u, tokens):
     """Standard error of sum(nats) / sum(tokens), from nats (passes, W), u (passes, W), tokens (W,).
 
-    It covers the random masks and the choice of windows. The dependence of nats on u is no source of
-    error, because u is stratified: a cubic fits that part and is subtracted. Windows are then the
-    independent units. Below 8 windows the error is unknown: NaN."""
+    It covers the random masks and the choice of windows. The dependence of nats on u is no
+    source of error, because u is stratified: a cubic fits that part and is subtracted. Windows
+    are then the independent units, with W - 4 degrees of freedom; see `widen`. Below 8 windows
+    the error is unknown: NaN."""
     W = len(tokens)
     if W < 8:
         return math.nan
     y = nats / tokens
     residual = y - np.polyval(np.polyfit(u.ravel(), y.ravel(), 3), u)
-    return float(np.sqrt(((residual.mean(0) * tokens) ** 2).sum() * W / (W - 4)) / tokens.sum())
+    error = np.sqrt(((residual.mean(0) * tokens) ** 2).sum() * W / (W - 4)) / tokens.sum()
+    return float(error * widen(W - 4))
+
+
+def widen(df):
+    """Student's t over the normal's 1.96, at 95 % and df degrees of freedom: +-1.96 errors times
+    this cover the truth in 95 % of cases, also for few windows. Abramowitz and Stegun 26.7.5,
+    within 0.3 % from df = 4 on."""
+    z = 1.959964
+    a, b = (z**2 + 1) / 4, (5 * z**4 + 16 * z**2 + 3) / 96
+    c = (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / 384
+    return 1 + a / df + b / df**2 + c / df**3
 
 
 def choose_windows(n, L, windows):
-    """(starts, lengths) of the windows of L tokens of a split of n; the last may be shorter. windows > 0
-    takes that many, evenly spaced."""
+    """(starts, lengths) of the windows of L tokens of a split of n; the last may be shorter.
+    windows > 0 takes that many, evenly spaced."""
     starts = np.arange(0, n, L)
     if 0 < windows < len(starts):
         starts = starts[np.linspace(0, len(starts) - 1, windows).astype(int)]
@@ -75,7 +89,8 @@ def choose_windows(n, L, windows):
 
 
 def make_jobs(lengths, L, passes, batch_size):
-    """[(pass, slice of windows)]: the batches of all passes, with a shorter last window by itself."""
+    """[(pass, slice of windows)]: the batches of all passes, with a shorter
+    last window by itself."""
     W = len(lengths)
     batches = [slice(i, min(i + batch_size, W)) for i in range(0, W, batch_size)]
     if lengths[-1] < L and batches[-1].stop - batches[-1].start > 1:
@@ -83,19 +98,27 @@ def make_jobs(lengths, L, passes, batch_size):
     return [(p, b) for p in range(passes) for b in batches]
 
 
-def batch_nats(model, x0, maskable, cfg, T, u):
-    """One estimate of the bound per row, (B,) float64 nats, from its uniform u (B,): exact mask counts in
-    continuous time (T = 0), else one step of D3PM's T-step bound. An AR model's likelihood is exact."""
+def window_noise(seed, starts, p, L):
+    """(B, L) uniforms that mask the windows at starts (B,) in pass p: a function of window and
+    pass, so the bound does not depend on the batch size."""
+    return np.stack([philox(seed, start // L, stream=3, step=p).random(L) for start in starts])
+
+
+def batch_nats(model, x0, maskable, counted, cfg, T, u, v):
+    """One estimate of the bound per row, (B,) float64 nats, from uniforms u (B,) for the time and
+    v (B, L) for the masks: exact mask counts in continuous time (T = 0), else one step of D3PM's
+    T-step bound. An AR model's likelihood is exact."""
     if cfg.causal:
-        return ar(model, x0, maskable, cfg).double().sum(-1)
+        return ar(model, x0, counted, cfg).double().sum(-1)
     if not T:
         count = draw_count(maskable.sum(-1), u)
-        return exact_count_bound(model, x0, maskable, cfg, count).double()
+        return exact_count_bound(model, x0, maskable, cfg, count, None, v, counted).double()
     # without nanoDD's auxiliary loss; SEDD's p, normalised, in the steps of `ddpm`
     loss = "d3pm" if cfg.loss == "d3pm" else "mdlm"
     in_steps = replace(cfg, aux_ce=0.0, T=T, loss=loss, time_draw="stratified")
     t = (torch.floor(u * T) + 1).clamp(max=T) / T
-    return LOSSES[loss](model, x0, maskable, in_steps, t).double().sum(-1)
+    xt = mask_tokens(x0, alpha(cfg.schedule, t), maskable, cfg.mask_id, v)
+    return LOSSES[loss](model, x0, counted, in_steps, t, xt).double().sum(-1)
 
 
 @torch.no_grad()
@@ -103,32 +126,34 @@ def bound(
     model, ids, meta, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32",
     quiet=True, partial=None,
 ):  # fmt: skip
-    """The bound on -log p of a split in nats per token: {"nats", "se", "tokens", "forwards"}.
+    """The bound on -log p of a split in nats per token: nats, se, tokens, split_tokens
+    (counted in the whole split) and forwards.
 
-    See `choose_windows` and `batch_nats`. Padding and given first tokens are not counted. Under
-    torch.distributed the ranks share the windows, and all return the result of all. partial: a file of
-    one process that receives each batch's nats and tokens, 16 bytes per window; after a kill the same
-    call resumes from it, to the same result."""
+    See `choose_windows` and `batch_nats`. Padding and given tokens are not counted. Under
+    torch.distributed the ranks share the windows, and all return the result of all. partial: a file
+    of one process that receives each batch's nats and tokens, 16 bytes per window; after a kill the
+    same call resumes from it, to the same result."""
     device, (rank, world) = next(model.parameters()).device, rank_and_world()
     starts, lengths = choose_windows(len(ids), cfg.seq_len, windows)
     W, rng = len(starts), np.random.Generator(np.random.Philox(seed))
     u = np.stack([strata(W, rng) for _ in range(passes)])
-    jobs = list(enumerate(make_jobs(lengths, cfg.seq_len, passes, batch_size)))[rank::world]
+    jobs = make_jobs(lengths, cfg.seq_len, passes, batch_size)[rank::world]
     nats, tokens = torch.zeros(2, passes, W, dtype=torch.float64, device=device)
     saved = open(partial, "r+b" if Path(partial).exists() else "w+b") if partial else io.BytesIO()
-    for job, (p, b) in tqdm(jobs, disable=quiet or rank > 0, unit="batch", leave=False):
+    for p, b in tqdm(jobs, disable=quiet or rank > 0, unit="batch", leave=False):
         size = 2 * 8 * (b.stop - b.start)
         if len(before := saved.read(size)) == size:
             row = torch.frombuffer(bytearray(before), dtype=torch.float64)
             nats[p, b], tokens[p, b] = row.view(2, -1)
             continue
         saved.seek(-len(before), io.SEEK_CUR)  # a batch that was cut short
-        torch.manual_seed(seed * 1_000_003 + job)  # of the job: the result does not depend on ranks
-        x0, maskable = unpack(take(ids, starts[b], int(lengths[b.start]), cfg, where), meta, cfg)
-        x0, maskable, v = x0.to(device), maskable.to(device), torch.from_numpy(u[p, b]).to(device)
-        tokens[p, b] = maskable.sum(-1).double()
+        stored = take(ids, starts[b], int(lengths[b.start]), cfg, where)
+        x0, maskable, counted = (a.to(device) for a in unpack(stored, meta, cfg))
+        v = window_noise(seed, starts[b], p, cfg.seq_len)[:, : x0.shape[1]]
+        noise = (torch.from_numpy(a).to(device) for a in (u[p, b], v))
+        tokens[p, b] = counted.sum(-1).double()
         with autocast(device, dtype):
-            nats[p, b] = batch_nats(model, x0, maskable, cfg, T, v)
+            nats[p, b] = batch_nats(model, x0, maskable, counted, cfg, T, *noise)
         saved.write(torch.stack((nats[p, b], tokens[p, b])).cpu().numpy().tobytes())
         saved.flush()
     saved.close()
@@ -144,15 +169,24 @@ def bound(
         "nats": float(nats.mean(0).sum() / tokens.sum()),
         "se": standard_error(nats, u, tokens),
         "tokens": int(tokens.sum()),
+        "split_tokens": count_tokens(ids, meta, cfg),
         "forwards": passes * W,
     }
 
 
+def count_tokens(ids, meta, cfg):
+    """The number of counted tokens of a whole split in windows of seq_len."""
+    L = cfg.seq_len
+    if meta.get("pad") is None and not meta.get("given"):
+        return len(ids) - cfg.bos * -(-len(ids) // L)  # a given first token per window
+    parts = (ids[i : i + 4096 * L].astype(np.int64) for i in range(0, len(ids), 4096 * L))
+    return sum(int(unpack(part.reshape(-1, L), meta, cfg)[2].sum()) for part in parts)
+
+
 def report(result, meta, split):
-    """The figures people quote, each with its standard error, from the nats per token of `bound`."""
-    counts = meta["splits"][split]
-    text = counts["tokens"] - counts.get("padding", 0) - counts.get("given", 0)
-    bits, per_char = 1 / math.log(2), text / counts["characters"]
+    """The figures people quote, with their standard errors, from a result of `bound`. Bits per
+    character are the split's total nats over its characters of text, for every layout of rows."""
+    bits, per_char = 1 / math.log(2), result["split_tokens"] / meta["splits"][split]["characters"]
     nats, se = result["nats"], result["se"]
     perplexity = math.exp(min(nats, 700))
     return {
@@ -174,8 +208,8 @@ def figure(result, name, digits=3):
 
 
 def fingerprint(model, **settings):
-    """A hash of settings and of a network, by up to 64 numbers of each tensor: partial results are resumed
-    only if it matches."""
+    """A hash of settings and of a network, by up to 64 numbers of each tensor: partial results are
+    resumed only if it matches."""
     digest = hashlib.sha256(json.dumps([asdict(model.cfg), settings], sort_keys=True).encode())
     for tensor in model.state_dict().values():
         sample = tensor.flatten()[:: tensor.numel() // 64 or 1]
@@ -190,7 +224,8 @@ MDLM_SETS = ("ptb", "wikitext103", "lm1b_gpt2", "lambada", "ag_news", "pubmed", 
 
 
 def settle_T(args, cfg):
-    """Set args.T, by default the model's; returns the sign before a figure and the figure's kind."""
+    """Set args.T, by default the model's; returns the sign before a figure
+    and the figure's kind."""
     args.T = cfg.T if args.T is None else args.T
     if args.T and cfg.causal:
         fail(f"--T {args.T}: an AR model has no diffusion steps")
@@ -241,9 +276,8 @@ def zero_shot_recipes(model, cfg, args):
     for name in args.zero_shot or MDLM_SETS:
         dump = re.fullmatch(f"fineweb_({DUMP})", name)
         if not dump and name not in ZERO_SHOT:
-            fail(
-                f"--zero_shot {name}: there are {', '.join(ZERO_SHOT)}, and dumps: fineweb_CC-MAIN-2024-10"
-            )
+            sets = f"{', '.join(ZERO_SHOT)}, and dumps: fineweb_CC-MAIN-2024-10"
+            fail(f"--zero_shot {name}: there are {sets}")
         recipes[name] = (
             dict(name="fineweb", dump=dump[1]) if dump else dict(name=name, wrap=cfg.seq_len)
         )
@@ -255,8 +289,8 @@ def zero_shot_recipes(model, cfg, args):
 
 
 def evaluate_zero_shot(model, cfg, args):
-    """The bound on each set, in rows of the model's length; prepares a set that is missing. Dumps of
-    FineWeb, from after the model's training data, are SMDM's temporal test."""
+    """The bound on each set, in rows of the model's length; prepares a set that is missing. Dumps
+    of FineWeb, from after the model's training data, are SMDM's temporal test."""
     from data.prepare import default_folder, prepare
 
     sign, kind = settle_T(args, cfg)
@@ -326,8 +360,8 @@ def main(argv=None):
     mode = evaluate_one if args.zero_shot is None else evaluate_zero_shot
     result, text = mode(model, cfg, args)
     result |= {
-        "T": args.T, "passes": args.passes, "ckpt": args.ckpt, "step": model.step, "seed": args.seed,
-        "ema": not args.no_ema, "dtype": compute_dtype(device, args.dtype),
+        "T": args.T, "passes": args.passes, "ckpt": args.ckpt, "step": model.step,
+        "seed": args.seed, "ema": not args.no_ema, "dtype": compute_dtype(device, args.dtype),
     }  # fmt: skip
     print(to_json(result) if args.json else text)
     for path in args.partials:

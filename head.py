@@ -32,9 +32,9 @@ def head_cross_entropy(h, weight, bias, tokens):
 
 
 class SlicedCrossEntropy(torch.autograd.Function):
-    """Logits by slices of the vocabulary that fit a CPU's cache, computed once forward and once
-    more backward: a third more arithmetic. On a GPU this saves memory; its time was not
-    measured."""
+    """Logits by slices of the vocabulary that fit a CPU's cache, computed once forward
+    and once more backward: a third more arithmetic. On a GPU this saves memory; its
+    time was not measured."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, tokens):
@@ -80,8 +80,8 @@ def logit_slices(h, weight, bias, size):
 
 
 def columns_in(tokens, start, x):
-    """Which tokens (N, k) lie in the slice x (N, n) that begins at `start`, and their columns
-    there."""
+    """Which tokens (N, k) lie in the slice x (N, n) that begins at `start`,
+    and their columns there."""
     column = tokens - start
     return (column >= 0) & (column < x.shape[1]), column.clamp(0, x.shape[1] - 1)
 

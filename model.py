@@ -1,5 +1,5 @@
-"""The network: a diffusion transformer (DiT) over tokens, and the only way a checkpoint becomes
-one.
+"""The network: a diffusion transformer (DiT) over tokens, and the only way
+a checkpoint becomes one.
 
 MDLM's and SEDD's DiT, after Peebles & Xie (arXiv 2212.09748): bidirectional attention with rotary
 positions, LayerNorm without bias, and adaLN-zero: a small network of t gives each block six vectors
@@ -21,8 +21,8 @@ from head import attend, modulate
 
 
 def rotary_tables(length, head_dim, base=10_000):
-    """cos and sin (length, head_dim) in the half-split (NeoX) convention: dimension j turns with j
-    + half."""
+    """cos and sin (length, head_dim) in the half-split (NeoX) convention: dimension
+    j turns with j + half."""
     half = head_dim // 2
     freq = base ** (-torch.arange(half, dtype=torch.float64) / half)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * freq  # (length, half)
@@ -106,9 +106,8 @@ class Block(nn.Module):
     def forward(self, x, c, cos, sin, past=None, pick=None):
         """x (B, L, d) float32 residual stream, c (1 or B, 1, cond_dim) or None -> (B, L, d).
 
-        pick (B, m): compute only these positions, which still attend to all: -> (B, m, d).
-        past: this block's keys and values of earlier calls, which the call extends (causal
-        only)."""
+        pick (B, m): compute only these positions, which still attend to all: -> (B, m, d). past:
+        this block's keys and values of earlier calls, which the call extends (causal only)."""
         drop = lambda y: F.dropout(y, self.dropout, self.training)
         if c is None:
             x = take_positions(x, pick) + drop(self.attention(self.norm1(x), cos, sin, past, pick))
@@ -150,7 +149,7 @@ class DiT(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, d = cfg, cfg.n_embd
+        self.cfg, self.ends, d = cfg, False, cfg.n_embd  # ends: rows are documents, see `load`
         self.embed = nn.Embedding(cfg.vocab_size + 1, d)  # the last row is MASK
         self.time = TimeEmbedding(cfg.cond_dim) if cfg.cond_dim else None
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
@@ -196,9 +195,9 @@ class DiT(nn.Module):
         return -torch.log(1e-3 + (1 - 1e-3) * alpha(self.cfg.schedule, t))
 
     def trunk(self, x, t, pick=None, past=None):
-        """ids (B, L), t (B,) -> (B, L, d). pick (B, m): only these positions of the last block's
-        output. past (causal): a list per block of keys and values; x are then the tokens that
-        follow."""
+        """ids (B, L), t (B,) -> (B, L, d). pick (B, m): only these positions of the last
+        block's output. past (causal): a list per block of keys and values; x are then
+        the tokens that follow."""
         start = past[0][0].shape[2] if past and past[0] else 0  # tokens that past holds
         c = None if self.time is None else self.time(self.time_input(t))
         part = slice(start, start + x.shape[1])
@@ -261,8 +260,8 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def next_logits(self, x, past):
-        """Causal: tokens x (B, i) -> logits (B, V) of token i; reads only what `past` does not
-        hold."""
+        """Causal: tokens x (B, i) -> logits (B, V) of token i; reads only
+        what `past` does not hold."""
         start = past[0][0].shape[2] if past[0] else 0
         return self.logits(self.trunk(self.with_start(x)[:, start:], None, past=past)[:, -1])
 
@@ -294,18 +293,36 @@ def flops_per_token(cfg, masked=None):
     return 6 * (passes * (matrices + attention) + heads * d * cfg.vocab_size)
 
 
+def check_weights(weights, cfg, where):
+    """Check names, shapes and values of a config's weights before anything of their size exists."""
+    where = f"{where}: tensors do not fit its config"
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if len(blocks) != cfg.n_layer:
+        fail(f"{where}: n_layer={cfg.n_layer}, but there are {len(blocks)} blocks")
+    with torch.device("meta"):
+        expected = DiT(cfg).state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights or name not in expected:
+            fail(f"{where}: {'lacks the tensor' if name in expected else 'has a tensor'} {name}")
+        shape, found = tuple(expected[name].shape), weights[name]
+        if tuple(found.shape) != shape or not found.is_floating_point():
+            fail(f"{where}: {name} is {found.dtype} {tuple(found.shape)}, must be float {shape}")
+        if not found.isfinite().all():
+            fail(f"{where}: {name} holds NaN or infinity")
+
+
 def load(path, ema=True, device="cpu", dtype="float32"):
     """The only way a checkpoint becomes a model: (model in eval mode, its Config). model.tokenizer
     is the spec of its data's tokenizer (data/tokenizer.py), model.step the number of optimiser
-    steps. dtype is that of the `autocast` in which the model will be called."""
+    steps, model.ends whether its rows are documents that end. dtype is that of the `autocast` in
+    which the model will be called."""
     ckpt, device = read_checkpoint(path, device), torch.device(device)
-    cfg = from_dict(ckpt["config"], path)
+    cfg, weights = from_dict(ckpt["config"], path), ckpt["ema" if ema else "model"]
+    check_weights(weights, cfg, path)
     model = DiT(cfg).to(device)
-    try:
-        model.load_state_dict(ckpt["ema" if ema else "model"])
-    except RuntimeError as e:
-        fail(f"{path}: tensors do not fit its config ({str(e).splitlines()[1].strip()})")
+    model.load_state_dict(weights)
     model.tokenizer, model.step = ckpt["tokenizer"], ckpt["step"]
+    model.ends = bool(ckpt.get("ends"))
     model.eval().requires_grad_(False)
     if device.type == "cpu":
         head.keep_freed_memory()  # but not that of the checkpoint

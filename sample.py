@@ -60,8 +60,8 @@ def prompt_canvas(tokenizer, prompt, length, cfg):
 
 
 def infill_canvas(tokenizer, text, cfg, subword):
-    """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so for
-    them the space before a hole belongs to the hole. ValueError without a hole."""
+    """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so
+    for them the space before a hole belongs to the hole. ValueError without a hole."""
     ids, end = start_ids(tokenizer, cfg), 0
     for hole in HOLE.finditer(text):
         piece = text[end : hole.start()]
@@ -78,11 +78,11 @@ def infill_canvas(tokenizer, text, cfg, subword):
 
 def frames(
     model, cfg, canvas, rows, steps, sampler, guidance=0.0, temperature=1.0, top_p=1.0,
-    noise_removal="sampled", seed=0, dtype="float32", sampler_options=None, **semi,
+    noise_removal="sampled", seed=0, dtype="float32", sampler_options=None, semi=None,
 ):  # fmt: skip
-    """Yield (N, L) canvases from the masked one, (L,) or (N, L), to the text. Row number rows[i] has its
-    own random numbers, so its text does not depend on the batch. sampler_options: parameters of that
-    sampler only. semi: window, stride and eos of `semi_ar`, or nothing."""
+    """Yield (N, L) canvases from the masked one, (L,) or (N, L), to the text. Row number rows[i]
+    has its own random numbers, so its text does not depend on the batch. sampler_options:
+    parameters of that sampler only. semi: {window, stride, eos} of `semi_ar`, or None."""
     denoise = (cached_denoiser if cfg.causal else denoiser)(model, cfg)
     device = next(model.parameters()).device
     x = canvas.to(device).expand(len(rows), -1)
@@ -108,30 +108,38 @@ def frames(
         yield x
 
 
+def end_id(model, tokenizer, stop=False):
+    """The token at which a text ends, or None. Where rows are documents (model.ends) it is the
+    tokenizer's eos. In packed rows that token separates documents, so only `stop` ends a text."""
+    return tokenizer.eos if model.ends or stop else None
+
+
 def text_ids(ids, canvas, cfg, eos=None):
-    """The part of ids that is text: without a first token that is always given, up to the first eos that
-    is not in the canvas (L,); all of it if eos is None."""
+    """The part of ids that is text: without a first token that is always given, up to the first eos
+    that is not in the canvas (L,); all of it if eos is None."""
     ends = [i for i, (a, b) in enumerate(zip(ids, canvas.tolist())) if a == eos and b != eos]
     return ids[cfg.bos : ends[0] if ends else None]
 
 
 def generate(
-    model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler=None, **options
-):
-    """num texts from `canvas` (L,), by default all MASK; options: see `frames`."""
+    model, tokenizer, cfg, num=1, canvas=None, batch_size=16, steps=1000, sampler=None, eos=None,
+    **options,
+):  # fmt: skip
+    """num texts from `canvas` (L,), by default all MASK, each up to `eos`, by default `end_id`;
+    options: see `frames`."""
+    eos = end_id(model, tokenizer) if eos is None else eos
     canvas = prompt_canvas(tokenizer, "", cfg.seq_len, cfg) if canvas is None else canvas
     texts, sampler = [], choose_sampler(cfg, sampler)
     for first in range(0, num, batch_size):
         rows = range(first, min(first + batch_size, num))
         x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
-        eos = options.get("eos")
         texts += [tokenizer.decode(text_ids(ids, canvas, cfg, eos)) for ids in x.tolist()]
     return texts
 
 
 def watch(tokenizer, xs, header):
-    """Redraw one row in the terminal as it is revealed: new tokens bright green, masks dim. Uses the
-    terminal's alternate screen, cut to what fits; returns the final ids."""
+    """Redraw one row in the terminal as it is revealed: new tokens bright green, masks dim. Uses
+    the terminal's alternate screen, cut to what fits; returns the final ids."""
     print("\x1b[?1049h", end="")
     previous = None
     try:
@@ -173,9 +181,8 @@ def parse_arguments(argv):
     p.add_argument(
         "--guidance", type=float, default=0.0, help="w of classifier-free guidance by the prompt"
     )
-    p.add_argument(
-        "--semi_ar", action="store_true", help="any length by windows; stops at end-of-text"
-    )
+    p.add_argument("--semi_ar", action="store_true", help="any length, window by window")
+    p.add_argument("--stop", action="store_true", help="end a text at its first end-of-text")
     p.add_argument("--window", type=int, help="semi_ar: tokens of a window; default: the model's")
     p.add_argument(
         "--stride", type=int, help="semi_ar: new tokens of a window; default: half of it"
@@ -193,7 +200,8 @@ def parse_arguments(argv):
 
 def check_arguments(args):
     """What can be checked without the model."""
-    check_range(args, num=1, steps=1, length=1, temperature=0, guidance=0, seed=0, batch_size=1, window=2, stride=1)  # fmt: skip
+    check_range(args, num=1, steps=1, length=1, temperature=0, guidance=0, seed=0)
+    check_range(args, batch_size=1, window=2, stride=1)
     check_top_p(args)
     if args.infill is not None and (args.prompt or args.length):
         fail("--infill sets the whole text and its length; it excludes --prompt and --length")
@@ -201,9 +209,9 @@ def check_arguments(args):
         fail("--window and --stride: only with --semi_ar")
 
 
-def sampling_options(args, cfg, tokenizer):
+def sampling_options(args, cfg, eos):
     """The options of `frames`, checked against the model."""
-    window = args.window or cfg.seq_len
+    window, semi = args.window or cfg.seq_len, {}
     if args.guidance and (args.semi_ar or cfg.causal):
         fail("--guidance: not with --semi_ar, and not for an AR model")
     if window > cfg.seq_len:
@@ -218,9 +226,9 @@ def sampling_options(args, cfg, tokenizer):
         top_p=args.top_p, noise_removal=args.noise_removal, seed=args.seed, dtype=args.dtype,
         sampler_options=read_sampler_options(args, sampler),
     )  # fmt: skip
-    return options | (
-        dict(window=window, stride=args.stride, eos=tokenizer.eos) if args.semi_ar else {}
-    )
+    if args.semi_ar:
+        semi = dict(semi=dict(window=window, stride=args.stride, eos=eos))
+    return options | semi
 
 
 def make_canvas(args, cfg, tokenizer, subword):
@@ -233,17 +241,17 @@ def make_canvas(args, cfg, tokenizer, subword):
     except ValueError as e:
         fail(f"--{'prompt' if args.infill is None else 'infill'}: {e}")
     if len(canvas) > cfg.seq_len and not args.semi_ar:
-        fail(f"the text would have {len(canvas)} tokens, but the model was trained on {cfg.seq_len} at a "
-             "time; --semi_ar writes longer ones window by window")  # fmt: skip
+        fail(f"the text would have {len(canvas)} tokens, but the model has {cfg.seq_len};"
+             " --semi_ar writes longer texts window by window")  # fmt: skip
     return canvas
 
 
-def watch_all(model, tokenizer, cfg, canvas, num, options):
+def watch_all(model, tokenizer, cfg, canvas, num, eos, options):
     """Yield num texts, each shown while it is generated."""
     for row in range(num):
         header = f"sample {row + 1} of {num} · {options['sampler']}, {options['steps']} steps"
         ids = watch(tokenizer, frames(model, cfg, canvas, [row], **options), header)
-        yield tokenizer.decode(text_ids(ids, canvas, cfg, options.get("eos")))
+        yield tokenizer.decode(text_ids(ids, canvas, cfg, eos))
 
 
 def main(argv=None):
@@ -251,12 +259,17 @@ def main(argv=None):
     check_arguments(args)
     model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
     tokenizer = tokenizer_of(model.tokenizer)
-    options = sampling_options(args, cfg, tokenizer)
+    if args.stop and tokenizer.eos is None:
+        fail("--stop: the model's tokenizer has no end-of-text")
+    eos = end_id(model, tokenizer, args.stop)
+    options = sampling_options(args, cfg, eos)
     canvas = make_canvas(args, cfg, tokenizer, subword=model.tokenizer["kind"] != "char")
     if args.watch and sys.stdout.isatty():
-        texts = watch_all(model, tokenizer, cfg, canvas, args.num, options)
+        texts = watch_all(model, tokenizer, cfg, canvas, args.num, eos, options)
     else:
-        texts = generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, **options)
+        texts = generate(
+            model, tokenizer, cfg, args.num, canvas, args.batch_size, eos=eos, **options
+        )
     for i, text in enumerate(texts):
         if args.num > 1:
             print(f"--- sample {i + 1}")

@@ -37,9 +37,9 @@ from diffusion import (
 class Shaped:
     """denoise with its predictions passed through shape(log_p (N, V) normalised, t (N,)) -> (N, V).
 
-    The sum over the vocabulary that the predictions had is kept. `plain` is the innermost denoise
-    and `shapes` the functions around it, because `reveal_surest` ranks by the network's own
-    predictions."""
+    The sum over the vocabulary that the predictions had is kept. `plain` is the innermost
+    denoise and `shapes` the functions around it, because `reveal_surest` ranks by the
+    network's own predictions."""
 
     def __init__(self, denoise, *shapes):
         self.plain = getattr(denoise, "plain", denoise)
@@ -109,9 +109,9 @@ def with_guidance(denoise, given, w, cfg):
 
 
 def cached_denoiser(model, cfg):
-    """The denoise of a causal network for `left_to_right`: a cache of keys and values, so that no
-    token is read twice. It serves a batch whose rows are at the same position. Other calls use no
-    cache."""
+    """The denoise of a causal network for `left_to_right`: a cache of keys and values, so
+    that no token is read twice. It serves a batch whose rows are at the same position.
+    Other calls use no cache."""
     plain, past, seen = denoiser(model, cfg), None, None
 
     @torch.no_grad()
@@ -142,19 +142,20 @@ def analytic(denoise, x, steps, cfg, gen=None):
 
 
 def euler(denoise, x, steps, cfg, gen=None):
-    """SEDD's Euler steps (tau-leaping): the reverse rate -alpha' / (1 - alpha) p^(y), held from t
-    to s."""
+    """SEDD's Euler steps (tau-leaping): the reverse rate -alpha' / (1 - alpha)
+    p^(y), held from t to s."""
     chance = lambda t, s, log_p: (t - s) * reveal_rate(t, cfg) * mass(log_p)
     yield from step_by_step(denoise, x, steps, cfg, gen, chance)
 
 
 def left_to_right(denoise, x, steps, cfg, gen=None):
-    """From left to right, one token per call; `steps` is not used. Given tokens stay, wherever they
-    are, but a causal network does not see those to the right."""
-    L = x.shape[1]
-    masked = (L - torch.arange(L, dtype=torch.float64, device=x.device)) / L
-    time = time_at(cfg.schedule, masked)
-    yield from reveal_at(denoise, x, time.expand(x.shape), cfg, gen)
+    """From left to right, one token per call, each at the time of the fraction of masks that is
+    left; `steps` is not used. Given tokens stay, but a causal network does not see those to the
+    right."""
+    masked = x == cfg.mask_id
+    left = masked.flip(-1).cumsum(-1).flip(-1)  # masks from here on
+    time = time_at(cfg.schedule, left.double() / masked.sum(-1, keepdim=True).clamp(min=1))
+    yield from reveal_at(denoise, x, time, cfg, gen)
 
 
 def remdm(sigma, default):
@@ -258,10 +259,10 @@ def threshold(denoise, x, steps, cfg, gen=None, threshold=0.9):
 
 
 def entropy_bound(denoise, x, steps, cfg, gen=None, gamma=0.1):
-    """Reveal tokens at once, least entropy first, as long as the sum of their entropies without the
-    largest stays within `gamma` nats (EB-sampler, arXiv 2505.24857); that sum bounds their mutual
-    information. 0 reveals one token per call, more only where they are certain. `steps` is not
-    used."""
+    """Reveal tokens at once, least entropy first, as long as the sum of their entropies
+    without the largest stays within `gamma` nats (EB-sampler, arXiv 2505.24857); that sum
+    bounds their mutual information. 0 reveals one token per call, more only where they are
+    certain. `steps` is not used."""
 
     def count(value):  # in a prefix, the last entropy is the largest
         return (F.pad(-value, (1, -1)).cumsum(-1) <= gamma).sum(-1)

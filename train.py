@@ -7,8 +7,8 @@ torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:
 owt_mdlm python train.py owt_mdlm --resume                          # continue a stopped run; on a
 CPU to the bit
 
-A run lives in out/<config>/: ckpt.pt (last), best.pt (lowest validation bound), log.jsonl,
-config.json.
+A run lives in out/<config>/: ckpt.pt (last), best.pt (lowest validation
+bound), log.jsonl, config.json.
 """
 
 import sys
@@ -26,7 +26,6 @@ except ModuleNotFoundError as e:
 
 import contextlib
 import copy
-import json
 import math
 import signal
 import time
@@ -46,27 +45,22 @@ from common import (
     compute_dtype,
     fail,
     local_device,
+    one_line,
     process_group,
     rank_and_world,
-    read_checkpoint,
     save_checkpoint,
-    to_json,
 )
-from configs import from_cli, from_dict
+from configs import from_cli
 from data.batches import micro_batches, split_batch
 from data.corpus import folder_of, read_split
 from data.prepare import prepare
+from data.runs import catch_signals, find_checkpoint, open_log
 from data.tokenizer import tokenizer_of
 from diffusion import LOSSES
 from evaluate import bound, figure, report
 from head import keep_freed_memory
-from model import DiT, count_parameters, flops_per_token, load
+from model import DiT, check_weights, count_parameters, flops_per_token, load
 from sample import generate, prompt_canvas
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock on a run's folder
-    fcntl = None
 
 LOG_EVERY = 10  # steps
 
@@ -108,8 +102,7 @@ def make_optimizers(model, cfg):
 
 @torch.no_grad()
 def update_ema(ema, model, n, cfg):
-    """Average the weights after update n = 1, 2, ...; the decay warms up so that early weights
-    fade."""
+    """Average the weights after update n = 1, 2, ...; the decay warms up: early weights fade."""
     if not cfg.ema:
         return
     m = max(n - cfg.ema_start, 0)
@@ -118,46 +111,7 @@ def update_ema(ema, model, n, cfg):
 
 
 # --------------------------------------------------------------------------------------------------
-# A run's folder
-
-MAY_CHANGE = set(
-    "data micro_batch recompute device dtype compile eval_every eval_windows save_every samples"
-    " out_dir wandb steps init_from".split()
-)
-
-
-def find_checkpoint(cfg, meta, resume, overwrite):
-    """The checkpoint to resume from, or None for a new run. Changes nothing on disk."""
-    out = Path(cfg.out_dir)
-    paths = [p for p in (out / "ckpt.pt", out / "best.pt") if p.exists()]
-    if resume and overwrite:
-        fail("--resume and --overwrite exclude each other")
-    if not resume and not overwrite and (paths or (out / "log.jsonl").exists()):
-        fail(f"{out}: holds a run; --resume continues it, --overwrite deletes it; or use --out_dir")
-    if not resume or not paths:
-        return None  # new, or stopped before its first checkpoint
-    state = read_checkpoint(paths[0])
-    check_same_recipe(state, paths[0], cfg, meta)
-    return state
-
-
-def check_same_recipe(state, path, cfg, meta):
-    """A resumed run keeps its recipe, its tokenizer and its data."""
-    before = asdict(
-        from_dict(state["config"], path)
-    )  # fields newer than the file have their defaults
-    if not state["optimizer"]:
-        fail(f"{path}: converted weights, without the optimizer's state that resuming needs")
-    for name, value in before.items():
-        now = getattr(cfg, name)
-        if name not in MAY_CHANGE and now != value:
-            fail(f"{path}: trained with {name}={value}, not {now}; a resumed run keeps its recipe")
-    if state["tokenizer"] != meta["tokenizer"]:
-        fail(f"{cfg.data}: made with another tokenizer than {path}")
-    if state["data"] != meta["splits"]["train"]["sha256"]:
-        fail(f"{cfg.data}: not the data that {path} was trained on")
-    if state["step"] >= cfg.steps:
-        fail(f"{path}: already at step {state['step']} of {cfg.steps}; raise --steps to continue")
+# Steps
 
 
 def copy_weights(model, path, meta):
@@ -171,68 +125,6 @@ def copy_weights(model, path, meta):
         fail(f"init_from={path}: its network differs ({str(e).splitlines()[1].strip()})")
 
 
-def start_wandb(cfg):
-    try:
-        import wandb
-
-        return wandb.init(project="nanomdlm", name=Path(cfg.out_dir).name, config=asdict(cfg))
-    except Exception as e:  # not installed, not logged in, no network: each raises another type
-        fail(f"wandb=True: {' '.join(str(e).split())}; WANDB_MODE=offline needs no account")
-
-
-def open_folder(cfg, step):
-    """Create out_dir or take it over at `step`; returns its log.jsonl, open for appending and
-    locked. Cuts off what a stopped run logged after its last checkpoint: those steps come again."""
-    out = Path(cfg.out_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.jsonl", "a+", buffering=1)
-        if fcntl:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"{out}: another process is training here")
-    except OSError as e:
-        fail(f"out_dir={out}: {e.strerror}")
-    log.seek(0)
-    end = 0
-    while step and (line := log.readline()).endswith("\n"):
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except (ValueError, TypeError, KeyError):
-            break
-        end = log.tell()
-    log.truncate(end)
-    if not step:
-        for name in ("ckpt.pt", "best.pt"):
-            (out / name).unlink(missing_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
-    return log
-
-
-@contextlib.contextmanager
-def catch_signals():
-    """Yield a list that collects Ctrl-C and SIGTERM, so that the loop can finish its step and save.
-    A second signal acts as usual."""
-
-    def note(number, frame):
-        noted.append(number)
-        signal.signal(number, before[number])
-
-    noted, before = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# --------------------------------------------------------------------------------------------------
-# Steps
-
-
 def build(cfg, meta, device, init_from=""):
     """(model, its average, optimizers) before the first step, with the weights of init_from if
     given. With ema=0 the average shares the model's tensors."""
@@ -243,6 +135,7 @@ def build(cfg, meta, device, init_from=""):
     model = DiT(cfg).to(device)
     if init_from:
         copy_weights(model, init_from, meta)
+    model.ends = meta.get("ends", False)
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else copy.copy(model)
     if device.type == "cuda" and cfg.compile:
         model.hidden = torch.compile(model.hidden)  # the trunk has static shapes, the head does not
@@ -254,16 +147,16 @@ def train_step(net, optimizers, batches, step, cfg, device):
     device. The mean is over the tokens of the global batch, so no split of it changes anything."""
     total = torch.zeros((), device=device)
     send = partial(torch.Tensor.to, device=device, non_blocking=True)  # need not wait for a GPU
-    tokens = send(sum(maskable.sum() for _, maskable, *_ in batches))
+    tokens = send(sum(counted.sum() for _, counted, *_ in batches))
     world = 1
     if dist.is_initialized():
         dist.all_reduce(tokens)
         world = dist.get_world_size()
     for i, tensors in enumerate(batches):
-        x0, maskable, t, xt, weight = map(send, tensors)
+        x0, counted, t, xt, weight = map(send, tensors)
         net.require_backward_grad_sync = i == len(batches) - 1  # for DDP: average once
         with autocast(device, cfg.dtype):
-            nats = LOSSES[cfg.loss](net, x0, maskable, cfg, t, xt)  # (B, L)
+            nats = LOSSES[cfg.loss](net, x0, counted, cfg, t, xt)  # (B, L)
         loss = (nats.sum(-1) * weight).sum() * world / tokens  # DDP averages over processes
         loss.backward()
         total += loss.detach()
@@ -281,11 +174,8 @@ def train_step(net, optimizers, batches, step, cfg, device):
 
 
 def main(cfg, resume=False, overwrite=False):
-    """Train cfg; returns the final validation report as a dict. Under torchrun every rank calls
-    it."""
-    with (
-        contextlib.ExitStack() as closing
-    ):  # closes the log and stops threads, however the run ends
+    """Train cfg; returns the final validation report. Under torchrun every rank calls it."""
+    with contextlib.ExitStack() as closing:  # closes the log and stops threads, whatever happens
         run = prepare_run(cfg, resume, overwrite, closing)
         loop(run)
         return finish(run)
@@ -309,12 +199,10 @@ def prepare_run(cfg, resume, overwrite, closing):
 
     model, ema, optimizers = build(cfg, meta, device, "" if state else cfg.init_from)
     step, best, seconds = 0, math.inf, 0.0
+    losses = []
     if state:
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        for optimizer, saved in zip(optimizers, state["optimizer"]):
-            optimizer.load_state_dict(saved)
         step, best, seconds = state["step"], state["best"], state["seconds"]
+        losses = restore(state, model, ema, optimizers, cfg, rank, world)
     net = model  # two names from here on: `model` is saved and averaged, `net` is called
     if world > 1:
         check_same_step(cfg, step)
@@ -327,22 +215,49 @@ def prepare_run(cfg, resume, overwrite, closing):
     upcoming.result()  # damaged data fails here, before anything is written
 
     log = say = lambda *a: None
+    stderr = sys.stderr
     if rank == 0:
-        log, say = open_log(cfg, step, closing)
+        log, say, stderr = open_log(cfg, step, closing)
     work = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len / 1e9
     out = cfg.out_dir
     say(f"{out}: {count_parameters(cfg):,} parameters, {len(train_ids):,} tokens of {cfg.data}")
-    say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {world} x {device.type}, "
-        f"{accumulation} x {micro} rows each in {compute_dtype(device, cfg.dtype)}; "
+    say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {world} x "
+        f"{device.type}, {accumulation} x {micro} rows each in {compute_dtype(device, cfg.dtype)}; "
         f"{work:,.0f} GFLOP a step")  # fmt: skip
     if resume:
         say(f"resumed at step {step}" if step else f"{out} has no checkpoint: starting at step 0")
     return SimpleNamespace(
         cfg=cfg, rank=rank, world=world, device=device, micro=micro, meta=meta, val_ids=val_ids,
         tokenizer=tokenizer, canvas=canvas, model=model, ema=ema, net=net, optimizers=optimizers,
-        pool=pool, load_step=load_step, upcoming=upcoming, log=log, say=say, step=step, best=best, seconds=seconds,
+        pool=pool, load_step=load_step, upcoming=upcoming, log=log, say=say, stderr=stderr,
+        step=step, best=best, seconds=seconds, losses=losses, val=None,
         first=step, status="", per_window=0.0,
     )  # fmt: skip
+
+
+def restore(state, model, ema, optimizers, cfg, rank, world):
+    """Copy a checkpoint's weights and moments; returns the losses that it had not logged yet."""
+    where = f"{cfg.out_dir}/ckpt.pt"
+    for network, name in ((model, "model"), (ema, "ema")):
+        check_weights(state[name], cfg, where)
+        network.load_state_dict(state[name])
+    if len(state["optimizer"]) != len(optimizers):
+        fail(f"{where} has {len(state['optimizer'])} optimizers, must have {len(optimizers)}")
+    for optimizer, saved in zip(optimizers, state["optimizer"]):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        try:
+            for i, moments in saved["state"].items():
+                for name, moment in moments.items():  # fused AdamW reads out of bounds otherwise
+                    shape = () if name == "step" else params[i].shape
+                    if moment.shape != shape or moment.dtype != torch.float32:
+                        fail(f"{where}: {name} of tensor {i} must be float32 {tuple(shape)}")
+            groups = optimizer.state_dict()["param_groups"]  # rates are those of cfg
+            optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+            fail(f"{where}: the optimizer's state does not fit ({one_line(e)})")
+    losses = state.get("losses", torch.zeros(world, 0))  # (processes, steps since the last log)
+    losses = losses[rank] if len(losses) == world else losses.mean(0)
+    return list(losses.to(next(model.parameters()).device))
 
 
 def sampling_inputs(cfg, meta):
@@ -360,30 +275,15 @@ def check_same_step(cfg, step):
     """All processes must have read the same checkpoint."""
     dist.all_gather_object(steps := [None] * dist.get_world_size(), step)
     if len(set(steps)) > 1:
-        fail(
-            f"{cfg.out_dir}: processes see checkpoints of steps {steps}; they must share the folder"
-        )
-
-
-def open_log(cfg, step, closing):
-    """(log, say): log(record) appends to log.jsonl and to wandb, say(text) prints above the bar."""
-    wandb = closing.enter_context(start_wandb(cfg)) if cfg.wandb else None
-    file = closing.enter_context(open_folder(cfg, step))
-
-    def log(record):
-        file.write(to_json(record) + "\n")
-        if wandb:
-            wandb.log(record, step=record["step"])
-
-    return log, tqdm.write
+        fail(f"{cfg.out_dir}: processes see checkpoints of steps {steps}; they must share it")
 
 
 def loop(run):
-    """Train until cfg.steps; log, validate and save on the way. After a signal it saves and
-    exits."""
-    cfg, upcoming, losses, stopping = run.cfg, run.upcoming, [], False
-    run.bar = tqdm(total=cfg.steps, initial=run.step, disable=run.rank > 0, dynamic_ncols=True,
-                   bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}")  # fmt: skip
+    """Train until cfg.steps; log, validate and save on the way. After a signal, save and exit."""
+    cfg, upcoming, stopping = run.cfg, run.upcoming, False
+    layout = "{n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
+    run.bar = tqdm(total=cfg.steps, initial=run.step, disable=run.rank > 0, file=run.stderr,
+                   dynamic_ncols=True, bar_format=layout)  # fmt: skip
     run.logged = run.timed = time.time()
     with catch_signals() as signals:
         while run.step < cfg.steps and not stopping:
@@ -391,7 +291,7 @@ def loop(run):
             if cfg.dropout:
                 torch.manual_seed(hash((cfg.seed, run.step, run.rank)))
             loss, norm = train_step(run.net, run.optimizers, batches, run.step, cfg, run.device)
-            losses.append(loss)
+            run.losses.append(loss)
             run.step += 1
             update_ema(run.ema, run.model, run.step, cfg)
 
@@ -401,10 +301,9 @@ def loop(run):
             if run.world == 1:
                 stopping = bool(signals)
             if log_now or eval_now or save_now or stopping:
-                loss, norm, stopping = synchronise(losses, norm, signals, run)
+                loss, norm, stopping = synchronise(run, norm, signals)
             if log_now:
-                log_steps(run, losses, loss, norm)
-                losses = []
+                log_steps(run, loss, norm)
             show_progress(run)
             pause = time.time()
             if eval_now:
@@ -419,30 +318,28 @@ def loop(run):
         raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
 
 
-def synchronise(losses, norm, signals, run):
+def synchronise(run, norm, signals):
     """(mean loss since the last log, gradient norm, whether to stop), the same on all processes;
     waits for the device. A signal to one process stops all."""
     signalled = torch.tensor(float(len(signals)), device=run.device)
-    means = torch.stack((torch.stack(losses).mean(), norm, signalled))
+    means = torch.stack((torch.stack(run.losses).mean(), norm, signalled))
     if run.world > 1:
         dist.all_reduce(means)
     loss, norm, signalled = (means / run.world).tolist()
     if not math.isfinite(loss + norm):  # the weights are lost too, so nothing may be saved
-        out = run.cfg.out_dir
-        raise SystemExit(
-            f"loss {loss}, gradient norm {norm} at step {run.step}; {out} is as it was"
-        )
+        where = f"at step {run.step}; {run.cfg.out_dir} is as it was"
+        raise SystemExit(f"loss {loss}, gradient norm {norm} {where}")
     return loss, norm, signalled > 0
 
 
-def log_steps(run, losses, loss, norm):
+def log_steps(run, loss, norm):
     """Log the steps since the last log; their time leaves out validation and saving."""
     seconds = time.time() - run.logged
-    speed = len(losses) * run.cfg.batch_size * run.cfg.seq_len / seconds
+    speed = len(run.losses) * run.cfg.batch_size * run.cfg.seq_len / seconds
     lr = lr_at(run.step - 1, run.cfg)
     run.log(dict(step=run.step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed))
     run.seconds += seconds
-    run.logged = time.time()
+    run.logged, run.losses = time.time(), []
     run.status = f"loss {loss:.3f} nats/token, {speed:,.0f} tokens/s, "
 
 
@@ -469,9 +366,8 @@ def validate_and_keep_best(run):
     run.val = validate(run, run.cfg.eval_windows)
     run.per_window = (time.time() - start) / run.val["forwards"]
     run.log(dict(step=run.step, val=run.val))
-    run.say(
-        f"step {run.step}: {figure(run.val, 'bits_per_char')} bits per character of validation text"
-    )
+    bits = figure(run.val, "bits_per_char")
+    run.say(f"step {run.step}: {bits} bits per character of validation text")
     if run.val["nats"] < run.best:
         run.best = run.val["nats"]
         save_run(run, "best.pt")
@@ -479,31 +375,26 @@ def validate_and_keep_best(run):
 
 def save_run(run, name):
     """Write the checkpoint out_dir/name."""
+    losses = torch.stack(run.losses) if run.losses else torch.zeros(0, device=run.device)
+    losses = losses[None]  # (processes, steps since the last log)
+    if run.world > 1:
+        dist.all_gather(parts := [torch.empty_like(losses) for _ in range(run.world)], losses)
+        losses = torch.cat(parts)
     if run.rank == 0:
         save_checkpoint(
             Path(run.cfg.out_dir) / name, model=run.model.state_dict(), ema=run.ema.state_dict(),
             step=run.step, best=run.best, optimizer=[o.state_dict() for o in run.optimizers],
             config=asdict(run.cfg), seconds=run.seconds, tokenizer=run.meta["tokenizer"],
-            data=run.meta["splits"]["train"]["sha256"],
+            data=run.meta["splits"]["train"]["sha256"], losses=losses.cpu(),
+            ends=run.model.ends,
         )  # fmt: skip
 
 
 def validate(run, windows):
     """The report on `windows` windows of the validation split (0: all), which all ranks share."""
-    cfg = run.cfg
-    where = f"{cfg.data}/val.bin"
-    result = bound(
-        run.ema.eval(),
-        run.val_ids,
-        run.meta,
-        cfg,
-        where,
-        cfg.T,
-        1,
-        windows,
-        run.micro,
-        dtype=cfg.dtype,
-    )
+    model, cfg = run.ema.eval(), run.cfg
+    options = dict(T=cfg.T, windows=windows, batch_size=run.micro, dtype=cfg.dtype)
+    result = bound(model, run.val_ids, run.meta, cfg, f"{cfg.data}/val.bin", **options)
     run.model.train()  # with ema=0 the average is the model
     return report(result, run.meta, "val")
 
@@ -511,21 +402,17 @@ def validate(run, windows):
 def finish(run):
     """Validate on all windows, print samples and what to run next; returns the report."""
     cfg, out = run.cfg, run.cfg.out_dir
-    val = validate(run, 0) if cfg.eval_windows else run.val
+    val = validate(run, 0) if cfg.eval_windows or not run.val else run.val
     run.log(dict(step=run.step, final=val))
     if run.rank == 0:
         bits, perplexity = figure(val, "bits_per_char", 3), figure(val, "perplexity", 1)
         run.say(f"\nvalidation: {bits} bits per character, perplexity {perplexity} per token, "
                 f"after {run.seconds:.0f} s of training")  # fmt: skip
-        for text in (
-            generate(run.ema.eval(), run.tokenizer, cfg, cfg.samples, run.canvas)
-            if cfg.samples
-            else ()
-        ):
-            run.say(f"\n--- sample\n{text}")
-        run.say(
-            f"\nNext:\n  python sample.py {out}/ckpt.pt --watch\n  python evaluate.py {out}/ckpt.pt"
-        )
+        if cfg.samples:
+            for text in generate(run.ema.eval(), run.tokenizer, cfg, cfg.samples, run.canvas):
+                run.say(f"\n--- sample\n{text}")
+        commands = f"  python sample.py {out}/ckpt.pt --watch\n  python evaluate.py {out}/ckpt.pt"
+        run.say(f"\nNext:\n{commands}")
     return val
 
 

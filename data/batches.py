@@ -7,34 +7,30 @@ import torch
 
 from common import fail
 from data.corpus import training_rows, unpack
-from diffusion import TIME_DRAWS
+from diffusion import TIME_DRAWS, philox
 
 
 def row_noise(seed, index, n):
-    """n uniforms of training row `index`. Philox is counter-based: any row can be drawn at once.
-    The counter starts elsewhere than that of the epochs' orders, which have the same keys."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, 1]))
-    return rng.random(n)
+    """n uniforms of training row `index`, which can be drawn in any order."""
+    return philox(seed, index, stream=1).random(n)
 
 
 def batch(ids, meta, cfg, step, rows):
-    """Rows `rows` (N,) of the global batch of `step`: x0, maskable (N, L), t (N,), xt (N, L),
-    weight (N,)."""
-    x0, maskable = unpack(training_rows(ids, meta, cfg, step * cfg.batch_size + rows), meta, cfg)
+    """Rows `rows` (N,) of the global batch of `step`: x0, counted (N, L), t (N,), xt (N, L) and
+    weight (N,). Maskable tokens are masked; the loss is taken on the counted ones among them."""
+    stored = training_rows(ids, meta, cfg, step * cfg.batch_size + rows)
+    x0, maskable, counted = unpack(stored, meta, cfg)
     noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 4) for row in rows]
-    u = torch.from_numpy(
-        np.stack(noise)
-    )  # float64: the time, L positions, two for `shorten`, the prompt
+    u = torch.from_numpy(np.stack(noise))  # the time, L positions, two for `shorten`, the prompt
     time = u[:, 0]
     if cfg.time_draw != "iid":  # one in each stratum of the global batch
         time = (torch.from_numpy(rows) + time) / cfg.batch_size
     t, xt, weight = TIME_DRAWS[cfg.time_draw](x0, maskable, cfg, time, u[:, 1:-3])
     if cfg.prompt_dropout:
         dropped = u[:, -1:] < cfg.prompt_dropout
-        prompt = ~maskable & (maskable.flip(-1).cumsum(-1).flip(-1) > 0)  # given, before an answer
-        prompt &= torch.arange(cfg.seq_len) >= cfg.bos
+        prompt = ~maskable & (torch.arange(cfg.seq_len) >= cfg.bos)
         xt = xt.masked_fill(prompt & dropped, cfg.mask_id)
-    return x0, maskable, t, xt, weight
+    return x0, counted, t, xt, weight
 
 
 def shorten(tensors, cfg, step, rows):
@@ -46,15 +42,15 @@ def shorten(tensors, cfg, step, rows):
     cut = torch.tensor([coin < cfg.short_rows for coin, _ in noise])
     batches = [tuple(a[~cut] for a in tensors)] if not cut.all() else []
     for i in cut.nonzero()[:, 0].tolist():
-        x0, maskable, t, xt, weight = (a[i : i + 1] for a in tensors)
+        x0, counted, t, xt, weight = (a[i : i + 1] for a in tensors)
         l = 1 + cfg.bos + int(noise[i][1] * (cfg.seq_len - cfg.bos))
         whole = cfg.seq_len // l * l
         for part, length in ((slice(whole), l), (slice(whole, None), cfg.seq_len - whole)):
             if length:
-                x, m, y = (a[:, part].reshape(-1, length) for a in (x0, maskable, xt))
-                m = m & (torch.arange(length) >= cfg.bos)  # every row has a given first token
-                y = torch.where(m, y, x)
-                batches.append((x, m, t.expand(len(x)), y, weight.expand(len(x))))
+                x, c, y = (a[:, part].reshape(-1, length) for a in (x0, counted, xt))
+                first = torch.arange(length) < cfg.bos  # every row has a given first token
+                c, y = c & ~first, torch.where(first, x, y)
+                batches.append((x, c, t.expand(len(x)), y, weight.expand(len(x))))
     return batches
 
 
@@ -65,9 +61,7 @@ def split_batch(cfg, world):
     rows = cfg.batch_size // world
     micro = min(cfg.micro_batch, rows)
     if rows % micro:
-        fail(
-            f"batch_size={cfg.batch_size}: micro_batch={micro} does not divide {rows} rows a process"
-        )
+        fail(f"batch_size={cfg.batch_size}: micro_batch={micro} does not divide {rows} rows each")
     return rows // micro, micro
 
 

@@ -1,16 +1,19 @@
 """A prepared corpus on disk: data/<name>/{train,val[,test]}.bin and meta.json.
 
-The .bin files are nothing but token ids, uint16 (uint32 for a vocabulary over 65,536), to be memory-mapped.
-meta.json: name, source, tokenizer (see tokenizer.py), vocab_size, dtype, wrap (0, or the window length that
-the ids were cut to, each window with its own BOS and EOS), pad (the id that fills up windows, or null) and,
-per split, tokens, characters, sha256 and, where there is a pad, padding: how many of the tokens are pad.
-With "given": true ids are uint32, and bit 31 marks every token that is given: never masked, trained or counted.
-So is what follows a row's last token without it: padding; given is then the number of the other marked tokens.
+A .bin file holds token ids and nothing else, uint16 (uint32 for a vocabulary over 65,536), and is
+memory-mapped. meta.json has name, source, tokenizer (see tokenizer.py), vocab_size, dtype, wrap (0,
+or the length of the rows, each with its own BOS and EOS), pad (the id that fills up rows, or null)
+and, per split, tokens, characters, sha256 and, if there is a pad, padding: the number of pad ids.
+With "given": true, ids are uint32, and bit 31 marks given tokens, which are never masked, trained
+or counted. Marked tokens after a row's last unmarked one are padding; `given` counts the others.
+"ends" says whether rows are documents, which end: there a text stops at the first end that a model
+writes. Elsewhere an end of text is only a separator.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 
 from common import fail
+from diffusion import philox
 
 ROOT = Path(__file__).parent
 GIVEN = 1 << 31  # bit of a stored id
@@ -28,8 +32,53 @@ def folder_of(name):
     return Path(name) if "/" in name else ROOT / name
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Writing: everything goes to <name>.partial, which is renamed when it is complete.
+def dtype_of(vocab_size):
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+# --------------------------------------------------------------------------------------------------
+# Folder names: name[_<dump>][_packed][_no_eot][_wrap<n>], of the options those not at their default
+
+DUMP = r"CC-MAIN-\d{4}-\d\d"
+ZERO_SHOT_SETS = "ptb wikitext2 wikitext103 lm1b_gpt2 lambada ag_news pubmed arxiv".split()
+NAMES = {  # data set: {option in the folder's name: default of the data set's function}
+    "pydocs": {}, "text8": {}, "slimpajama": {}, "text": {},
+    "openwebtext": dict(wrap=0), "lm1b": dict(packed=False, wrap=128),
+    **dict.fromkeys(ZERO_SHOT_SETS, dict(no_eot=False, wrap=1024)),
+    "fineweb": dict(dump="CC-MAIN-2024-10"),
+    "gsm8k": dict(wrap=256), "sharegpt": dict(wrap=2048), "reversal": dict(wrap=64),
+}  # fmt: skip
+
+
+def default_folder(name, packed=False, no_eot=False, wrap=None, dump=None, **options):
+    """The folder of a data set prepared with these options; a dump is always in the name."""
+    dump = dump or NAMES[name].get("dump")
+    if dump and not re.fullmatch(DUMP, dump):
+        fail(f"--dump={dump}: must be named like CC-MAIN-2024-10")
+    wrap = None if wrap == NAMES[name].get("wrap") else wrap
+    parts = [name, dump, packed and "packed", no_eot and "no_eot"]
+    return "_".join(filter(None, parts)) + (f"_wrap{wrap}" if wrap is not None else "")
+
+
+def command_for(folder):
+    """The inverse: the arguments of prepare.py that make a folder of this name, or None."""
+    names = "|".join(NAMES)
+    found = re.fullmatch(rf"({names})(?:_({DUMP}))?(_packed)?(_no_eot)?(?:_wrap(\d+))?", folder)
+    if not found or found[1] == "text":
+        return None
+    name, dump, packed, no_eot, wrap = found.groups()
+    options = dict(
+        dump=dump, packed=packed and True, no_eot=no_eot and True, wrap=wrap and int(wrap)
+    )
+    options = {option: value for option, value in options.items() if value is not None}
+    if options.keys() - NAMES[name] or default_folder(name, **options) != folder:
+        return None
+    words = [f"--{option}" + f" {value}" * (value is not True) for option, value in options.items()]
+    return " ".join([name, *words] + ["--input FILE..."] * (name == "reversal"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing: everything goes to <name>.partial, which is renamed when it is complete
 
 
 def partial_of(folder):
@@ -37,9 +86,9 @@ def partial_of(folder):
 
 
 def finish(folder, source, tokenizer, vocab_size, characters, wrap=0, pad=None, given=False):
-    """Seal the partial folder: hash its .bin files, write meta.json, rename it to `folder`.
+    """Hash the .bin files of the partial folder, write meta.json, rename the folder; returns meta.
 
-    characters: {split: number of characters of text that the split's ids, not those given, stand for}."""
+    characters: {split: characters of text that the split's ids stand for, without given ones}."""
     partial, dtype = partial_of(folder), np.dtype(np.uint32) if given else dtype_of(vocab_size)
     block_size = 2**24 // (4 * wrap) * 4 * wrap if given else 2**24
     splits = {}
@@ -51,7 +100,7 @@ def finish(folder, source, tokenizer, vocab_size, characters, wrap=0, pad=None, 
                 ids = np.frombuffer(block, dtype)
                 tokens += len(ids)
                 padding += int((ids == pad).sum()) if pad is not None else 0
-                if given:  # in every row there is a token that is not
+                if given:  # every row has an unmarked token
                     marks = ids.reshape(-1, wrap) >= GIVEN
                     padding += int(marks[:, ::-1].argmin(1).sum())
                     marked += int(marks.sum())
@@ -62,40 +111,36 @@ def finish(folder, source, tokenizer, vocab_size, characters, wrap=0, pad=None, 
         if given:
             splits[split]["given"] = marked - padding
     meta = dict(
-        name=folder.name, source=source, tokenizer=tokenizer, vocab_size=vocab_size, dtype=dtype.name,
-        wrap=wrap, pad=pad, given=given, splits=splits,
+        name=folder.name, source=source, tokenizer=tokenizer, vocab_size=vocab_size,
+        dtype=dtype.name, wrap=wrap, pad=pad, given=given, ends=given or pad is not None,
+        splits=splits,
     )  # fmt: skip
-    (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+    (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
     return meta
 
 
-def dtype_of(vocab_size):
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
 def read_meta(name):
-    """meta.json of a prepared corpus, as a dict; fails in one line when there is none or it is damaged."""
+    """meta.json of a prepared corpus, as a dict; fails in one line if it is missing or damaged."""
     path = folder_of(name) / "meta.json"
     if not path.exists():
-        from data.prepare import options_for  # not at the top: it imports this file
-
-        how = options_for(path.parent.name) or "text --input FILE..."
-        if "/" in str(name) or how.startswith("text "):
-            how += f" --out {name}"
-        fail(f"{path}: no such file; prepare the data first: python data/prepare.py {how}")
+        command = command_for(path.parent.name) or "text --input FILE..."
+        if "/" in str(name) or command.startswith("text "):
+            command += f" --out {name}"
+        fail(f"{path}: no such file; prepare the data first: python data/prepare.py {command}")
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_text(encoding="utf-8"))
         for key in ("tokenizer", "vocab_size", "wrap", "splits"):
             meta[key]
         for key, value in dict(pad=None, given=False).items():
-            meta.setdefault(key, value)  # corpora prepared before there was any
+            meta.setdefault(key, value)  # older corpora lack these keys
+        meta.setdefault("ends", meta["given"] or meta["pad"] is not None)
         np.dtype(meta["dtype"])
     except (ValueError, KeyError, TypeError) as e:
         fail(f"{path}: damaged ({e}); prepare the data again")
@@ -103,32 +148,30 @@ def read_meta(name):
 
 
 def read_split(name, split, cfg):
-    """(ids, meta): a read-only memory map of one split, checked against meta.json and the config."""
+    """(ids, meta): a read-only memory map of a split, checked against meta.json and the config."""
     meta = read_meta(name)
     path = folder_of(name) / f"{split}.bin"
     if split not in meta["splits"]:
         fail(f"{path}: no such split; there are {', '.join(meta['splits'])}")
     if meta["vocab_size"] != cfg.vocab_size:
         fail(
-            f"{path}: prepared with vocab_size {meta['vocab_size']}, but the model has {cfg.vocab_size}; "
-            f"to train on this data add --vocab_size={meta['vocab_size']}"
+            f"{path}: prepared with vocab_size {meta['vocab_size']}, but the model has "
+            f"{cfg.vocab_size}; to train on this data add --vocab_size={meta['vocab_size']}"
         )
     if meta["wrap"] and meta["wrap"] != cfg.seq_len:
         fail(f"{path}: cut into windows of {meta['wrap']} tokens, but seq_len is {cfg.seq_len}")
     dtype, tokens = np.dtype(meta["dtype"]), meta["splits"][split]["tokens"]
-    size = path.stat().st_size if path.exists() else 0
-    if size != tokens * dtype.itemsize:
-        fail(
-            f"{path}: {size} bytes, but meta.json says {tokens * dtype.itemsize}; prepare the data again"
-        )
+    size, expected = path.stat().st_size if path.exists() else 0, tokens * dtype.itemsize
+    if size != expected:
+        fail(f"{path}: {size} bytes, but meta.json says {expected}; prepare the data again")
     if split == "train" and tokens < cfg.seq_len:
         fail(f"{path}: {tokens} tokens, fewer than one row of seq_len {cfg.seq_len}")
     return np.memmap(path, dtype, "r"), meta
 
 
 def take(ids, starts, length, cfg, where):
-    """Rows ids[start : start + length] as (N, length) int64, as stored, which `unpack` reads; fails on an id
-    beyond the vocabulary."""
+    """Rows ids[start : start + length] as (N, length) int64, still with the bit GIVEN, for
+    `unpack`; fails on an id beyond the vocabulary."""
     rows = np.stack([ids[s : s + length] for s in starts]).astype(np.int64)
     if (largest := (rows & (GIVEN - 1)).max()) >= cfg.vocab_size:
         fail(f"{where}: holds token id {largest}, but vocab_size is {cfg.vocab_size}")
@@ -136,10 +179,11 @@ def take(ids, starts, length, cfg, where):
 
 
 def training_rows(ids, meta, cfg, index):
-    """Training rows number `index` (N,) of an endless stream -> (N, L) as of `take`, a pure function of cfg.seed.
+    """Rows number `index` (N,) of an endless stream of training rows -> (N, L), as `take` returns
+    them; a pure function of cfg.seed.
 
-    Every epoch cuts the corpus into windows at a new random offset (none when they are wrapped) and visits
-    each window once, in random order."""
+    Every epoch cuts the corpus into windows at a new random offset (none if the corpus is wrapped)
+    and visits each window once, in random order."""
     L = cfg.seq_len
     offsets = 1 if meta["wrap"] else min(L, len(ids) - L + 1)
     per_epoch = (len(ids) - offsets + 1) // L
@@ -158,19 +202,24 @@ def epoch_order(seed, epoch, windows, offsets):
     key = (seed, epoch, windows, offsets)
     if key not in _order:
         _order.clear()
-        rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        rng = philox(seed, epoch, stream=0)
         _order[key] = rng.integers(offsets), rng.permutation(np.arange(windows, dtype=np.uint32))
     offset, order = _order[key]
     return order, int(offset)
 
 
 def unpack(rows, meta, cfg):
-    """Rows (N, L) as stored -> x0 (N, L) int64 and maskable (N, L) bool: the tokens to be trained and counted,
-    i.e. no padding, nothing given and no BOS that is."""
+    """Rows (N, L) as stored -> x0 (N, L) int64, maskable and counted (N, L) bool.
+
+    Given tokens (prompts, a given BOS) are neither maskable nor counted. Padding is maskable, since
+    visible padding would tell the network how long the text is, but it is not counted."""
     rows = torch.as_tensor(rows)
-    x0, maskable = rows & (GIVEN - 1), rows < GIVEN
+    x0, marked = rows & (GIVEN - 1), rows >= GIVEN
+    text_follows = (~marked).flip(-1).cumsum(-1).flip(-1) > 0
+    padding = marked & ~text_follows
+    maskable = ~marked | padding
     if meta.get("pad") is not None:
-        maskable &= x0 != meta["pad"]
+        padding |= x0 == meta["pad"]
     if cfg.bos:
         maskable[:, 0] = False
-    return x0, maskable
+    return x0, maskable, maskable & ~padding

@@ -1,7 +1,7 @@
-"""Tokenised benchmarks -> ordinary text, rule by rule as in MDLM's evaluation, so that numbers can be compared.
+"""Tokenised benchmarks -> ordinary text, with the rules of MDLM's evaluation, in their order.
 
-A detokeniser is a list of substitutions in order. The order matters, and so does what a pattern consumes: two
-punctuation marks in a row, ` . . `, lose only the first of their spaces.
+The order matters, and so do the characters that a match uses up: of two punctuation marks in a row,
+` . . `, only the first loses its space.
 """
 
 import re
@@ -9,8 +9,8 @@ import re
 MARKS = ":;.!?,"
 
 
-def rules(*pairs):
-    """One function of text from pairs (regular expression, replacement), which are applied one after the other."""
+def compile_rules(*pairs):
+    """A function that applies pairs (regular expression, replacement) to a text, one by one."""
     compiled = [(re.compile(pattern), replacement) for pattern, replacement in pairs]
 
     def detokenize(text):
@@ -21,18 +21,16 @@ def rules(*pairs):
     return detokenize
 
 
-def closed_up(marks):
-    """Punctuation between two spaces loses the first of them."""
+def close_up(marks):
+    """Rules: punctuation between two spaces loses the first of them."""
     return [(f" {re.escape(c)} ", f"{c} ") for c in marks]
 
 
-wikitext = rules(
+wikitext = compile_rules(
     ("s '", "s'"),  # plural possessives
-    *(
-        (f" @{re.escape(c)}@ ", c) for c in "-,."
-    ),  # hyphens and separators inside of words and numbers
-    *closed_up(MARKS),
-    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),  # what is in brackets or quotes touches them
+    *((f" @{re.escape(c)}@ ", c) for c in "-,."),  # hyphens and separators within words and numbers
+    *close_up(MARKS),
+    (r"\(\s*([^\)]*?)\s*\)", r"(\1)"),  # no space inside brackets and quotes
     (r"\[\s*([^\]]*?)\s*\]", r"[\1]"),
     (r"\{\s*([^}]*?)\s*\}", r"{\1}"),
     (r'"\s*([^"]*?)\s*"', r'"\1"'),
@@ -43,11 +41,11 @@ wikitext = rules(
     (" ° ", "°"),
     (" \n", "\n"),
     ("\n ", "\n"),
-    (" N ", " 1 "),  # numbers that were replaced by N
+    (" N ", " 1 "),  # N stands for a number
     (" 's", "'s"),
 )
 
-ptb = rules(
+ptb = compile_rules(
     (" 's", "'s"),
     ("s ' ", "s' "),
     (" n't", "n't"),
@@ -58,7 +56,7 @@ ptb = rules(
     ("<unk>", "?"),
 )
 
-lm1b = rules(
+lm1b = compile_rules(
     ("(https?) : / / ", r"\1://"),
     (r" '(?=\w)", "'"),
     (r" (\w+) \. ", r" \1. "),
@@ -67,7 +65,7 @@ lm1b = rules(
     (r" \?$", "?"),
     (" ! ", "! "),
     (" !$", "!"),
-    *closed_up(",:;"),
+    *close_up(",:;"),
     (" / ", "/"),
     (r'" ([^"]+) "', r'"\1"'),
     (r"' ([^']+) '", r"'\1'"),

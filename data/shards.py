@@ -1,18 +1,19 @@
 """Documents in files -> token ids in splits.
 
-A shard is one file: a path, or hub:<repo>:<commit>:<file>:<sha256> for a file on the Hugging Face hub. Every
-shard is tokenised by a process of its own into the .partial folder, where finished ones survive a run that is
-killed. Then each split, a range of all documents, is written in one pass, a few MB at a time in memory.
+A shard is one file: a path, or hub:<repo>:<commit>:<file>:<sha256> for a file on the Hugging Face
+hub. A process per shard tokenises it into the .partial folder; complete shards survive a killed
+run. Then each split, a range of all documents, is written in one pass, in a few MB of memory.
 """
 
 import hashlib
-import io
 import json
 import math
 import multiprocessing
 import os
 import re
+import signal
 import threading
+from collections import Counter
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -21,24 +22,25 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import fail
-from data.corpus import dtype_of, partial_of
+from common import fail, one_line
+from data.corpus import dtype_of, finish, partial_of
 from data.detokenize import DETOKENIZERS
+from data.readers import read_documents, report
 from data.tokenizer import load_tokenizer, tokenizer_of
 
 
 class Recipe(NamedTuple):
-    """What happens to every document: read, detokenise, encode, cut to `limit` ids, put ids around it."""
+    """Every document is read, detokenised, encoded, cut to `limit` ids, and put between ids."""
 
     tokenizer: dict  # spec
-    column: str = "text"  # of parquet and jsonl files
-    lines: str = "none"  # key of LINES: how files of neither kind are read
+    column: str = "text"  # of files that have columns
+    lines: str = "none"  # key of LINES: how plain lines are read
     detokenizer: str = "none"  # key of DETOKENIZERS
     before: tuple = ()
     after: tuple = ()
     limit: int = 0  # 0: none
-    skip: tuple = ()  # (column, field, value) of documents to leave out, in files that have the column
-    tokens: int = 0  # so many ids, from the start, are enough: what comes after is not read; 0: all
+    skip: tuple = ()  # (column, field, value) of documents to leave out, if they have the column
+    tokens: int = 0  # stop reading after this many ids; 0: read all
 
 
 class Documents(NamedTuple):
@@ -46,26 +48,20 @@ class Documents(NamedTuple):
 
     files: list  # of ids, one after the other
     dtype: np.dtype
-    tokens: np.ndarray  # (N,) ids of each document, those around it included
+    tokens: np.ndarray  # (N,) ids of each document, with those around it
     characters: np.ndarray  # (N,) characters of text that they stand for
     counts: list  # documents of each shard
     sha256: list  # of each shard
 
 
-def one_line(e):
-    if isinstance(e, OSError) and e.filename and e.strerror:
-        return f"{e.filename}: {e.strerror}"
-    return " ".join(str(e).split()) or type(e).__name__
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Where shards are
+# --------------------------------------------------------------------------------------------------
+# Finding shards
 
 
 def find_shards(input, repo, pattern, revision=None, under=None):
-    """(source, shards in order): the user's files or, if there are none, the hub's whose names match.
+    """(source, shards in order): the user's files, or else the hub's whose names match.
 
-    under: the folder that they are in, where a list of all files of the repo would be too long."""
+    under: list only this folder of the repo; a list of all its files could be too long."""
     if input:
         for path in input:
             if not Path(path).is_file():
@@ -88,27 +84,29 @@ def find_shards(input, repo, pattern, revision=None, under=None):
 
 
 def name_of(shard):
-    """What a message calls it: a path, or <repo>@<commit>/<file>."""
+    """A shard's name in messages: a path, or <repo>@<commit>/<file>."""
     if not shard.startswith("hub:"):
         return shard
     _, repo, commit, name, _ = shard.split(":")
     return f"{repo}@{commit}/{name}"
 
 
-def identity(shard):
-    """What a finished shard is recognised by: a file may have changed, a commit of the hub cannot."""
-    about = None if shard.startswith("hub:") else os.stat(shard)
-    return [shard, about.st_size, about.st_mtime_ns] if about else [shard]
+def fingerprint(shard):
+    """Identifies a shard's content: a local file may change, a commit of the hub cannot."""
+    if shard.startswith("hub:"):
+        return [shard]
+    stat = os.stat(shard)
+    return [shard, stat.st_size, stat.st_mtime_ns]
 
 
 def fetch(shard):
-    """(path, sha256) of a shard; a file of the hub's comes from its own cache, and must be what the hub lists."""
+    """(path, sha256) of a shard. A hub file comes from the hub's cache; its sha256 is checked."""
     path, expected = shard, ""
     if shard.startswith("hub:"):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import disable_progress_bars
 
-        disable_progress_bars()  # one bar, of documents, is enough
+        disable_progress_bars()  # the bar of documents is enough
         _, repo, commit, name, expected = shard.split(":")
         path = hf_hub_download(repo, name, repo_type="dataset", revision=commit)
     with open(path, "rb") as f:
@@ -118,101 +116,15 @@ def fetch(shard):
     return path, sha256
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What is in them
-
-
-def article(line):
-    """A line of the original arXiv and PubMed files: JSON with a list of paragraphs."""
-    return "\n".join(json.loads(line)["article_text"])
-
-
-LINES = {
-    "sentence": str.strip,
-    "wikitext": lambda line: (
-        line if line.strip() else ""
-    ),  # every line is a document, its newline included
-    "article": article,
-}
-
-
-def read_documents(path, column, lines, skip=(), size=1000):
-    """Batches of texts from a parquet or .jsonl file with this column, or else from `lines` of text."""
-    plain = re.sub(r"\.(zst|gz)$", "", str(path))
-    with open(path, "rb") as f:
-        is_parquet = f.read(4) == b"PAR1" or Path(path).suffix == ".parquet"
-    if is_parquet:
-        yield from read_parquet(path, column, skip, size)
-        return
-    text_of = LINES.get(lines)
-    if plain.endswith(".jsonl"):
-        text_of = lambda line: text_in(json.loads(line), column, skip)
-    if text_of is None:
-        raise ValueError(f"neither a parquet nor a .jsonl file with a column {column!r}")
-    texts = []
-    with open(path, "rb") if plain == str(path) else decompressed(path) as f:
-        for number, line in enumerate(f, 1):
-            try:
-                texts.append(text_of(line.decode()))
-            except UnicodeDecodeError:
-                raise ValueError(f"line {number}: not UTF-8") from None
-            except json.JSONDecodeError:
-                raise ValueError(f"line {number}: not JSON") from None
-            except (KeyError, TypeError) as e:
-                wanted = column if isinstance(e, TypeError) else e.args[0]
-                raise ValueError(f"line {number}: must have a field {wanted!r}") from None
-            if texts[-1] is SKIPPED:
-                texts.pop()
-            elif not isinstance(texts[-1], str):
-                raise ValueError(f"line {number}: its field {column!r} is not text")
-            if len(texts) == size:
-                yield texts
-                texts = []
-    yield texts
-
-
-SKIPPED = object()
-
-
-def text_in(record, column, skip):
-    """The text of a row of a file, or SKIPPED."""
-    text, about = record[column], record.get(skip[0]) if skip else None
-    return SKIPPED if isinstance(about, dict) and about.get(skip[1]) == skip[2] else text
-
-
-def decompressed(path):
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(str(path)), 2**20)
-
-
-def read_parquet(path, column, skip, size):
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as parquet:
-        names = parquet.schema_arrow.names
-        if column not in names:
-            raise ValueError(f"has no column {column!r}, only {', '.join(names)}")
-        columns = [name for name in (column, *skip[:1]) if name in names]
-        for batch in parquet.iter_batches(size, columns=columns):
-            texts = [text_in(record, column, skip) for record in batch.to_pylist()]
-            texts = [text for text in texts if text is not SKIPPED]
-            if not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"its column {column!r} has rows that are not text")
-            yield texts
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Shards -> ids
 
 
 def tokenize(folder, shards, recipe, workers=None, **plan):
-    """Documents of all shards, in shards/ of the .partial folder; a run that was killed is gone on with.
+    """Documents of all shards, in shards/ of the .partial folder; resumes a killed run.
 
-    plan: the options that a repeated run must have, too."""
-    tokenizer = tokenizer_of(
-        recipe.tokenizer
-    )  # now: a vocabulary should be fetched once, not by every worker
+    plan: further options that must not change between the runs."""
+    tokenizer = tokenizer_of(recipe.tokenizer)  # here first, so that one process downloads it
     workers = os.cpu_count() if workers is None else workers
     work = partial_of(folder) / "shards"
     work.mkdir(exist_ok=True)
@@ -220,59 +132,56 @@ def tokenize(folder, shards, recipe, workers=None, **plan):
     targets, sizes, have = [], [], 0
     while len(targets) < len(shards) and have < (recipe.tokens or math.inf):
         n, more = len(targets), len(shards)
-        if recipe.tokens:  # the first, then as many as will do if they are as long
+        if recipe.tokens:  # the first shard, then as many as suffice if they are as long
             more = math.ceil((recipe.tokens - have) * n / have) if have else 1
         new = [work / f"{i:05}" for i in range(n, min(n + more, len(shards)))]
         run_workers(shards[n : n + more], new, recipe, workers)
         targets += new
-        sizes += [
-            np.fromfile(target.with_suffix(".sizes"), np.uint32).reshape(-1, 2) for target in new
-        ]
-        have = sum(int(s[:, 0].sum(dtype=np.int64)) for s in sizes)
-    about = [json.loads(target.with_suffix(".json").read_text()) for target in targets]
+        for target in new:
+            sizes.append(np.fromfile(target.with_suffix(".sizes"), np.uint32).reshape(-1, 2))
+            have += int(sizes[-1][:, 0].sum(dtype=np.int64))
+    records = [json.loads(t.with_suffix(".json").read_text(encoding="utf-8")) for t in targets]
+    for shard, record in zip(shards, records):
+        report(name_of(shard), record.get("notes", {}), recipe.column)
     return Documents(
         files=[target.with_suffix(".bin") for target in targets],
         dtype=dtype_of(tokenizer.vocab_size),
         tokens=np.concatenate([s[:, 0] for s in sizes]),
         characters=np.concatenate([s[:, 1] for s in sizes]),
         counts=[len(s) for s in sizes],
-        sha256=[a["sha256"] for a in about],
+        sha256=[record["sha256"] for record in records],
     )
 
 
 def begin_or_resume(work, plan):
     """Write the plan of a new run, or check that the run in `work` had the same one."""
-    path, plan = work / "plan.json", json.loads(json.dumps(plan))  # tuples are lists from now on
-    if path.exists() and json.loads(path.read_text()) != plan:
-        fail(
-            f"{work.parent}: left by a run with other inputs or options; repeat those, or remove it"
-        )
-    for left in work.glob("*.tmp"):
-        left.unlink()
-    (work / "plan.json.tmp").write_text(json.dumps(plan))
+    path, plan = work / "plan.json", json.loads(json.dumps(plan))  # turns tuples into lists
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plan:
+        fail(f"{work.parent}: from a run with other inputs or options; repeat those, or remove it")
+    for temporary in work.glob("*.tmp"):
+        temporary.unlink()
+    (work / "plan.json.tmp").write_text(json.dumps(plan), encoding="utf-8")
     os.replace(work / "plan.json.tmp", path)
 
 
 def run_workers(shards, targets, recipe, workers):
+    """Tokenise each shard into its target, with a bar of documents."""
     done = multiprocessing.Value("q")  # documents, of all workers
-    threads = max(1, workers // len(shards))  # of each worker
+    processes, threads = min(workers, len(shards)), max(1, workers // len(shards))
     with (
-        ProcessPoolExecutor(
-            min(workers, len(shards)), initializer=begin_worker, initargs=[done]
-        ) as pool,
+        ProcessPoolExecutor(processes, initializer=begin_worker, initargs=[done]) as pool,
         tqdm(unit=" documents", unit_scale=True, disable=None) as bar,
     ):
-        waiting = {
-            pool.submit(tokenize_shard, *one, recipe, threads) for one in zip(shards, targets)
-        }
+        jobs = zip(shards, targets)
+        waiting = {pool.submit(tokenize_shard, *job, recipe, threads) for job in jobs}
         try:
             while waiting:
-                finished_jobs, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
+                ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
                 bar.update(done.value - bar.n)
-                for job in finished_jobs:
+                for job in ended:
                     job.result()
         except (ValueError, BrokenProcessPool) as e:
-            pool.shutdown(cancel_futures=True)  # what is running now still finishes, and is kept
+            pool.shutdown(cancel_futures=True)  # the running shards are completed and kept
             fail(e)
 
 
@@ -280,70 +189,74 @@ def begin_worker(done):
     global progress
     progress = done
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
     # Without this, the workers of a killed run would wait for work for ever.
     watch = lambda: (multiprocessing.parent_process().join(), os._exit(1))
     threading.Thread(target=watch, daemon=True).start()
 
 
 def tokenize_shard(shard, target, recipe, threads):
-    """One shard -> target.bin, all its ids, .sizes, [tokens, characters] of each document, and .json.
-
-    target.json is written last and says which file it was made from: a shard that has it is finished."""
+    """One shard -> target.bin, all its ids, .sizes, [tokens, characters] of each document, and
+    .json, which is written last and names the source: a shard that has it is complete."""
     try:
-        if finished(target, identity(shard)):
+        source = fingerprint(shard)
+        if is_complete(target, source):
             return
-        about = dict(input=identity(shard))
-        path, about["sha256"] = fetch(shard)
-        tokenizer, detokenize = load_tokenizer(recipe.tokenizer), DETOKENIZERS[recipe.detokenizer]
-        dtype, temporary = dtype_of(tokenizer.vocab_size), f"{target}.{os.getpid()}.tmp"
+        path, sha256 = fetch(shard)
+        temporary, notes = f"{target}.{os.getpid()}.tmp", Counter()
         with open(temporary, "wb") as ids_file, open(f"{temporary}.sizes.tmp", "wb") as sizes_file:
-            for texts in read_documents(path, recipe.column, recipe.lines, recipe.skip):
-                texts = [detokenize(text) for text in texts]
-                sizes, out = [], []
-                for text, ids in zip(texts, tokenizer.encode_batch(texts, threads)):
-                    characters = len(text)
-                    if recipe.limit and len(ids) > recipe.limit:
-                        characters = (
-                            characters * recipe.limit // len(ids)
-                        )  # what is left of it, about
-                        ids = ids[: recipe.limit]
-                    out += [*recipe.before, *ids, *recipe.after]
-                    sizes.append([len(recipe.before) + len(ids) + len(recipe.after), characters])
-                np.array(out, dtype).tofile(ids_file)
-                np.array(sizes, np.uint32).tofile(sizes_file)
-                with progress.get_lock():
-                    progress.value += len(texts)
-                if recipe.tokens and ids_file.tell() >= recipe.tokens * dtype.itemsize:
-                    break
-            about["bytes"] = [ids_file.tell(), sizes_file.tell()]
+            write_ids(path, recipe, threads, ids_file, sizes_file, notes)
+            sizes = [ids_file.tell(), sizes_file.tell()]
         os.replace(temporary, target.with_suffix(".bin"))
         os.replace(f"{temporary}.sizes.tmp", target.with_suffix(".sizes"))
-        Path(temporary).write_text(json.dumps(about))
+        record = dict(input=source, sha256=sha256, bytes=sizes, notes=notes)
+        Path(temporary).write_text(json.dumps(record), encoding="utf-8")
         os.replace(temporary, target.with_suffix(".json"))
-    except (
-        Exception
-    ) as e:  # as text: not every library's exceptions survive the way to the parent process
+    except Exception as e:  # as text: not every library's exceptions can be sent to the parent
         raise ValueError(f"{name_of(shard)}: {one_line(e)}") from None
 
 
-def finished(target, identity):
-    """Has an earlier run left this shard complete, and made from the same file?"""
-    about, *files = (target.with_suffix(suffix) for suffix in (".json", ".bin", ".sizes"))
-    if not all(path.exists() for path in (about, *files)):
+def is_complete(target, source):
+    """Whether an earlier run completed this shard, from the same source."""
+    record_file, *files = (target.with_suffix(suffix) for suffix in (".json", ".bin", ".sizes"))
+    if not all(path.exists() for path in (record_file, *files)):
         return False
-    done = json.loads(about.read_text())
-    return done["input"] == identity and done["bytes"] == [path.stat().st_size for path in files]
+    record = json.loads(record_file.read_text(encoding="utf-8"))
+    sizes = [path.stat().st_size for path in files]
+    return record["input"] == source and record["bytes"] == sizes
 
 
-# ---------------------------------------------------------------------------------------------------------
+def write_ids(path, recipe, threads, ids_file, sizes_file, notes):
+    """Write the ids of all documents and [tokens, characters] of each."""
+    tokenizer, detokenize = load_tokenizer(recipe.tokenizer), DETOKENIZERS[recipe.detokenizer]
+    dtype = dtype_of(tokenizer.vocab_size)
+    for texts in read_documents(path, recipe.column, recipe.lines, recipe.skip, notes):
+        texts = [detokenize(text) for text in texts]
+        sizes, out = [], []
+        for text, ids in zip(texts, tokenizer.encode_batch(texts, threads)):
+            characters = len(text)
+            if recipe.limit and len(ids) > recipe.limit:
+                characters = characters * recipe.limit // len(ids)  # an estimate of what remains
+                ids = ids[: recipe.limit]
+            out += [*recipe.before, *ids, *recipe.after]
+            sizes.append([len(recipe.before) + len(ids) + len(recipe.after), characters])
+        np.array(out, dtype).tofile(ids_file)
+        np.array(sizes, np.uint32).tofile(sizes_file)
+        with progress.get_lock():
+            progress.value += len(texts)
+        if recipe.tokens and ids_file.tell() >= recipe.tokens * dtype.itemsize:
+            return
+
+
+# --------------------------------------------------------------------------------------------------
 # Ids -> splits
 
 
 def write_splits(folder, source, documents, borders, spec, wrap=0, pad=None, tokens=None):
-    """{split: characters} of the splits written, {split: (first document, last + 1)} = borders.
+    """Write the splits, {split: (first document, last + 1)} = borders, and finish; returns meta.
 
-    wrap: cut the stream of documents into rows [BOS] wrap-2 ids [EOS]; with pad: a row per document, filled up.
-    tokens: only so many ids of a split's documents, which end in the last of them."""
+    wrap: cut the stream of documents into rows [BOS] wrap-2 ids [EOS]; with pad: a row per
+    document, filled up. tokens: write only the first ids of each split."""
     tokenizer, characters = tokenizer_of(spec), {}
     for split, (first, last) in borders.items():
         path, part = partial_of(folder) / f"{split}.bin", slice(first, last)
@@ -354,17 +267,17 @@ def write_splits(folder, source, documents, borders, spec, wrap=0, pad=None, tok
             start = documents.tokens[:first].sum(dtype=np.int64)
             stop = start + documents.tokens[part].sum(dtype=np.int64)
             end = stop if tokens is None else min(start + tokens, stop)
-            dropped = write_stream(path, stream(documents, start, end), wrap, tokenizer)
-            dropped = np.concatenate([dropped, *stream(documents, end, stop)])
+            dropped = write_stream(path, read_ids(documents, start, end), wrap, tokenizer)
+            dropped = np.concatenate([dropped, *read_ids(documents, end, stop)])
             text = dropped[~np.isin(dropped, (tokenizer.bos, tokenizer.eos))]
             characters[split] -= len(tokenizer.decode(text))
         if not path.stat().st_size:
             row = f"one row of --wrap={wrap}" if wrap else "one token"
             fail(f"{source}: too little text in {split} for {row}")
-    return characters
+    return finish(folder, source, spec, tokenizer.vocab_size, characters, wrap, pad)
 
 
-def stream(documents, start, stop):
+def read_ids(documents, start, stop):
     """Ids [start, stop) of all files one after the other, as arrays of at most 32 MB."""
     at, dtype = 0, documents.dtype
     for path in documents.files:
@@ -376,7 +289,7 @@ def stream(documents, start, stop):
 
 
 def write_stream(path, arrays, wrap, tokenizer):
-    """Write the arrays one after the other, wrapped or not; returns the ids that filled no row."""
+    """Write the arrays one after the other, wrapped or not; returns the ids that fill no row."""
     rest = np.empty(0, dtype_of(tokenizer.vocab_size))
     with open(path, "wb") as f:
         for ids in arrays:
@@ -399,8 +312,7 @@ def write_padded(path, documents, first, last, wrap, pad, rows=2**16):
             lengths = documents.tokens[i : min(i + rows, last)]
             stop = start + lengths.sum(dtype=np.int64)
             padded = np.full((len(lengths), wrap), pad, documents.dtype)
-            padded[np.arange(wrap) < lengths[:, None]] = np.concatenate(
-                [*stream(documents, start, stop)]
-            )
+            ids = np.concatenate([*read_ids(documents, start, stop)])
+            padded[np.arange(wrap) < lengths[:, None]] = ids
             padded.tofile(f)
             start = stop

@@ -1,5 +1,5 @@
-"""Muon: momentum, orthogonalised, for matrices (kellerjordan.github.io/posts/muon). Used if muon_lr
-> 0."""
+"""Muon: momentum, orthogonalised, for matrices
+(kellerjordan.github.io/posts/muon). Used if muon_lr > 0."""
 
 import math
 
@@ -23,10 +23,10 @@ def orthogonalize(g, dtype):
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, but its matmuls run in the dtype that the device multiplies natively. torch
-    always takes bfloat16, which a CPU without bfloat16 instructions emulates, 44 to 80 times slower
-    than float32 (two cores of an AMD EPYC with AVX2 only: 2.3 s instead of 0.05 s per step of the
-    demo)."""
+    """torch's Muon, but its matmuls run in the dtype that the device multiplies natively.
+    torch always takes bfloat16, which a CPU without bfloat16 instructions emulates, 44 to 80
+    times slower than float32 (two cores of an AMD EPYC with AVX2 only: 2.3 s instead of 0.05 s
+    per step of the demo)."""
 
     @torch.no_grad()
     def step(self):

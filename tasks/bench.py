@@ -38,7 +38,7 @@ from common import (
 from configs import from_cli
 from data.batches import micro_batches, split_batch
 from data.corpus import read_split, take, unpack
-from diffusion import LOSSES, stratify, training_time
+from diffusion import LOSSES, alpha, mask_tokens, stratify, training_time
 from evaluate import bound, report
 from model import flops_per_token, load
 from samplers import SAMPLERS, semi_ar
@@ -131,17 +131,18 @@ def bench_semi_ar(args):
 # Estimators of the bound
 
 
-def estimate_by_time(model, cfg, x0, maskable, draw, args):
+def estimate_by_time(model, cfg, x0, maskable, counted, draw, args):
     """The bound in nats per token of rows (N, L), with a time per row from the uniforms draw(n)."""
     nats, loss = 0.0, "sedd" if cfg.loss == "sedd" else "mdlm"
     plain = dict(T=0, aux_ce=0.0, carry_over=True, time_law="uniform", time_draw="stratified")
     cfg = replace(cfg, loss=loss, t_min=1e-3, **plain)
     with torch.no_grad(), autocast(x0.device, args.dtype):
         for rows in torch.randperm(len(x0)).split(args.batch_size):
-            x, m = x0[rows.to(x0.device)], maskable[rows.to(x0.device)]
+            x, m, c = (a[rows.to(x0.device)] for a in (x0, maskable, counted))
             t = training_time(draw(len(x)), cfg).to(x0.device)
-            nats += LOSSES[loss](model, x, m, cfg, t).double().sum().item()
-    return nats / maskable.sum().item()
+            xt = mask_tokens(x, alpha(cfg.schedule, t), m, cfg.mask_id)
+            nats += LOSSES[loss](model, x, c, cfg, t, xt).double().sum().item()
+    return nats / counted.sum().item()
 
 
 def bench_evaluate(args):
@@ -167,7 +168,8 @@ def bench_evaluate(args):
         result = bound(model, ids, meta, cfg, "val.bin", seed=seed, **settings)
         estimates[ours].append(result["nats"])
         reported.append(result["se"])
-    bits = report(dict(nats=1.0, se=0.0), meta, "val")["bits_per_char"]  # per nat per token
+    per_token = report(result | dict(nats=1.0, se=0.0), meta, "val")
+    bits = per_token["bits_per_char"]  # per nat per token
     best = np.std(estimates[ours], ddof=1) * bits
     error = 1 / math.sqrt(2 * (args.repeats - 1))  # relative error of a standard deviation
     table = []

@@ -120,11 +120,6 @@ def main(cfg, seeds, passes):
     return results
 
 
-# Old names of tasks.report, for tasks/reversal.py
-cell, markdown, trained = format_mean, to_markdown, train_if_missing
-seeded = lambda cfg, name, make, seeds: make_runs(cfg, name, seeds)
-
-
 if __name__ == "__main__":
     flags = (
         ("seeds", "runs of each loss", 3),

@@ -1,11 +1,11 @@
 """Generative perplexity: samples of a checkpoint under a judge, beside their unigram entropy.
 
-python -m tasks.judge out/owt_mdlm/ckpt.pt gpt2-large --steps 256       # a judge of the hub
-python -m tasks.judge out/text8_mdlm/ckpt.pt out/text8_ar/ckpt.pt --num 256   # an AR checkpoint of ours
+python -m tasks.judge out/owt_mdlm/ckpt.pt gpt2-large --steps 256             # a judge of the hub
+python -m tasks.judge out/text8_mdlm/ckpt.pt out/text8_ar/ckpt.pt --num 256   # our AR checkpoint
 
-A judge is a function score(texts) -> (nats, tokens), two arrays with a number per text: the text's cost
-under the judge, and how many tokens counted. A text holds END wherever the model wrote BOS or EOS,
-however its tokenizer spells them; the judge reads its own end-of-text there.
+A judge is a function score(texts) -> (nats, tokens), two arrays with one number per text: its cost
+under the judge, and how many tokens were counted. Texts contain END where the model wrote BOS or
+EOS, however its tokenizer spells them; the judge reads its end-of-text token there.
 """
 
 import math
@@ -30,7 +30,7 @@ from common import (
 )
 from data.tokenizer import tokenizer_of
 from diffusion import ar
-from evaluate import figure
+from evaluate import figure, widen
 from model import load
 from sample import generate, start_ids
 from samplers import SAMPLERS, STEPLESS, default_options
@@ -50,29 +50,31 @@ def join_text(ids, tokenizer):
 
 
 def unigram_entropy(ids):
-    """Entropy in nats of a sample's token frequencies, at most ln(len(ids)): the measure of diversity of
-    arXiv 2409.02908. Report it beside generative perplexity, which repetition lowers."""
+    """Entropy in nats of a sample's token frequencies, at most ln(len(ids)): the diversity of arXiv
+    2409.02908. Report it beside generative perplexity, which repetition lowers."""
     frequency = np.unique(ids, return_counts=True)[1] / len(ids)
     return float((frequency * np.log(1 / frequency)).sum())
 
 
 def ratio(values, weights):
-    """sum(values) / sum(weights) and its standard error to first order, for independent pairs."""
+    """sum(values) / sum(weights) and its standard error to first order, for independent pairs,
+    widened for few of them."""
     n, total = len(values), np.sum(weights)
     if not total:
         return math.nan, math.nan
     mean = np.sum(values) / total
     variance = ((values - mean * weights) ** 2).sum() * n / (n - 1) if n >= 8 else math.nan
-    return float(mean), float(np.sqrt(variance) / total)
+    return float(mean), float(np.sqrt(variance) / total * widen(max(n - 1, 1)))
 
 
 def generative_perplexity(texts, score):
-    """exp(total nats / total counted tokens) of texts under a judge; texts are the units of its error.
+    """exp(total nats / counted tokens) of texts under a judge; texts are the units of its error.
 
-    The definition of MDLM's code (arXiv 2406.07524): the judge tokenises the text anew and counts all of
-    it, also after an end-of-text, but only the first end-of-text token. There, however, a padded text
-    without end-of-text pays for a token of padding, and an incomplete last batch is dropped. SEDD's code
-    averages the perplexities of single samples over the model's own tokens, which is not comparable."""
+    As in MDLM's code (arXiv 2406.07524), the judge tokenises the text and counts all of it, also
+    after an end-of-text, but only the first end-of-text token. Two things differ: MDLM's code
+    counts a token of padding in a padded text without end-of-text, and drops an incomplete last
+    batch. SEDD's code averages the perplexities of single samples over the model's tokens, which
+    is not comparable."""
     nats, tokens = score(texts)
     mean, se = ratio(nats, tokens)
     perplexity = math.exp(min(mean, 700))
@@ -87,11 +89,11 @@ def generative_perplexity(texts, score):
 
 
 def make_judge(nll, encode, eos, length, start, cut):
-    """score() of a causal network, text by text: nothing to pad, and sampling took far longer anyway.
+    """score() of a causal network, text by text: no padding, and sampling takes far longer.
 
-    nll: ids -> nats (n,) of all of them, or of all but the first; encode: text without END -> ids; eos:
-    the id for END, or None. A window has `length` ids; `start` precedes each and is not counted. cut:
-    read only the first window of a text."""
+    nll: ids -> nats (n,) of all of them, or of all but the first; encode: text without END -> ids;
+    eos: the id for END, or None. A window has `length` ids; `start` precedes each and is not
+    counted. cut: read only the first window of a text."""
     room = length - len(start)
 
     def cost(text):
@@ -99,7 +101,7 @@ def make_judge(nll, encode, eos, length, start, cut):
         for i, piece in enumerate(text.split(END)):
             ids += [eos] * (i > 0 and eos is not None) + encode(piece)
         counted = np.array([i != eos or eos not in ids[:k] for k, i in enumerate(ids)], bool)
-        if start and ids[: len(start)] == start:  # the model began its text so itself
+        if start and ids[: len(start)] == start:  # the text already begins with it
             ids, counted = ids[len(start) :], counted[len(start) :]
         nats, tokens = 0.0, 0
         for i in range(0, min(len(ids), room) if cut else len(ids), room):
@@ -113,8 +115,8 @@ def make_judge(nll, encode, eos, length, start, cut):
 
 
 def our_judge(path, device):
-    """An AR checkpoint of ours, in windows of its seq_len. It predicts the first token too, unless that
-    is a given BOS."""
+    """An AR checkpoint of this project, in windows of its seq_len. It predicts the first token too,
+    unless that is a given BOS."""
     model, cfg = load(path, device=device)
     if not cfg.causal:
         fail(f"judge {path}: must be an AR model, but this one has loss={cfg.loss}")
@@ -129,8 +131,9 @@ def our_judge(path, device):
 
 
 def transformers_judge(name, device):
-    """A causal language model of the hub or of a local folder, in float32. As in MDLM's code, it reads a
-    text up to its context's length and does not count the first token, for want of a start symbol."""
+    """A causal language model of the hub or of a local folder, in float32. As in MDLM's code, it
+    reads a text up to its context's length and does not count the first token: GPT-2 has no start
+    symbol to predict it from."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
@@ -152,7 +155,7 @@ def transformers_judge(name, device):
 
 
 def load_judge(name, device):
-    """The judge of this name: an AR checkpoint of ours, or a model of transformers."""
+    """The judge of this name: an AR checkpoint of this project, or a model of transformers."""
     is_ours = Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").exists()
     score = (our_judge if is_ours else transformers_judge)(name, device)
 
@@ -166,7 +169,7 @@ def load_judge(name, device):
 
 
 def judge_rows(rows, tokenizer, score):
-    """`generative_perplexity` of rows of ids, and their `unigram_entropy` with its standard error."""
+    """`generative_perplexity` of rows of ids, and their `unigram_entropy` with its error."""
     result = generative_perplexity([join_text(ids, tokenizer) for ids in rows], score)
     entropies = np.array([unigram_entropy(ids) for ids in rows])
     entropy, error = ratio(entropies, np.ones(len(rows)))
@@ -178,14 +181,13 @@ def judge_rows(rows, tokenizer, score):
 
 
 def sample_and_judge(model, cfg, args):
-    """Samples under the judge, and everything that the figure depends on, as one dict."""
+    """The figures of samples under the judge, and all that they depend on, as one dict."""
     sampler = choose_sampler(cfg, args.sampler)
     given = read_sampler_options(args, sampler)
     device, tokenizer = next(model.parameters()).device, tokenizer_of(model.tokenizer)
     score = load_judge(args.judge, device)
-    options = dict(
-        steps=args.steps, sampler=sampler, temperature=args.temperature, top_p=args.top_p
-    )
+    law = "steps", "temperature", "top_p"
+    options = dict(sampler=sampler) | {name: getattr(args, name) for name in law}
     rows = generate(
         model, tokenizer._replace(decode=list), cfg, args.num, batch_size=args.batch_size,
         seed=args.seed, dtype=args.dtype, sampler_options=given, **options,
@@ -203,18 +205,16 @@ def sample_and_judge(model, cfg, args):
 
 def describe(result):
     """The result as text."""
-    sampler, own = result["sampler"], default_options(SAMPLERS[result["sampler"]])
-    law = [f"{name} {result[name]:g}" for name in own]
+    sampler, length = result["sampler"], result["length"]
+    law = [f"{name} {result[name]:g}" for name in default_options(SAMPLERS[sampler])]
     if result["steps"]:
         law.append(f"{result['steps']} steps")
-    elif not own:
-        law.append("a token per call")
-    length = result["length"]
+    law = ", ".join([sampler, *(law or ["a token per call"])])
+    size = f"{length} tokens, {result['tokens_per_sample']:.1f} each by the judge's tokenizer"
     return (
         f"generative perplexity {figure(result, 'gen_ppl')} under {result['judge']}\n"
         f"unigram entropy       {figure(result, 'entropy')} nats, at most {math.log(length):.3f}\n"
-        f"{result['samples']} samples of {length} tokens, {result['tokens_per_sample']:.1f} each by the "
-        f"judge's tokenizer; {', '.join([sampler, *law])}, temperature {result['temperature']:g}, "
+        f"{result['samples']} samples of {size}; {law}, temperature {result['temperature']:g}, "
         f"top_p {result['top_p']:g}, network in {result['dtype']}, draws in float64"
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import data.runs
 import train
 from common import autocast, fail, local_device, to_json
 from configs import as_ar, as_d3pm, as_sedd
@@ -29,7 +30,7 @@ from samplers import cached_denoiser
 # Runs
 
 VARIANTS = {"ar": as_ar, "mdlm": lambda cfg: cfg, "sedd": as_sedd, "d3pm": as_d3pm}
-MAY_CHANGE = train.MAY_CHANGE - {"data", "steps"}  # fields in which a finished run may differ
+MAY_CHANGE = data.runs.MAY_CHANGE - {"data", "steps"}  # fields in which a finished run may differ
 
 
 def make_runs(cfg, variant, seeds, name=None):

@@ -1,4 +1,5 @@
-"""A world small enough to enumerate: L = 3 tokens of V = 3 letters, 64 canvases. Everything is float64."""
+"""A world small enough to enumerate: texts of L = 3 tokens from V = 3 letters, and their 64
+canvases. The exact law of every sampler and the expectation of every loss, in float64."""
 
 import itertools
 import math
@@ -6,20 +7,16 @@ from collections import deque
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from configs import Config
-from diffusion import LOSSES, alpha, time_at
+from diffusion import LOSSES, alpha, cross_entropy, scatter, time_at
 
 L, V = 3, 3
 MASK = V
-CANVASES = torch.tensor(
-    list(itertools.product(range(V + 1), repeat=L))
-)  # (64, L), row i has index i
+CANVASES = torch.tensor(list(itertools.product(range(V + 1), repeat=L)))  # (64, L)
 TEXTS = torch.tensor(list(itertools.product(range(V), repeat=L)))  # (27, L)
-
-SUBSETS = torch.tensor(
-    [[m >> i & 1 for i in range(L)] for m in range(2**L)]
-).bool()  # (8, L) all masks
+SUBSETS = torch.tensor(list(itertools.product((False, True), repeat=L)))  # (8, L): all masks
 
 
 def ones(x):
@@ -27,7 +24,7 @@ def ones(x):
 
 
 def index(x):
-    """Canvases (..., L) -> their row in CANVASES."""
+    """Canvases (..., L) -> their rows in CANVASES."""
     return (x * torch.tensor([(V + 1) ** (L - 1 - i) for i in range(L)])).sum(-1)
 
 
@@ -38,16 +35,17 @@ def tiny(**fields):
 def tiny_ar(**fields):
     """A causal network of eight tokens."""
     return Config(
-        vocab_size=5,
-        seq_len=8,
-        n_embd=16,
-        n_head=2,
-        n_layer=2,
-        cond_dim=0,
-        causal=True,
-        loss="ar",
-        **fields,
-    )
+        vocab_size=5, seq_len=8, n_embd=16, n_head=2, n_layer=2,
+        cond_dim=0, causal=True, loss="ar", **fields,
+    )  # fmt: skip
+
+
+def last(frames):
+    return deque(frames, maxlen=1).pop()
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks: functions (x, t, at) -> (N, V), tables over all canvases
 
 
 def random_joint(seed=0):
@@ -57,7 +55,7 @@ def random_joint(seed=0):
 
 
 def exact_model(joint):
-    """The perfect network for a joint: p(x0_i | the visible tokens), a table over all canvases."""
+    """The perfect network for a joint: p(x0_i | the visible tokens)."""
     table = torch.zeros(len(CANVASES), L, V, dtype=torch.float64)
     for k, canvas in enumerate(CANVASES):
         agree = ((canvas == MASK) | (canvas == TEXTS)).all(-1)
@@ -69,7 +67,8 @@ def exact_model(joint):
 
 
 def hostile_model(seed=0, outputs=V):
-    """An arbitrary network: of the canvas, the position and, strongly, the time; sure of wrong answers too."""
+    """An arbitrary network that depends on the canvas, the position and, strongly, the time, and is
+    sometimes sure of a wrong token."""
     g = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, len(CANVASES), L, outputs, dtype=torch.float64, generator=g).mul(1.5)
 
@@ -82,105 +81,152 @@ def hostile_model(seed=0, outputs=V):
 
 
 def hostile_scores(seed=0):
-    """A network whose answers, read as SEDD's scores, sum to anything between 1/2 and 2 instead of to 1."""
+    """A network whose outputs, read as SEDD's scores, sum to anything from 1/2 to 2, not to 1."""
     normal, size = hostile_model(seed), hostile_model(seed + 1)
-    return lambda x, t, at: (
-        normal(x, t, at) + math.log(V) + 0.7 * torch.sin(5 * size(x, t, at)[:, :1])
-    )
+    scale = lambda x, t, at: math.log(V) + 0.7 * torch.sin(5 * size(x, t, at)[:, :1])
+    return lambda x, t, at: normal(x, t, at) + scale(x, t, at)
 
 
-def causal_model(seed=0):
-    """An arbitrary network whose answer at a position depends on the tokens before it alone."""
-    model = hostile_model(seed)
+def read_left_to_right(model):
+    """`model` at time 0 as a causal network: it sees only the tokens before a position."""
+    hide = lambda x, i: x.masked_fill(torch.arange(L) >= i, MASK)
 
     def causal(x, t, at):
-        logits = torch.stack([
-            model(x.masked_fill(torch.arange(L) >= i, MASK), 0 * t, ones(x)).view(len(x), L, V)[:, i]
-            for i in range(L)
-        ], 1)  # fmt: skip
-        return logits[at]
+        parts = [model(hide(x, i), 0 * t, ones(x)).view(len(x), L, V)[:, i] for i in range(L)]
+        return torch.stack(parts, 1)[at]
 
     return causal
 
 
-def step_law(canvas, steps, row):
-    """P(text | canvas) (27,) of a sampler that goes through `steps` steps, changing all positions independently:
-    row(n) (64, L, V + 1) are the chances of each token at a masked position of each canvas in step n. Transitions
-    of all canvases are multiplied out; row(0) is what becomes of masks that are left, if any."""
-    masked = CANVASES == MASK
-    state = (CANVASES == canvas).all(-1).double()
-    for n in range(steps, -1, -1):
-        if n == 0 and state[masked.any(-1)].sum() < 1e-12:
-            break
-        stay = torch.nn.functional.one_hot(CANVASES, V + 1).double()  # visible tokens stay
-        step = torch.where(masked[..., None], row(n), stay)  # (64, L, V + 1)
-        to = torch.stack([step[:, i, CANVASES[:, i]] for i in range(L)]).prod(0)  # (64 from, 64 to)
-        state = state @ to
-    assert state[masked.any(-1)].sum() < 1e-12 and abs(state.sum() - 1) < 1e-9
-    return state[index(TEXTS)]
-
-
-def answers(model, t, outputs=V):
-    """The network's (64, L, outputs) answers to all canvases at time t."""
-    everywhere = torch.ones(len(CANVASES), L, dtype=torch.bool)
+def predictions(model, t, outputs=V):
+    """The network's (64, L, outputs) log-probabilities for all canvases at time t."""
     t = torch.full((len(CANVASES),), t, dtype=torch.float64)
-    return model(CANVASES, t, everywhere).view(len(CANVASES), L, outputs)
+    return model(CANVASES, t, ones(CANVASES)).view(len(CANVASES), L, outputs)
+
+
+# --------------------------------------------------------------------------------------------------
+# Laws of samplers. A canvas is (L,), or (..., L) for as many laws at once.
+
+
+def where_at(canvas):
+    """(..., 64): all probability on the canvas itself."""
+    return (CANVASES == canvas[..., None, :]).all(-1).double()
+
+
+def transition(step):
+    """(64 from, 64 to) from the probabilities (64, L, V + 1) of each token of each canvas, which
+    change independently."""
+    return torch.stack([step[:, i, CANVASES[:, i]] for i in range(L)]).prod(0)
+
+
+def step_law(canvas, steps, row):
+    """P(text | canvas) (..., 27) of a sampler that changes all positions independently in each of
+    `steps` steps. row(n) (64, L, V + 1): probabilities of each token at a masked position in step
+    n; row(0): those of the step that removes masks that are left, if any."""
+    masked = CANVASES == MASK
+    stay = F.one_hot(CANVASES, V + 1).double()  # visible tokens stay
+    state = where_at(canvas)
+    for n in range(steps, -1, -1):
+        if n == 0 and state[..., masked.any(-1)].sum() < 1e-12:
+            break
+        state = state @ transition(torch.where(masked[..., None], row(n), stay))
+    assert state[..., masked.any(-1)].sum() < 1e-12 and ((state.sum(-1) - 1).abs() < 1e-9).all()
+    return state[..., index(TEXTS)]
 
 
 def ancestral_law(model, canvas, schedule, steps):
-    """P(text | canvas) (27,) of ancestral sampling."""
+    """P(text | canvas) (..., 27) of ancestral sampling."""
     grid = alpha(schedule, torch.arange(steps + 1, dtype=torch.float64) / steps)
 
     def row(n):
         r = (grid[n - 1] - grid[n]) / (1 - grid[n])
-        p = answers(model, n / steps).exp()
+        p = predictions(model, n / steps).exp()
         return torch.cat((r * p, (1 - r).expand(len(CANVASES), L, 1)), -1)
 
     return step_law(canvas, steps, row)
 
 
 def remasking_states(model, canvas, schedule, steps, sigma):
-    """P(canvas | `canvas`) (64,) after each of `steps` steps of ReMDM, transitions multiplied out: from t to s, with
-    sigma = sigma((1 - alpha_s) / alpha_t, at most 1), a token that is not given becomes (1 - sigma) itself + sigma
-    MASK, and MASK becomes (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t) the answer + (1 - alpha_s - sigma alpha_t)
-    / (1 - alpha_t) MASK (arXiv 2503.00307, its q_sigma(z_s | z_t, x) with the network's answer for x)."""
+    """P(canvas | `canvas`) (64,) after each of `steps` steps of ReMDM, transitions multiplied out.
+
+    From t to s, with sigma = sigma((1 - alpha_s) / alpha_t, at most 1), a token that is not given
+    becomes (1 - sigma) itself + sigma MASK, and MASK becomes
+    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t) the prediction
+    + (1 - alpha_s - sigma alpha_t) / (1 - alpha_t) MASK: q_sigma(z_s | z_t, x) of arXiv 2503.00307
+    with the network's prediction for x."""
     grid = alpha(schedule, torch.arange(steps + 1, dtype=torch.float64) / steps)
-    state, states = (CANVASES == canvas).all(-1).double(), []
-    mask = torch.eye(V + 1, dtype=torch.float64)[MASK]
+    state, states = where_at(canvas), []
+    stay = F.one_hot(CANVASES, V + 1).double()
+    mask, given = torch.eye(V + 1, dtype=torch.float64)[MASK], (canvas != MASK)[None, :, None]
     for n in range(steps, 0, -1):
         alpha_t, alpha_s = grid[n].item(), grid[n - 1].item()
         again = sigma(min(1.0, (1 - alpha_s) / alpha_t) if alpha_t else 1.0)
-        stay = torch.nn.functional.one_hot(CANVASES, V + 1).double()
-        shown = torch.where(
-            (canvas != MASK)[None, :, None], stay, (1 - again) * stay + again * mask
-        )
-        answer = torch.nn.functional.pad(answers(model, n / steps).exp(), (0, 1))
-        hidden = (alpha_s - (1 - again) * alpha_t) * answer + (1 - alpha_s - again * alpha_t) * mask
+        shown = torch.where(given, stay, (1 - again) * stay + again * mask)
+        p = F.pad(predictions(model, n / steps).exp(), (0, 1))
+        hidden = (alpha_s - (1 - again) * alpha_t) * p + (1 - alpha_s - again * alpha_t) * mask
         step = torch.where((CANVASES == MASK)[..., None], hidden / (1 - alpha_t), shown)
-        state = state @ torch.stack([step[:, i, CANVASES[:, i]] for i in range(L)]).prod(0)
+        state = state @ transition(step)
         states.append(state)
     return states
 
 
+def left_to_right_law(model, canvas, schedule, steps):
+    """P(text | canvas) (27,) of one token after the other, at the times of the schedule."""
+    state, masked = {tuple(canvas.tolist()): 1.0}, canvas == MASK
+    for i in range(L):
+        t = time_at(schedule, masked[i:].sum() / masked.sum().clamp(min=1)).item()
+        p, after = predictions(model, t).exp(), {}
+        for x, chance in state.items():
+            for v in range(V) if x[i] == MASK else [x[i]]:
+                q = p[index(torch.tensor(x)), i, v].item() if x[i] == MASK else 1
+                after[x[:i] + (v,) + x[i + 1 :]] = chance * q
+        state = after
+    return law_of(state)
+
+
+def law_of(state):
+    """{text: probability} -> (27,)."""
+    return torch.tensor([state.get(tuple(x), 0.0) for x in TEXTS.tolist()], dtype=torch.float64)
+
+
 def chi_square_p(texts, law):
-    """p-value of samples (N, L) under law (27,), or (64,) of canvases; cells of less than 5 expected are pooled."""
+    """p-value of samples (N, L) under law (27,) of texts or (64,) of canvases. Cells of less than 5
+    expected samples are pooled."""
     counts = torch.bincount(index(texts), minlength=len(CANVASES)).double()
     counts = counts[index(TEXTS)] if len(law) == len(TEXTS) else counts
     assert counts.sum() == len(texts), "a sample still holds MASK"
-    expected = law * len(texts)
     assert counts[law == 0].sum() == 0, "an impossible text was sampled"
+    return pooled_p(counts, law * len(texts))
+
+
+def pooled_p(counts, expected):
+    """p-value of Pearson's chi-square; cells of less than 5 expected are one cell."""
     small = expected < 5
-    cells = (
-        torch.cat((counts[~small], counts[small].sum()[None])),
-        torch.cat((expected[~small], expected[small].sum()[None])),
-    )
-    keep = cells[1] > 0
-    chi2 = ((cells[0] - cells[1])[keep] ** 2 / cells[1][keep]).sum()
+    pool = lambda cells: torch.cat((cells[~small], cells[small].sum()[None]))
+    counts, expected = pool(counts.double()), pool(expected)
+    keep = expected > 0
+    chi2 = ((counts - expected)[keep] ** 2 / expected[keep]).sum()
     return torch.special.gammaincc((keep.sum() - 1) / 2, chi2 / 2).item()
 
 
+def kolmogorov_p(values, cdf):
+    """Asymptotic p-value of Kolmogorov and Smirnov's test of values (N,) against a continuous law
+    with the distribution function cdf."""
+    n = len(values)
+    u = cdf(values.double().sort().values)
+    i = torch.arange(n, dtype=torch.float64)
+    distance = torch.maximum((i + 1) / n - u, u - i / n).max().item()
+    k = np.arange(1, 101)
+    tail = 2 * ((-1.0) ** (k - 1) * np.exp(-2 * n * (k * distance) ** 2)).sum()
+    return float(min(max(tail, 0.0), 1.0)) if distance * n**0.5 > 0.3 else 1.0
+
+
+# --------------------------------------------------------------------------------------------------
+
+
 def expected_loss(loss, model, text, cfg, nodes=400):
-    """E of the loss's sum over a text: all masks enumerated, t by quadrature (T = 0) or by all T steps."""
+    """The expectation of the loss's sum over a text: all masks enumerated, t by quadrature (T = 0)
+    or by all T steps."""
     if cfg.T:
         t = torch.arange(1, cfg.T + 1, dtype=torch.float64) / cfg.T
         dt = torch.full_like(t, 1 / cfg.T)
@@ -191,26 +237,18 @@ def expected_loss(loss, model, text, cfg, nodes=400):
     probability = mass ** SUBSETS.sum(-1) * (1 - mass) ** (~SUBSETS).sum(-1)  # (n, 8)
     x0 = text.repeat(len(t) * len(SUBSETS), 1)
     xt = x0.masked_fill(SUBSETS.repeat(len(t), 1), MASK)
-    nats = (
-        LOSSES[loss](model, x0, ones(x0), cfg, t.repeat_interleave(len(SUBSETS)), xt)
-        .double()
-        .sum(-1)
-    )
-    return (nats.view(len(t), -1) * probability * dt[:, None]).sum().item()
+    t = t.repeat_interleave(len(SUBSETS))
+    nats = LOSSES[loss](model, x0, ones(x0), cfg, t, xt).double().sum(-1)
+    return (nats.view(len(dt), -1) * probability * dt[:, None]).sum().item()
 
 
-def last(frames):
-    return deque(frames, maxlen=1).pop()
+class Network(torch.nn.Module):
+    """A function (x, t, at) -> logits as a module, which `evaluate.bound` needs."""
 
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.on_device = function, torch.nn.Parameter(torch.zeros(1))
 
-def left_to_right_law(model, canvas, schedule, steps):
-    state = {tuple(canvas.tolist()): 1.0}
-    for i in range(L):
-        t = time_at(schedule, torch.tensor((L - i) / L)).item()
-        p, after = answers(model, t).exp(), {}
-        for x, chance in state.items():
-            for v in range(V) if x[i] == MASK else [x[i]]:
-                q = p[index(torch.tensor(x)), i, v].item() if x[i] == MASK else 1
-                after[x[:i] + (v,) + x[i + 1 :]] = chance * q
-        state = after
-    return torch.tensor([state.get(tuple(x), 0.0) for x in TEXTS.tolist()], dtype=torch.float64)
+    def forward(self, x, t, at, tokens):
+        nats, log_z = cross_entropy(self.function(x, t, at), tokens[at])
+        return scatter(nats, at), scatter(log_z, at)

@@ -1,21 +1,21 @@
-"""answer.py against the exact network of its training rows, which answers only what it was trained on:
-prompts, thoughts and turns must come as data/finetune.py joins them. The files are FastChat's, and those of a
-run that was not killed."""
+"""tasks.answer with the exact network of its training rows, which answers only what it was trained
+on: prompts, thoughts and turns must be joined as in data/finetune.py. Files must be FastChat's, and
+those of a killed run equal to those of a whole one."""
 
+import ast
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHARED, tiny_run
-from test_cli import refused
-from test_judge import save
-from test_pretraining_data import OURS
+from conftest import SHARED, refused, save, tiny_run
+from llama import OURS
 
 import train
 from configs import Config, as_ar
@@ -24,16 +24,17 @@ from data.finetune import SYSTEM
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer, train_bpe
 from model import load
+from samplers import OPTIONS, SAMPLERS, default_options
 from tasks import answer
-from tasks.answer import complete, dialogues, is_right
+from tasks.answer import complete, converse, is_right
 
-QUESTIONS = SHARED / "data" / "mt_bench" / "question.jsonl"
+REAL_QUESTIONS = SHARED / "data" / "mt_bench" / "question.jsonl"
 
 
 class Memory(torch.nn.Module):
-    """The exact network of some rows to fine-tune on (N, L), each as likely as the others, of which maskable
-    (N, L) was masked at a uniform t: a row that could not have become the canvas has no say, and if none
-    could, anything may follow."""
+    """The exact network of N equally likely rows x0 (N, L) to fine-tune on, whose `maskable` (N, L)
+    was masked at a uniform t. Rows that cannot have become the canvas have no weight; if none can,
+    the prediction is uniform."""
 
     def __init__(self, x0, maskable, spec, cfg):
         super().__init__()
@@ -45,16 +46,13 @@ class Memory(torch.nn.Module):
         masked = (x == self.cfg.mask_id)[:, None]
         possible = torch.where(masked, self.maskable, x[:, None] == self.rows).all(-1)  # (B, N)
         n, total = masked.sum(-1).double(), self.maskable.sum(-1).double()
-        chance = (
-            torch.lgamma(n + 1)
-            + torch.lgamma((total - n).clamp(min=0) + 1)
-            - torch.lgamma(total + 2)
-        )
-        chance = (chance + 1e-9).masked_fill(~possible, -torch.inf).softmax(-1).nan_to_num(0)
-        return (torch.einsum("bn,nlv->blv", chance, self.one_hot) + 1e-9).log()[at]
+        log = torch.lgamma(n + 1) + torch.lgamma((total - n).clamp(min=0) + 1)
+        log = log - torch.lgamma(total + 2)  # of n masks at a uniform t
+        weight = log.masked_fill(~possible, -torch.inf).softmax(-1).nan_to_num(0)
+        return (torch.einsum("bn,nlv->blv", weight, self.one_hot) + 1e-9).log()[at]
 
     def next_logits(self, x, past):
-        """Of the exact causal network, which learns a token only from rows in which it is not given."""
+        """The exact causal network, which learns a token only from rows that do not give it."""
         i = x.shape[1]
         possible = (x[:, None] == self.rows[:, :i]).all(-1) & self.maskable[:, i]
         return (possible.double() @ self.one_hot[:, i] + 1e-9).log()
@@ -64,9 +62,8 @@ def memory(folder, **fields):
     """The Memory of a prepared folder's training rows."""
     cfg = Config(data=str(folder), n_embd=8, n_head=2, n_layer=1, **fields)
     ids, meta = read_split(cfg.data, "train", cfg)
-    x0, maskable = unpack(
-        take(ids, range(0, len(ids), cfg.seq_len), cfg.seq_len, cfg, "train"), meta, cfg
-    )
+    rows = take(ids, range(0, len(ids), cfg.seq_len), cfg.seq_len, cfg, "train")
+    x0, _, maskable = unpack(rows, meta, cfg)
     return Memory(x0, maskable, meta["tokenizer"], cfg)
 
 
@@ -82,8 +79,7 @@ def lines_of(path, *without):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run(task, model, *argv): the command with a network in place of a checkpoint, or with a path of one;
-    its JSON."""
+    """run(task, model, *argv): the command's JSON; model is a network or a checkpoint's path."""
 
     def call(task, model, *argv):
         path = "ckpt.pt" if isinstance(model, torch.nn.Module) else str(model)
@@ -97,46 +93,27 @@ def run(monkeypatch, capsys):
     return call
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # GSM8K
 
-NUMBERS = [
-    (3, 4),
-    (1, 8),
-    (5, 2),
-    (4, 1),
-    (4, 4),
-    (6, 3),
-    (1, 5),
-    (3, 6),
-    (7, 2),
-]  # the last is val
+# the last one is val
+NUMBERS = [(3, 4), (1, 8), (5, 2), (4, 1), (4, 4), (6, 3), (1, 5), (3, 6), (7, 2)]
 WHO = "Ann Bob Cyd Dee Eve Flo Gus Hal Ida".split()
 PROBLEMS = [
-    dict(
-        question=f"{who} has {a} and gets {b}. How many?",
-        answer=f"{a}+{b} is {a + b}\n#### {a + b}",
-    )
+    {"question": f"{who} has {a} and gets {b}. How many?", "answer": f"{a}+{b} is {c}\n#### {c}"}
     for who, (a, b) in zip(WHO, NUMBERS)
+    for c in [a + b]
 ]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The eight problems to train on, which are the test, too: with trained padding and without."""
+    """Eight problems to train on, which are also the test: with trained padding and without."""
     folder = tmp_path_factory.mktemp("gsm8k")
     files = [jsonl(folder / "train.jsonl", PROBLEMS), jsonl(folder / "test.jsonl", PROBLEMS[:8])]
+    options = dict(input=files, tokenizer="bpe", vocab_size=290, wrap=48)
     for name, padding in (("trained", True), ("given", False)):
-        out = str(folder / name)
-        prepare(
-            "gsm8k",
-            out,
-            input=files,
-            tokenizer="bpe",
-            vocab_size=290,
-            wrap=48,
-            train_padding=padding,
-        )
+        prepare("gsm8k", str(folder / name), **options, train_padding=padding)
     return folder
 
 
@@ -145,14 +122,12 @@ AR = dict(loss="ar", causal=True, cond_dim=0)
 
 
 def test_what_was_learnt_is_answered(folders, run, tmp_path):
-    """Thought and answer come from two rows of the training data, whose texts the command has to put together
-    alike; the figures are those of the lines."""
+    """Thought and answer come from two rows of the training data, which the command must join in
+    the same way; the figures are those of the lines."""
     out = tmp_path / "new" / "a.jsonl"
     result = run("gsm8k", memory(folders / "trained", **SIZE), "--out", out)
-    assert (
-        result["right"] == result["questions"] == 8
-        and result["accuracy_se"] == 0 == result["empty"]
-    )
+    assert result["right"] == result["questions"] == 8
+    assert result["accuracy_se"] == result["empty"] == 0
     assert result["sampler"] == "confidence" and (result["steps"], result["step"]) == (256, 5)
     assert (result["temperature"], result["guidance"], result["length"]) == (0.1, 0.1, 48)
     for line, problem in zip(lines_of(out), PROBLEMS):
@@ -163,9 +138,8 @@ def test_what_was_learnt_is_answered(folders, run, tmp_path):
         )  # fmt: skip
     model = memory(folders / "trained", **SIZE)
     for sampler in ("ddpm_cache", "first_hitting", "ar"):
-        result = run(
-            "gsm8k", model, "--out", tmp_path / sampler, "--sampler", sampler, "--temperature", 0.5
-        )
+        argv = ["--out", tmp_path / sampler, "--sampler", sampler, "--temperature", 0.5]
+        result = run("gsm8k", model, *argv)
         assert result["right"] == 8 and result["sampler"] == sampler
     result = run("gsm8k", memory(folders / "trained", **SIZE, **AR), "--out", tmp_path / "causal")
     assert (result["right"], result["sampler"], result["guidance"]) == (8, "ar", 0)
@@ -176,9 +150,7 @@ def test_what_was_learnt_is_answered(folders, run, tmp_path):
 def test_accuracy_and_its_error(folders, run, tmp_path, capsys, monkeypatch):
     """Six of eight: 75 ± 15.3 %; the sentence says the same."""
     model = memory(folders / "trained", **SIZE)
-    records = [
-        json.loads(line) for line in (folders / "trained" / "test.jsonl").read_text().splitlines()
-    ]
+    records = lines_of(folders / "trained" / "test.jsonl")
     (tmp_path / "data").mkdir()
     wrong = [r | {"answer": "0"} if i in (2, 5) else r for i, r in enumerate(records)]
     jsonl(tmp_path / "data" / "test.jsonl", wrong)
@@ -186,9 +158,8 @@ def test_accuracy_and_its_error(folders, run, tmp_path, capsys, monkeypatch):
     result = run("gsm8k", model, *argv)
     assert result["right"] == 6 and result["accuracy"] == 0.75
     assert result["accuracy_se"] == pytest.approx(math.sqrt(0.75 * 0.25 / 8))
-    assert [line["right"] for line in lines_of(tmp_path / "a")] == [
-        i not in (2, 5) for i in range(8)
-    ]
+    right = [line["right"] for line in lines_of(tmp_path / "a")]
+    assert right == [i not in (2, 5) for i in range(8)]
     few = run("gsm8k", model, *argv, "--limit", 3)
     assert (few["right"], few["questions"]) == (2, 3)  # of the eight that are there
     monkeypatch.setattr(answer, "load", lambda *a, **k: (model, model.cfg))
@@ -197,125 +168,122 @@ def test_accuracy_and_its_error(folders, run, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith(shown)
 
 
-def test_without_trained_padding_the_model_has_to_be_told(folders, tmp_path, capfd, monkeypatch):
-    """The padding, which it always saw, tells where an answer ends: it answers with --new, and only so."""
+def test_without_trained_padding_the_model_needs_the_length(folders, tmp_path, capfd, monkeypatch):
+    """It always saw padding where an answer ends: it answers with --new, and only then."""
     model = memory(folders / "given", **SIZE)
-    tokenizer = load_tokenizer(model.tokenizer)
-    size = lambda text: len(tokenizer.encode(text)) + 1  # with the EOS
-    sizes = [
-        tuple(size(f" {part}") for part in f"Answer: {p['answer']}".split("\n"))
-        for p in PROBLEMS[:8]
-    ]
-    two = max(sizes, key=sizes.count)  # some numbers are one token with their space
-    told, most = ["--new", *map(str, two)], sizes.count(two)
-    assert most > 5
-    monkeypatch.setattr(answer, "load", lambda *a, **k: (model, model.cfg))
+    tokenizer, sizes = load_tokenizer(model.tokenizer), []
+    for problem in PROBLEMS[:8]:
+        parts = f"Answer: {problem['answer']}".split("\n")
+        sizes.append(tuple(len(tokenizer.encode(f" {part}")) + 1 for part in parts))  # with EOS
+    usual = max(sizes, key=sizes.count)  # some numbers are one token with their space
+    assert sizes.count(usual) > 5
+    monkeypatch.setattr(answer, "load", lambda *a: (model, model.cfg))
     command = ["gsm8k", "x", "--device", "cpu", "--json", "--out"]
-    answer.main([*command, f"{tmp_path}/told", *told])
+    answer.main([*command, f"{tmp_path}/new", "--new", *map(str, usual)])
     out, err = capfd.readouterr()
-    assert not err and json.loads(out)["right"] == most and json.loads(out)["new"] == [*two]
-    answer.main([*command, f"{tmp_path}/untold"])
+    result = json.loads(out)
+    assert not err and result["right"] == sizes.count(usual) and result["new"] == [*usual]
+    answer.main([*command, f"{tmp_path}/none"])
     out, err = capfd.readouterr()
-    assert json.loads(out)["right"] < 3
-    assert (
-        err == "note: without --train_padding the model has to be told where answers end: --new\n"
-    )
+    assert json.loads(out)["right"] < 3 and err.count("\n") == 1
+    assert err.startswith("note: trained without --train_padding") and "--new" in err
     model = memory(folders / "given", **SIZE, **AR)  # reads no padding
     answer.main([*command, f"{tmp_path}/ar"])
     out, err = capfd.readouterr()
     assert not err and json.loads(out)["right"] == 8
 
 
-def test_the_answer_goes_on_from_the_ids_of_the_thought(folders):
-    """A model that spells its thoughts byte by byte, as no tokenizer would, is asked with those very ids."""
+def test_the_answer_follows_the_ids_of_the_thought(folders):
+    """A model that spells its thoughts byte by byte, as no tokenizer would, gets those very ids."""
     model = memory(folders / "trained", **SIZE)
     tokenizer, rows = load_tokenizer(model.tokenizer), []
-    spelled = lambda text: [i for c in text for i in tokenizer.encode(c)]
-    question, thought, number = tokenizer.encode("Question: who?"), " Answer: 4", " #### 4"
-    assert spelled(thought) != tokenizer.encode(thought)
-    for given, written in (
-        (question, spelled(thought)),
-        (question + spelled(thought), tokenizer.encode(number)),
-    ):
+    spelled = [i for c in " Answer: 4" for i in tokenizer.encode(c)]
+    question, number = tokenizer.encode("Question: who?"), tokenizer.encode(" #### 4")
+    assert spelled != tokenizer.encode(" Answer: 4")
+    for given, written in ((question, spelled), (question + spelled, number)):
         row = [tokenizer.bos, *given, *written]
-        rows.append(
-            (
-                row + [tokenizer.eos] * (48 - len(row)),
-                [False] * (len(given) + 1) + [True] * (47 - len(given)),
-            )
-        )
+        row += [tokenizer.eos] * (48 - len(row))
+        rows.append((row, [i > len(given) for i in range(48)]))
     x0, maskable = (torch.tensor(part) for part in zip(*rows))
     model = Memory(x0, maskable, model.tokenizer, model.cfg)
-    how = dict(between=[], new=None, length=48, sampler="first_hitting", steps=1)
-    got = list(dialogues(model, tokenizer, model.cfg, {7: ["Question: who?", ""]}, **how))
+    options = dict(between=[], new=None, length=48, sampler="first_hitting", steps=1)
+    got = list(converse(model, tokenizer, model.cfg, {7: ["Question: who?", ""]}, **options))
     assert got == [{7: ["Answer: 4", "#### 4"]}]
 
 
-# What SMDM's code (583aa47, with sympy and antlr) says, too: (the model's text, the reference).
+# (the model's text, the reference), which SMDM's code (583aa47, sympy 1.14, antlr 4.11) reads alike
 RIGHT = [
     (" #### 18", "18"), (" #### 1,234", "1234"), (" #### 1234", "1,234"), (" #### $18", "18"),
-    (" #### \\$18", "18"), (" #### $1,000,000", "1000000"), (" #### 18\n", "18"), (" #### -5", "-5"),
-    (" #### -1,234", "-1234"), (" #### a 18", "18"),
+    (" #### \\$18", "18"), (" #### $1,000,000", "1000000"), (" #### 18\n", "18"),
+    (" #### -5", "-5"), (" #### -1,234", "-1234"), (" #### a 18", "18"), (" #### 018.0", "18"),
+    (" #### 1 8", "18"),
     (" #### 18 dollars", "18"), (" #### 18.0", "18"), (" #### $18.00", "18"), (" #### 36/2", "18"),
     (" #### 2*9=18", "18"), (" #### x = 18", "18"), (" #### 18 square feet", "18"),
-    (" #### 5 hours", "5"), (" #### 1,234.50", "1234.5"), (" #### +18", "18"), (" #### 17\n #### 18", "18"),
+    (" #### 5 hours", "5"), (" #### 1,234.50", "1234.5"), (" #### +18", "18"),
+    (" #### 17\n #### 18", "18"), (" #### .5", ".5"), (" #### 1/2", "0.5"),
 ]  # fmt: skip
 WRONG = [
     (" #### 5", "-5"), (" #### 18 apples", "18"), (" #### 18%", "18"), (" #### 18.5", "18"),
-    (" #### 81", "18"), (" #### eighteen", "18"), (" ####", "18"), (" #### ", "18"), ("18", "18"), ("", "18"),
-    (" #### 1/0", "18"), (" #### 1e3", "1000"), (" #### 18\n #### 17", "18"),
+    (" #### 81", "18"), (" #### eighteen", "18"), (" ####", "18"), (" #### ", "18"), ("18", "18"),
+    (" #### 1/0", "18"), (" #### 1e3", "1000"), (" #### 18\n #### 17", "18"), ("", "18"),
+    (" #### 18 #### 19", "18"), (" #### **18**", "18"), (" #### the 18", "18"),
 ]  # fmt: skip
-RIGHT_HERE = [
-    (" #### 18.", "18"), (" #### 18. ", "18"), (" #### 18\nmore", "18"), (" ####18", "18"),
-    (" #### 17 #### 18", "18"),
+# (the model's text, the reference, right here), which that code reads the other way
+DIFFERENT = [
+    (" #### 0018", "18", True), (" #### .5", "0.5", True), (" #### 0.5", ".5", True),
+    (" #### 18.", "18", True), (" #### 18 #### 19", "19", True), (" ####18", "18", True),
+    (" #### 18\nmore", "18", True), (" #### (18)", "18", False), (' #### "18"', "18", False),
+    (" #### 6*3", "18", False), (" #### 18=2*9", "18", False),
+    (" #### \\frac{36}{2}", "18", False), (" #### \\boxed{18}", "18", False),
 ]  # fmt: skip
-RIGHT_THERE = [(" #### 6*3", "18"), (" #### \\boxed{18}", "18")]
 
 
 def test_what_an_answer_states():
-    assert all(is_right(*case) for case in RIGHT + RIGHT_HERE)
-    assert not any(is_right(*case) for case in WRONG + RIGHT_THERE)
+    assert all(is_right(*case) for case in RIGHT)
+    assert not any(is_right(*case) for case in WRONG)
+    for text, reference, right in DIFFERENT:
+        assert is_right(text, reference) == right
     assert is_right("#### $.50", "0.5") and not is_right("#### .", "0")
 
 
-# ---------------------------------------------------------------------------------------------------------
+def test_the_docstring_lists_the_answers_that_smdms_code_reads_differently():
+    rows = re.findall(r"^ +('.*') +('.*?') +(\w+) +(\w+)$", is_right.__doc__, re.MULTILINE)
+    word = {True: "right", False: "wrong"}
+    want = [(text, number, word[here], word[not here]) for text, number, here in DIFFERENT]
+    assert [(*map(ast.literal_eval, row[:2]), *row[2:]) for row in rows] == want
+
+
+# --------------------------------------------------------------------------------------------------
 # MT-Bench
 
-ASKED = [
+QUESTIONS = [
     dict(question_id=81, category="writing", turns=["Say one.", "Now two."]),
     dict(question_id=90, category="math", turns=[" 1+1?", "Sure? "]),
     dict(question_id=99, category="none", turns=["Only once."]),
 ]
 REPLIES = {
-    "Say one.": "one",
-    "Now two.": "two, 2",
-    "1+1?": "11",
-    "Sure?": "no",
-    "Only once.": "once",
-}
+    "Say one.": "one", "Now two.": "two, 2", "1+1?": "11", "Sure?": "no", "Only once.": "once",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
     """The Memory of conversations of one turn and of two, and its file of questions."""
     folder, conversations = tmp_path_factory.mktemp("chat"), []
-    for turns in [[q.strip() for q in record["turns"]] for record in ASKED]:
+    for turns in [[q.strip() for q in record["turns"]] for record in QUESTIONS]:
         for n in range(1, len(turns) + 1):
             said = [x for q in turns[:n] for x in (("human", q), ("gpt", REPLIES[q]))]
-            conversations.append(
-                {"conversations": [{"from": who, "value": text} for who, text in said]}
-            )
+            said = [{"from": who, "value": text} for who, text in said]
+            conversations.append({"conversations": said})
     (folder / "chat.json").write_text(json.dumps([*conversations, conversations[0]]))
     options = dict(tokenizer="bpe", vocab_size=380, wrap=96, train_padding=True)
     prepare("sharegpt", str(folder / "data"), input=[str(folder / "chat.json")], **options)
-    return memory(folder / "data", vocab_size=380, seq_len=96, bos=True), jsonl(
-        folder / "question.jsonl", ASKED
-    )
+    model = memory(folder / "data", vocab_size=380, seq_len=96, bos=True)
+    return model, jsonl(folder / "question.jsonl", QUESTIONS)
 
 
 def as_fastchat_reads(path):
-    """{question id: its line}, as the loader of FastChat's judge has it, and what the judge then takes from a
-    line."""
+    """{question id: turns}, as FastChat's judge loads them."""
     found = {}
     for text in path.open():
         line = json.loads(text)
@@ -338,17 +306,13 @@ def test_both_turns_as_the_judge_reads_them(chat, run, tmp_path, capsys):
     assert as_fastchat_reads(tmp_path / "mine.jsonl") == want
     argv = ["--input", questions, "--out", tmp_path / "first.jsonl"]
     assert run("mt_bench", model, *argv, "--first_turn")["empty"] == 0
-    assert as_fastchat_reads(tmp_path / "first.jsonl") == {
-        81: ["one", ""],
-        90: ["11", ""],
-        99: ["once"],
-    }
+    want = {81: ["one", ""], 90: ["11", ""], 99: ["once"]}
+    assert as_fastchat_reads(tmp_path / "first.jsonl") == want
     refused(capsys, lambda: run("mt_bench", model, *argv), "first.jsonl: answers of another")
 
 
 def test_the_template_is_vicunas(chat, monkeypatch):
-    """What the network is shown: BOS, the system's line, the first question, its answer, EOS, the second
-    question."""
+    """The prompts: BOS, the system's line, the first question; its answer, EOS, the second one."""
     model, tokenizer, shown = chat[0], load_tokenizer(chat[0].tokenizer), []
 
     def write(model, cfg, eos, prompts, *args, **options):
@@ -356,21 +320,18 @@ def test_the_template_is_vicunas(chat, monkeypatch):
         return [tokenizer.encode(f" reply {len(shown)}")] * len(prompts)
 
     monkeypatch.setattr(answer, "complete", write)
-    texts = answer.mt_bench(ASKED[0], model.cfg, Namespace(first_turn=False))[0]
-    got = next(dialogues(model, tokenizer, model.cfg, {0: texts}, [tokenizer.eos], None, 96))
+    texts = answer.mt_bench(QUESTIONS[0], model.cfg, Namespace(first_turn=False))[0]
+    got = next(converse(model, tokenizer, model.cfg, {0: texts}, [tokenizer.eos], None, 96))
     assert got == {0: ["reply 1", "reply 2"]}
     first = [tokenizer.bos, *tokenizer.encode(f"{SYSTEM} USER: Say one. ASSISTANT:")]
-    then = [
-        *tokenizer.encode(" reply 1"),
-        tokenizer.eos,
-        *tokenizer.encode(" USER: Now two. ASSISTANT:"),
-    ]
+    then = [*tokenizer.encode(" reply 1"), tokenizer.eos]
+    then += tokenizer.encode(" USER: Now two. ASSISTANT:")
     assert shown == [[first], [first + then]]
 
 
 def test_llamas_spaces_and_its_begin_of_text(chat, monkeypatch):
-    """Only a text's beginning gets Llama's space; a BOS inside of an answer, as SMDM's models write, is kept in
-    the context and not shown."""
+    """Only a text's beginning gets Llama's space. A BOS inside an answer, which SMDM's models
+    write, stays in the context and is not shown."""
     cfg, shown = chat[0].cfg, []
 
     def write(model, cfg, eos, prompts, *args, **options):
@@ -378,51 +339,44 @@ def test_llamas_spaces_and_its_begin_of_text(chat, monkeypatch):
         return [[OURS.bos, *OURS.encode(" the cat", inside=True)]] * len(prompts)
 
     monkeypatch.setattr(answer, "complete", write)
-    got = next(dialogues(None, OURS, cfg, {3: ["the mat", "on a mat"]}, [OURS.eos], None, 96))
+    got = next(converse(None, OURS, cfg, {3: ["the mat", "on a mat"]}, [OURS.eos], None, 96))
     assert got == {3: ["the cat", "the cat"]}
+    inside = lambda text: OURS.encode(text, inside=True)
     first = [OURS.bos, *OURS.encode("the mat")]
-    then = [
-        OURS.bos,
-        *OURS.encode(" the cat", inside=True),
-        OURS.eos,
-        *OURS.encode("on a mat", inside=True),
-    ]
-    assert shown == [[first], [first + then]] and OURS.encode("on a mat") != OURS.encode(
-        "on a mat", inside=True
-    )
+    then = [OURS.bos, *inside(" the cat"), OURS.eos, *inside("on a mat")]
+    assert shown == [[first], [first + then]] and OURS.encode("on a mat") != inside("on a mat")
 
 
-@pytest.mark.skipif(not QUESTIONS.exists(), reason=f"no MT-Bench questions at {QUESTIONS}")
+@pytest.mark.skipif(not REAL_QUESTIONS.exists(), reason="no MT-Bench questions")
 def test_the_real_questions(run, tmp_path):
     """80 questions and 160 turns, of which a row of 160 tokens has no room for some."""
-    records = [json.loads(line) for line in QUESTIONS.open()]
+    records = [json.loads(line) for line in REAL_QUESTIONS.open()]
     spec = train_bpe((turn for record in records for turn in record["turns"]), 1000) | {"eos": True}
     tokenizer = load_tokenizer(spec)
     cfg = Config(vocab_size=1001, seq_len=160, n_embd=8, n_head=1, n_layer=1, cond_dim=0, bos=True)
     path = save(tmp_path / "ckpt.pt", cfg, spec)
     out = tmp_path / "mine.jsonl"
-    result = run("mt_bench", path, "--input", QUESTIONS, "--out", out, "--steps", 2, "--new", 20)
+    result = run(
+        "mt_bench", path, "--input", REAL_QUESTIONS, "--out", out, "--steps", 2, "--new", 20
+    )
     found = as_fastchat_reads(out)
     assert list(found) == [*range(81, 161)] and result["questions"] == 80
-    first = [
-        len(tokenizer.encode(f"{SYSTEM} USER: {r['turns'][0].strip()} ASSISTANT:")) + 1
-        for r in records
-    ]
+    prompts = [f"{SYSTEM} USER: {record['turns'][0].strip()} ASSISTANT:" for record in records]
+    first = [len(tokenizer.encode(prompt)) + 1 for prompt in prompts]
     assert 0 < sum(n >= 160 for n in first) < 40
     assert not any(one + two for (one, two), n in zip(found.values(), first) if n >= 160)
-    assert sum(bool(one) for one, _ in found.values()) > 40 and any(
-        two for _, two in found.values()
-    )
+    assert sum(bool(one) for one, _ in found.values()) > 40
+    assert any(two for _, two in found.values())
     assert result["empty"] == sum(not text for turns in found.values() for text in turns)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows and files
 
 
 @pytest.fixture(scope="module")
 def checkpoints(folders):
-    """An MDLM and its AR twin of random weights, whose answers are noise, different for every question."""
+    """An MDLM and its AR twin of random weights: their answers are noise, another per question."""
     cfg = replace(tiny_run(folders / "trained"), **SIZE, cond_dim=0)
     spec = memory(folders / "trained", **SIZE).tokenizer
     return {kind: save(folders / f"{kind}.pt", change(cfg), spec) for kind, change in
@@ -436,11 +390,7 @@ HOT = ("--temperature", 1, "--steps", 12, "--new", 9)
 def test_an_answer_does_not_depend_on_its_batch(kind, checkpoints, run, tmp_path):
     for size in (1, 3, 32):
         run("gsm8k", checkpoints[kind], "--out", tmp_path / f"{size}", "--batch_size", size, *HOT)
-    assert (
-        (tmp_path / "1").read_bytes()
-        == (tmp_path / "3").read_bytes()
-        == (tmp_path / "32").read_bytes()
-    )
+    assert len({(tmp_path / size).read_bytes() for size in ("1", "3", "32")}) == 1
     lines = lines_of(tmp_path / "1")
     assert len({line["thought"] for line in lines}) == len({line["answer"] for line in lines}) == 8
     run("gsm8k", checkpoints[kind], "--out", tmp_path / "other", "--seed", 1, *HOT)
@@ -454,47 +404,40 @@ def test_a_problem_that_comes_twice_is_two_questions(checkpoints, run, tmp_path)
     assert result["questions"] == 2 and one["id"] != two["id"] and one["thought"] != two["thought"]
 
 
-def test_stages_have_random_numbers_of_their_own(checkpoints):
-    """Were the answer drawn with the thought's, equal canvases would give equal texts."""
+def test_thought_and_answer_have_different_random_numbers(checkpoints, monkeypatch):
+    """Otherwise equal canvases would give equal texts."""
     model, cfg = load(checkpoints["mdlm"])
-    tokenizer, rows = load_tokenizer(model.tokenizer), []
-    with pytest.MonkeyPatch.context() as patch:
-        nothing = lambda model, cfg, eos, prompts, given, *a, **k: (
-            rows.append(given) or [[]] * len(prompts)
-        )
-        patch.setattr(answer, "complete", nothing)
-        list(
-            dialogues(
-                model,
-                tokenizer,
-                cfg,
-                {i: ["a", "b"] for i in (0, 1, 5)},
-                [],
-                None,
-                48,
-                batch_size=2,
-            )
-        )
-    assert rows == [[0, 2], [1, 3], [10], [11]]
+    tokenizer, seen = load_tokenizer(model.tokenizer), []
+
+    def write_nothing(model, cfg, eos, prompts, rows, *args, **options):
+        seen.append(rows)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(answer, "complete", write_nothing)
+    questions = {i: ["a", "b"] for i in (0, 1, 5)}
+    list(converse(model, tokenizer, cfg, questions, [], None, 48, batch_size=2))
+    assert seen == [[0, 2], [1, 3], [10], [11]]
 
 
 def test_ar_rows_of_one_length_share_the_cache_and_end_early(folders, checkpoints):
-    """A call per token until the last has ended; in a batch all come out as alone."""
+    """One call per token until the last row has ended; the texts are those of single rows."""
     model, cfg = load(checkpoints["ar"])
     eos, calls, step = load_tokenizer(model.tokenizer).eos, [], model.next_logits
 
     def next_logits(x, past):
         calls.append(x.shape)
-        return step(x, past) + 5 * (
-            torch.arange(cfg.vocab_size) == eos
-        )  # answers of various lengths
+        likelier_end = 5 * (torch.arange(cfg.vocab_size) == eos)  # answers of various lengths
+        return step(x, past) + likelier_end
 
-    model.next_logits, how = next_logits, dict(sampler="ar", steps=1, seed=3, temperature=0.9)
+    model.next_logits, options = next_logits, dict(sampler="ar", steps=1, seed=4, temperature=0.9)
     prompts = [[eos, 5, 6, 7], [eos, 9], [eos, 6, 5, 7], [eos, *range(47)], [eos, *range(60)]]
-    alone = [complete(model, cfg, eos, [p], [i], 40, 48, **how)[0] for i, p in enumerate(prompts)]
-    model.forward = None  # whatever has no cache
+    alone = [
+        complete(model, cfg, eos, [prompt], [i], 40, 48, **options)[0]
+        for i, prompt in enumerate(prompts)
+    ]
+    model.forward = None  # fails if called: the cache serves all calls
     calls.clear()
-    assert complete(model, cfg, eos, prompts, [*range(5)], 40, 48, **how) == alone
+    assert complete(model, cfg, eos, prompts, [*range(5)], 40, 48, **options) == alone
     longest, both = max(len(alone[0]), len(alone[2])), [i for n, i in calls if n == 2]
     assert alone[3] == alone[4] == [] and 0 < min(map(len, alone[:3])) < longest < 40
     assert both == [*range(4, 4 + longest + 1)]
@@ -503,29 +446,30 @@ def test_ar_rows_of_one_length_share_the_cache_and_end_early(folders, checkpoint
 def test_only_n_new_tokens_then_end_of_text(checkpoints, monkeypatch):
     model, cfg = load(checkpoints["mdlm"])
     seen, bos, M = [], load_tokenizer(model.tokenizer).bos, cfg.mask_id
-    monkeypatch.setattr(
-        answer,
-        "frames",
-        lambda model, cfg, x, rows, sampler, **o: iter([seen.append(x) or x * 0 + 1]),
-    )
+
+    def frames(model, cfg, x, rows, sampler, **options):
+        seen.append(x)
+        yield torch.ones_like(x)
+
+    monkeypatch.setattr(answer, "frames", frames)
     got = complete(model, cfg, bos, [[bos, 5], [bos, 6, 7, 8]], [0, 1], 3, 6, sampler="ddpm")
     assert seen[0].tolist() == [[bos, 5, M, M, M, bos], [bos, 6, 7, 8, M, M]]
     assert got == [[1] * 4, [1] * 2]
 
 
-def killed(argv, after):
-    """The command, killed from within when it has written `after` batches."""
+def kill_after(argv, batches):
+    """The command, which kills itself when it has written so many batches."""
 
     def target():
-        whole = answer.dialogues
+        whole = answer.converse
 
         def part(*args, **options):
             for n, batch in enumerate(whole(*args, **options)):
-                if n == after:
+                if n == batches:
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield batch
 
-        answer.dialogues = part
+        answer.converse = part
         answer.main([*map(str, argv)])
 
     process = multiprocessing.get_context("fork").Process(target=target)
@@ -535,30 +479,31 @@ def killed(argv, after):
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "mt_bench"])
-def test_a_killed_run_goes_on_to_the_same_file(task, checkpoints, run, tmp_path):
-    """Killed twice, once with a line cut short; what is there is not asked again, and --limit may grow."""
-    own = ["--input", jsonl(tmp_path / "q.jsonl", ASKED)] if task == "mt_bench" else []
-    argv = [task, checkpoints["mdlm"], "--batch_size", 1, *HOT, *own]
+def test_a_killed_run_resumes_to_the_same_file(task, checkpoints, run, tmp_path, monkeypatch):
+    """Killed twice, once with an incomplete line. Answers in the file are not computed
+    again, and --limit may grow."""
+    more = ["--input", jsonl(tmp_path / "q.jsonl", QUESTIONS)] if task == "mt_bench" else []
+    argv = [task, checkpoints["mdlm"], "--batch_size", 1, *HOT, *more]
     run(*argv, "--out", tmp_path / "whole.jsonl")
     out = tmp_path / "part.jsonl"
-    killed([*argv, "--device", "cpu", "--out", out], 1)
+    kill_after([*argv, "--device", "cpu", "--out", out], 1)
     assert len(out.read_text().splitlines()) == 1
-    killed([*argv, "--device", "cpu", "--out", out], 1)
+    kill_after([*argv, "--device", "cpu", "--out", out], 1)
     written = out.read_bytes()
     assert written.count(b"\n") == 2
     for torn in (1, 9, 60, len(written) - written.index(b"\n") - 2):
         out.write_bytes(written + written[written.index(b"\n") + 1 :][:torn])
         run(*argv, "--out", out, "--limit", 1)
         assert out.read_bytes() == written
-    with pytest.MonkeyPatch.context() as patch:
-        asked, whole = [], answer.dialogues
-        patch.setattr(
-            answer,
-            "dialogues",
-            lambda m, t, c, todo, **k: asked.extend(todo) or whole(m, t, c, todo, **k),
-        )
-        result = run(*argv, "--out", out)
-    assert asked == [*range(2, result["questions"])]
+    numbers, whole = [], answer.converse
+
+    def converse(model, tokenizer, cfg, questions, *args, **options):
+        numbers.extend(questions)
+        return whole(model, tokenizer, cfg, questions, *args, **options)
+
+    monkeypatch.setattr(answer, "converse", converse)
+    result = run(*argv, "--out", out)
+    assert numbers == [*range(2, result["questions"])]
     clean = lambda path: lines_of(path, "tstamp", "model_id")
     assert clean(out) == clean(tmp_path / "whole.jsonl")
     assert task == "mt_bench" or out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -567,9 +512,10 @@ def test_a_killed_run_goes_on_to_the_same_file(task, checkpoints, run, tmp_path)
 
 def test_answers_of_anything_else_are_not_mixed_in(checkpoints, folders, run, tmp_path, capsys):
     out = tmp_path / "a.jsonl"
-    command = lambda path, *argv: answer.main(
-        ["gsm8k", str(path), "--device", "cpu", "--out", str(out), *map(str, argv)]
-    )
+
+    def command(path, *argv):
+        answer.main(["gsm8k", str(path), "--device", "cpu", "--out", str(out), *map(str, argv)])
+
     run("gsm8k", checkpoints["mdlm"], "--out", out, "--limit", 2, *HOT)
     before = out.read_bytes()
     state = torch.load(checkpoints["mdlm"], weights_only=True)
@@ -577,22 +523,16 @@ def test_answers_of_anything_else_are_not_mixed_in(checkpoints, folders, run, tm
     torch.save(state, tmp_path / "other.pt")
     paths = checkpoints | {"other": tmp_path / "other.pt"}
     for argv in (
-        ["mdlm", *HOT, "--seed", 1], ["mdlm", *HOT, "--new", 8], ["mdlm", *HOT, "--guidance", 0],
-        ["mdlm", *HOT, "--length", 40], ["mdlm", *HOT, "--sampler", "ddpm"], ["mdlm", *HOT, "--steps", 11],
-        ["mdlm", *HOT, "--temperature", 2], ["mdlm", *HOT, "--dtype", "bfloat16"], ["ar", *HOT],
-        ["other", *HOT],
+        ["mdlm", "--seed", 1], ["mdlm", "--new", 8], ["mdlm", "--guidance", 0],
+        ["mdlm", "--length", 40], ["mdlm", "--sampler", "ddpm"], ["mdlm", "--steps", 11],
+        ["mdlm", "--temperature", 2], ["mdlm", "--top_p", 0.5], ["mdlm", "--dtype", "bfloat16"],
+        ["ar"], ["other"],
     ):  # fmt: skip
-        again = lambda argv=argv: command(paths[argv[0]], *argv[1:])
+        again = lambda argv=argv: command(paths[argv[0]], *HOT, *argv[1:])
         refused(capsys, again, "a.jsonl: answers of another checkpoint, other options")
         assert out.read_bytes() == before
-    for text in (
-        "my notes",
-        '{"my": "notes"}',
-        '{"id": "my notes"}\n',
-        "[1]\n",
-        '{"answer_id": [1]}\n',
-        "\n",
-    ):
+    notes = "my notes", '{"my": "notes"}', '{"id": "my notes"}\n'
+    for text in (*notes, "[1]\n", '{"answer_id": [1]}\n', "\n"):
         out.write_text(text)
         refused(capsys, lambda: command(checkpoints["mdlm"], *HOT), "a.jsonl: answers of another")
         assert out.read_text() == text
@@ -600,31 +540,54 @@ def test_answers_of_anything_else_are_not_mixed_in(checkpoints, folders, run, tm
     (tmp_path / "data").mkdir()
     text = (folders / "trained" / "test.jsonl").read_text()
     (tmp_path / "data" / "test.jsonl").write_text(text.replace("Bob", "Rob"))
-    refused(
-        capsys,
-        lambda: command(checkpoints["mdlm"], *HOT, "--data", tmp_path / "data"),
-        "a.jsonl: answers of another",
-    )
+    again = lambda: command(checkpoints["mdlm"], *HOT, "--data", tmp_path / "data")
+    refused(capsys, again, "a.jsonl: answers of another")
 
 
-def test_a_samplers_own_option_counts(checkpoints, run, tmp_path, capsys):
-    at = lambda value, out: [
-        "gsm8k", checkpoints["mdlm"], "--limit", 4, *HOT, "--sampler", "threshold", "--threshold", value, "--out",
-        tmp_path / out,
-    ]  # fmt: skip
-    assert run(*at(0, "a"))["threshold"] == 0 and run(*at(1, "b"))["threshold"] == 1
-    texts = [[json.loads(line)["thought"] for line in open(tmp_path / out)] for out in "ab"]
-    assert texts[0] != texts[1]
-    refused(
-        capsys, lambda: answer.main([*map(str, at(1, "a")), "--device", "cpu"]), "other options"
-    )
+@pytest.fixture
+def write(checkpoints, run, tmp_path):
+    """write(*options): the thoughts of four problems with these options, and the JSON."""
+
+    def call(*options, kind="mdlm"):
+        out = tmp_path / f"{len([*tmp_path.iterdir()])}.jsonl"
+        argv = ["--limit", 4, "--new", 9, "--temperature", 1, "--out", out, *options]
+        result = run("gsm8k", checkpoints[kind], *argv)
+        return [line["thought"] for line in lines_of(out)], result
+
+    return call
+
+
+@pytest.mark.parametrize("sampler, name", [
+    (sampler, name) for sampler, f in SAMPLERS.items() for name in default_options(f)
+])  # fmt: skip
+def test_each_samplers_option_changes_the_answers(sampler, name, write):
+    argv = ("--steps", 20, "--sampler", sampler)
+    low, result = write(*argv, f"--{name}", 0)
+    assert result[name] == 0 and "sampler_options" not in result
+    assert low != write(*argv, f"--{name}", min(OPTIONS[name], 9))[0]
+    default = default_options(SAMPLERS[sampler])[name]
+    assert write(*argv, f"--{name}", default)[0] == write(*argv)[0]
+
+
+@pytest.mark.parametrize("kind", ["mdlm", "ar"])
+def test_top_p_and_steps_change_the_answers(kind, write):
+    """A tiny nucleus is greedy."""
+    argv = ("--steps", 20, "--sampler", "ddpm" if kind == "mdlm" else "ar")
+    plain, result = write(*argv, kind=kind)
+    assert result["top_p"] == result["temperature"] == 1
+    small, result = write(*argv, "--top_p", 1e-9, kind=kind)
+    assert result["top_p"] == 1e-9 and small != plain
+    assert write(*argv, "--temperature", 0, kind=kind)[0] == small
+    assert kind == "ar" or write(*argv, "--steps", 1)[0] != plain
 
 
 def test_by_default_the_answers_stand_beside_the_checkpoint(checkpoints, run, tmp_path):
     (tmp_path / "ckpt.pt").write_bytes(checkpoints["ar"].read_bytes())
     for path in (tmp_path / "ckpt.pt", tmp_path):
         assert run("gsm8k", path, "--limit", 1)["out"] == str(tmp_path / "gsm8k.jsonl")
-    result = run("mt_bench", tmp_path, "--input", jsonl(tmp_path / "q.jsonl", ASKED), "--limit", 1)
+    result = run(
+        "mt_bench", tmp_path, "--input", jsonl(tmp_path / "q.jsonl", QUESTIONS), "--limit", 1
+    )
     assert result["out"] == str(tmp_path / "mt_bench.jsonl") and result["sampler"] == "ar"
     assert (result["guidance"], result["temperature"]) == (0, 1.0)
 
@@ -635,7 +598,7 @@ def test_by_default_the_answers_stand_beside_the_checkpoint(checkpoints, run, tm
     (["mt_bench", "--data", "x"], ["--data: not for mt_bench"]),
     (["mt_bench"], ["needs --input"]),
     (["mt_bench", "--input", "gone.jsonl"], ["gone.jsonl: No such file"]),
-    (["gsm8k", "--data", "nowhere/here"], ["nowhere/here/test.jsonl: no such file", "prepare.py gsm8k"]),
+    (["gsm8k", "--data", "no/data"], ["no/data/test.jsonl: no such file", "prepare.py gsm8k"]),
     (["gsm8k", "--length", "49"], ["--length 49", "48"]),
     (["gsm8k", "--length", "1"], ["--length 1", "at least 2"]),
     (["gsm8k", "--new", "0"], ["--new 0"]),
@@ -643,6 +606,7 @@ def test_by_default_the_answers_stand_beside_the_checkpoint(checkpoints, run, tm
     (["gsm8k", "--limit", "0"], ["--limit 0"]),
     (["gsm8k", "--steps", "0"], ["--steps 0"]),
     (["gsm8k", "--temperature", "-1"], ["--temperature"]),
+    (["gsm8k", "--top_p", "0"], ["--top_p 0.0: must be above 0 and at most 1"]),
     (["gsm8k", "--guidance", "-1"], ["--guidance"]),
     (["gsm8k", "--batch_size", "0"], ["--batch_size 0"]),
     (["gsm8k", "--sampler", "magic"], ["--sampler", "confidence"]),
@@ -658,21 +622,17 @@ def test_bad_arguments(argv, words, checkpoints, tmp_path, capsys, monkeypatch):
 def test_bad_models_and_bad_records(checkpoints, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     letters = save(tmp_path / "letters.pt", tiny_run("nowhere"))
-    refused(capsys, lambda: answer.main(["gsm8k", str(letters), *out]), "no end-of-text")
-    refused(
-        capsys,
-        lambda: answer.main(["gsm8k", str(checkpoints["ar"]), "--guidance", "1", *out]),
-        "not for an AR model",
-    )
-    refused(
-        capsys,
-        lambda: answer.main(["gsm8k", str(checkpoints["ar"]), "--sampler", "ddpm", *out]),
-        "--sampler ddpm",
-    )
-    good = json.dumps(ASKED[0])
+    for path, options, words in (
+        (letters, [], "no end-of-text"),
+        (checkpoints["ar"], ["--guidance", "1"], "not for an AR model"),
+        (checkpoints["ar"], ["--sampler", "ddpm"], "--sampler ddpm"),
+    ):
+        argv = ["gsm8k", str(path), *options, *out]
+        refused(capsys, lambda argv=argv: answer.main(argv), words)
+    good = json.dumps(QUESTIONS[0])
     for name, text, words in (
         ("a.jsonl", good + "\nhello\n", ["a.jsonl: line 2: not JSON"]),
-        ("b.jsonl", good + '\n{"turns": ["a"]}\n', ["b.jsonl: record 2: must have question_id and turns"]),
+        ("b.jsonl", good + '\n{"turns": ["a"]}\n', ["b.jsonl: record 2: must have question_id"]),
         ("c.jsonl", '{"question_id": 1, "turns": "no list"}', ["c.jsonl: record 1"]),
         ("d.jsonl", '{"question_id": 1, "turns": []}', ["d.jsonl: record 1"]),
         ("e.jsonl", '{"question_id": 1, "turns": ["a", "b", "c"]}', ["e.jsonl: record 1"]),
@@ -692,17 +652,18 @@ def test_bad_models_and_bad_records(checkpoints, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# From training on
+# --------------------------------------------------------------------------------------------------
+# With training
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, steps", [("ar", 150), ("mdlm", 1200)])
 def test_a_trained_model_answers_what_it_was_taught(kind, steps, folders, run, tmp_path):
     cfg = Config(
-        data=str(folders / "trained"), **SIZE, n_layer=2, n_head=2, n_embd=64, cond_dim=0, steps=steps,
-        batch_size=16, micro_batch=16, lr=2e-3, muon_lr=0.02, lr_decay="linear", warmup=5, ema=0.0, samples=0,
-        eval_every=10**6, save_every=10**6, dtype="float32", device="cpu", out_dir=str(tmp_path / "run"),
+        data=str(folders / "trained"), **SIZE, n_layer=2, n_head=2, n_embd=64, cond_dim=0,
+        steps=steps, batch_size=16, micro_batch=16, lr=2e-3, muon_lr=0.02, lr_decay="linear",
+        warmup=5, ema=0.0, samples=0, eval_every=10**6, save_every=10**6, dtype="float32",
+        device="cpu", out_dir=str(tmp_path / "run"),
     )  # fmt: skip
     train.main(as_ar(cfg) if kind == "ar" else cfg)
     assert run("gsm8k", tmp_path / "run")["right"] == 8

@@ -1,88 +1,44 @@
-"""Data: every tokenizer returns the text, every data set equals a slow and obvious reference, and whatever is
-wrong with the input is one line on stderr, exit code 2 and no folder."""
+"""Data: every tokenizer returns the text, every data set equals a slow and obvious reference, and
+whatever is wrong with the input is one line on stderr, exit code 2 and no folder."""
 
-import http.server
+import ast
+import csv
+import graphlib
+import gzip
+import inspect
+import io
+import itertools
 import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
-import threading
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, SHARED, TRICKY, make, needs_gpt2
 
+import data.corpus as corpus_module
 import data.prepare as prepare
+import data.pretrain as pretrain
+import data.texts as texts_module
 from configs import Config
 from data.corpus import read_meta, read_split, training_rows
 from data.tokenizer import load_tokenizer, train_bpe
-
-ROOT = Path(__file__).resolve().parents[2]
-GPT2 = ROOT.parent / "shared" / "tiktoken"  # GPT-2's vocabulary, where tests must not download it
-if GPT2.exists():
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(GPT2))
-needs_gpt2 = pytest.mark.skipif(
-    "TIKTOKEN_CACHE_DIR" not in os.environ, reason=f"no GPT-2 vocabulary at {GPT2}"
-)
-
-
-def make(*argv):
-    """Run prepare.py's command line; returns what it wrote: meta and {split: ids}."""
-    argv = [str(a) for a in argv]
-    prepare.main(argv)
-    folder = Path(argv[argv.index("--out") + 1])
-    meta = read_meta(str(folder))
-    assert not folder.with_name(folder.name + ".partial").exists()
-    assert {p.name for p in folder.iterdir()} == {"meta.json"} | {
-        f"{s}.bin" for s in meta["splits"]
-    }
-    return meta, {s: np.fromfile(folder / f"{s}.bin", meta["dtype"]) for s in meta["splits"]}
 
 
 def hashes(meta):
     return {split: of["sha256"] for split, of in meta["splits"].items()}
 
 
-@pytest.fixture
-def refused(capfd):
-    """refused(call, *words): the call exits with 2 and one line on stderr that holds all the words."""
-
-    def check(call, *words):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as e:
-            call()
-        err = capfd.readouterr().err
-        assert e.value.code == 2
-        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
-        for word in words:
-            assert str(word) in err, err
-
-    return check
-
-
-@pytest.fixture
-def refuses(refused, tmp_path):
-    """refuses(argv, *words): as above for a command line, which also leaves nothing behind."""
-
-    def check(argv, *words, out=tmp_path / "new" / "out"):
-        refused(lambda: prepare.main([*map(str, argv), "--out", str(out)]), *words)
-        assert not out.exists() and not out.with_name("out.partial").exists()
-
-    return check
-
-
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizers
-
-TRICKY = [
-    "", " ", "\n\n  \n", "plain", "naïve façade", "Привет", "日本語のテキスト", "👩‍👩‍👧‍👦 🏳️‍🌈", "a\u0301 \u200b\ufeff", "\x00\x7f\x1b[0m",
-    "<|endoftext|>", "<|im_start|>[MASK]</s><pad>", "x" * 500, "\r\n\t\v\f", "█",
-]  # fmt: skip
-
 
 SPECS = [  # text to be covered -> spec
     pytest.param(lambda text: train_bpe(["the cat sat on the mat " * 20], 300), id="bpe"),
@@ -120,7 +76,7 @@ def test_decoding_an_encoding_returns_the_text(spec_for):
 def test_text_that_looks_special_is_only_text(spec_for):
     tokenizer = load_tokenizer(spec_for("<|endoftext|>"))
     ids = tokenizer.encode("<|endoftext|>")
-    assert len(ids) > 1 and prepare.EOT not in ids
+    assert len(ids) > 1 and pretrain.EOT not in ids
 
 
 def test_partial_characters_and_masks_are_shown():
@@ -140,7 +96,76 @@ def test_tokenizer_errors_are_one_line_that_names_the_culprit():
             load_tokenizer(spec)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Training a BPE
+
+
+def train_plainly(texts, vocab_size):
+    """The spec of a BPE whose words are not cut."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(texts, trainer)
+    return {"kind": "bpe", "json": model.to_str()}
+
+
+@pytest.mark.parametrize(
+    "name", ["tinyshakespeare", pytest.param("pydocs", marks=pytest.mark.slow)]
+)
+def test_ordinary_text_has_the_same_vocabulary_as_without_cut_words(name):
+    if name == "tinyshakespeare":
+        path = SHARED / "data" / "tinyshakespeare.txt"
+        if not path.exists():
+            pytest.skip(f"no real data at {path}")
+        documents = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    else:
+        documents = list(texts_module.drop_repeats(sorted(set(texts_module.read_docstrings()))))
+    assert train_bpe(documents, 2048) == train_plainly(documents, 2048)
+
+
+@pytest.mark.parametrize("letters", ["ACGT", "A"])
+def test_text_without_spaces_trains_in_seconds(letters):
+    text = "".join(random.Random(0).choices(letters, k=10**6))
+    start = time.monotonic()
+    tokenizer = load_tokenizer(train_bpe([text], 2048))
+    ids = tokenizer.encode(text)
+    assert time.monotonic() - start < 60  # about 5; without cut words several minutes
+    assert tokenizer.decode(ids) == text and len(ids) < 300_000
+
+
+def test_an_error_in_the_texts_ends_the_training():
+    def break_off():
+        yield "some text"
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        train_bpe(break_off(), 300)
+
+
+def test_long_training_shows_progress_and_ends_with_ctrl_c(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"{i} {i * i}\n" for i in range(10**6)))
+    code = "import data.tokenizer as t, data.prepare as p; t.REPORT_EVERY = 0.1; p.main()"
+    argv = ["text", "--input", tmp_path / "a.txt", "--out", tmp_path / "out"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *argv], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as run:
+        line = run.stderr.readline()
+        assert re.fullmatch(r"training the tokenizer: counted [\d,]+ characters, \d+ s\n", line)
+        run.send_signal(signal.SIGINT)
+        start = time.monotonic()
+        rest = run.stderr.read().splitlines()
+    assert run.returncode == 130 and time.monotonic() - start < 10
+    assert rest[-1] == "interrupted" and all(line.startswith("training") for line in rest[:-1])
+    assert {p.name for p in tmp_path.iterdir()} == {"a.txt"}
+
+
+# --------------------------------------------------------------------------------------------------
 # pydocs
 
 
@@ -176,10 +201,10 @@ def test_pydocs(tmp_path, capsys):
 
 def test_pydocs_goes_on_without_topics(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    assert list(prepare.topic_sections()) == []
+    assert list(texts_module.read_topics()) == []
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # text8
 
 
@@ -189,7 +214,7 @@ def small_text8(tmp_path, monkeypatch):
     text = "".join(rng.choice(" etaoinshrdlucmfwypvbgkjqxz") for _ in range(10_007))
     with zipfile.ZipFile(tmp_path / "text8.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("text8", text)
-    monkeypatch.setattr(prepare, "TEXT8_CHARACTERS", len(text))
+    monkeypatch.setattr(texts_module, "TEXT8_CHARACTERS", len(text))
     return text
 
 
@@ -212,48 +237,6 @@ def test_text8_from_a_zip_and_from_the_raw_file(small_text8, tmp_path, capsys):
     assert f"python train.py text8_mdlm --data={tmp_path}/b\n" in capsys.readouterr().out
 
 
-class Files(http.server.BaseHTTPRequestHandler):
-    """GET and HEAD of `files` {path: bytes}; `cut` ends every body that many bytes early."""
-
-    files, cut = {}, 0
-
-    def do_GET(self):
-        body = self.files.get(self.path.split("?")[0])
-        self.send_response(404 if body is None else 200)
-        body = body or b"{}"
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Type", "application/json")
-        self.send_header("ETag", f'"{len(body)}"')
-        self.send_header("X-Repo-Commit", "c0ffee" * 6 + "c0de")
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body[: len(body) - self.cut])
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """serve(files, cut=0) -> address of a web server on this machine."""
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    servers = []
-
-    def start(files, cut=0):
-        handler = type("Handler", (Files,), dict(files=files, cut=cut))
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
 def test_text8_download(small_text8, tmp_path, serve, monkeypatch, refuses):
     files = {"/text8.zip": (tmp_path / "text8.zip").read_bytes()}
     for url, words in {
@@ -261,9 +244,9 @@ def test_text8_download(small_text8, tmp_path, serve, monkeypatch, refuses):
         serve(files, cut=9) + "/text8.zip": ["text8.zip: the download stopped after"],
         "http://127.0.0.1:9/text8.zip": ["refused"],
     }.items():
-        monkeypatch.setattr(prepare, "TEXT8_URL", url)
+        monkeypatch.setattr(texts_module, "TEXT8_URL", url)
         refuses(["text8"], *words)
-    monkeypatch.setattr(prepare, "TEXT8_URL", serve(files) + "/text8.zip")
+    monkeypatch.setattr(texts_module, "TEXT8_URL", serve(files) + "/text8.zip")
     check_text8(small_text8, *make("text8", "--out", tmp_path / "a"))
 
 
@@ -276,8 +259,8 @@ def test_text8_bad_input(small_text8, tmp_path, refuses):
     for name, content, words in [
         ("gone.zip", None, ["No such file"]),
         ("not.zip", b"hello", ["not a zip"]),
-        ("half.zip", good[: len(good) // 2], ["not a zip file, or not all of it"]),
-        ("corrupt.zip", corrupt, ["not a zip file, or not all of it"]),
+        ("half.zip", good[: len(good) // 2], ["not a zip file, or incomplete"]),
+        ("corrupt.zip", corrupt, ["not a zip file, or incomplete"]),
         ("other.zip", (tmp_path / "other.zip").read_bytes(), ["no member named text8"]),
         ("short", small_text8[:-1].encode(), ["10,006 characters", "10,007"]),
         ("empty", b"", ["0 characters"]),
@@ -296,7 +279,7 @@ def test_text8_bad_input(small_text8, tmp_path, refuses):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # openwebtext
 
 DOCS = [
@@ -413,7 +396,7 @@ def test_openwebtext_resumes_after_a_failure(tmp_path, refused, monkeypatch):
         monkeypatch.context() as patch,
         pytest.raises(ZeroDivisionError),
     ):  # killed again, at the very end
-        patch.setattr(prepare, "finish", lambda *a: 1 / 0)
+        patch.setattr("data.shards.finish", lambda *a: 1 / 0)
         prepare.main(argv)
     after = (work / "00000.bin").stat()
     assert (after.st_ino, after.st_mtime_ns) == (
@@ -448,9 +431,10 @@ def test_openwebtext_redoes_a_shard_whose_file_changed(tmp_path, refused):
 @needs_gpt2
 @pytest.mark.slow
 def test_openwebtext_from_the_hub(tmp_path, serve):
-    """The real huggingface_hub against a small imitation of the hub, in a process of its own (HF_ENDPOINT)."""
+    """The real huggingface_hub against a small imitation of the hub, in a process of its own
+    (HF_ENDPOINT)."""
     one, two = write_shards(tmp_path / "shards")
-    sha, repo = "c0ffee" * 6 + "c0de", prepare.OPENWEBTEXT
+    sha, repo = "c0ffee" * 6 + "c0de", pretrain.OPENWEBTEXT
     names = ["README.md", f"data/{two.name}", f"data/{one.name}", "data/test-0.parquet"]
     info = dict(
         id=repo, sha=sha, siblings=[dict(rfilename=n) for n in names], tags=[], downloads=0, likes=0
@@ -466,7 +450,9 @@ def test_openwebtext_from_the_hub(tmp_path, serve):
     )
 
     def run(docs, *more):
-        code = f"import data.prepare as p; p.OPENWEBTEXT_DOCS = {docs}; p.main()"
+        code = (
+            f"import data.prepare as p, data.pretrain as d; d.OPENWEBTEXT_DOCS = {docs}; p.main()"
+        )
         argv = ["openwebtext", "--val_docs", "9", "--out", tmp_path / "a", *more]
         return subprocess.run(
             [sys.executable, "-c", code, *argv], env=env, cwd=ROOT, capture_output=True, text=True
@@ -493,14 +479,14 @@ def test_openwebtext_from_the_hub(tmp_path, serve):
 def test_openwebtext_bad_input(tmp_path, refuses):
     one, two = write_shards(tmp_path / "shards")
     (other,) = write_shards(tmp_path / "other", sizes=[45], column="body")
-    (null,) = write_shards(tmp_path / "null", docs=["a", None], sizes=[2])
+    (numbers,) = write_shards(tmp_path / "numbers", docs=[1, 2], sizes=[2])
     half, notes = tmp_path / "half.parquet", tmp_path / "notes.txt"
     half.write_bytes(one.read_bytes()[:500])
     notes.write_text("not a parquet file at all")
     run = ["openwebtext", "--workers", 1, "--input"]
     refuses([*run, tmp_path / "gone.parquet"], "gone.parquet: no such file")
     refuses([*run, other], other, "no column 'text'", "body")
-    refuses([*run, null], null, "not text")
+    refuses([*run, numbers], numbers, "row 1: its field 'text' is not text")
     refuses([*run, half], half)
     refuses([*run, notes], notes)
     refuses(["openwebtext", "--wrap", 2, "--input", one], "--wrap=2: must be at least 3")
@@ -526,7 +512,7 @@ def test_openwebtext_too_small(tmp_path, refused, options, words):
     assert not (tmp_path / "a").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # text
 
 
@@ -552,11 +538,120 @@ def test_text_of_the_users(tmp_path, tokenizer, capsys):
     assert {s: of["characters"] for s, of in meta["splits"].items()} == {
         s: len(t) for s, t in expected.items()
     }
-    command = f"train.py pydocs_mdlm --data={tmp_path}/mine --vocab_size={codec.vocab_size} --out_dir=out/mine\n"
+    command = f"train.py pydocs_mdlm --data={tmp_path}/mine --vocab_size={codec.vocab_size}"
+    command += " --out_dir=out/mine\n"
     assert command in capsys.readouterr().out
     if tokenizer == "char":
         assert meta["tokenizer"]["characters"] == "".join(sorted(set(whole)))
     assert read_split(str(tmp_path / "mine"), "val", Config(vocab_size=codec.vocab_size))[1] == meta
+
+
+RECORDS = [dict(id=i, text=f'Text {i}, naïve 🐈.\nTwo "lines"\n' * (i % 3)) for i in range(30)]
+JOINED = "".join(r["text"] + "\n" for r in RECORDS if r["text"])
+
+
+def write_records(path, column="text"):
+    """RECORDS in the format of the file's name, with a byte order mark and a blank line."""
+    name, records = path.name.lower(), [{"id": r["id"], column: r["text"]} for r in RECORDS]
+    if name.endswith(".parquet"):
+        return write_shards(path.parent, [r["text"] for r in RECORDS], [30], column)[0]
+    text = io.StringIO(newline="")
+    if ".csv" in name:
+        csv.writer(text, lineterminator="\r\n").writerows([records[0], *map(dict.values, records)])
+    elif name.endswith(".list.json"):
+        json.dump(records, text)
+    else:
+        text.write("\n".join(json.dumps(r, ensure_ascii=r["id"] % 2 == 0) for r in records[:9]))
+        text.write("\n \n" + "".join(json.dumps(r) + "\r\n" for r in records[9:]))
+    raw = ("\ufeff" + text.getvalue()).encode()
+    path.write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    return path
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe", pytest.param("gpt2", marks=needs_gpt2)])
+def test_text_of_a_column(tmp_path, tokenizer):
+    names = "a.jsonl a.JSONL a.json a.json.gz a.Jsonl.gz a.list.json a.csv a.CSV.gz a.parquet"
+    for i, name in enumerate(names.split()):
+        (tmp_path / f"{i}").mkdir()
+        path = write_records(tmp_path / f"{i}" / name, "content")
+        run = ["--tokenizer", tokenizer, "--column", "content", "--out", tmp_path / f"{i}" / "out"]
+        meta, ids = make("text", "--input", path, *run)
+        codec = load_tokenizer(meta["tokenizer"])
+        assert "".join(codec.decode(part) for part in ids.values()) == JOINED, name
+    assert make("text", "--input", write_records(tmp_path / "a.jsonl"), "--out", tmp_path / "b")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(JOINED.encode()))
+    run = ["--tokenizer", "char", "--out", tmp_path / "c"]
+    meta, ids = make("text", "--input", tmp_path / "a.txt.gz", tmp_path / "a.jsonl", *run)
+    text = "".join(load_tokenizer(meta["tokenizer"]).decode(part) for part in ids.values())
+    assert text == JOINED + JOINED
+
+
+@needs_gpt2
+def test_nulls_and_halves_of_surrogate_pairs(tmp_path, capsys):
+    """A null is left out, half a pair becomes ?, and both are counted."""
+    rows = ["one", None, "half \ud83d end", "a pair \ud83d\udc08", None]
+    expected = ["one", "half ? end", "a pair 🐈"]
+    a, b, c = tmp_path / "a.jsonl", tmp_path / "b.csv", tmp_path / "c.json"
+    a.write_text("".join(json.dumps(dict(body=row)) + "\n" for row in rows))
+    b.write_text("id,body\n1,one\n2\n3,half ? end\n4,a pair 🐈\n", encoding="utf-8")
+    c.write_text(json.dumps([dict(body=row) for row in rows]))
+    (d,) = write_shards(tmp_path / "d", ["one", None, *expected[1:]], [4], "body")
+    argv = ["--column", "body", "--val_docs", 3, "--workers", 1, "--out", tmp_path / "owt"]
+    meta, ids = make("openwebtext", "--input", a, b, c, d, *argv)
+    gpt2 = load_tokenizer({"kind": "gpt2"})
+    wanted = [i for text in expected for i in [*gpt2.encode(text), gpt2.eos]]
+    assert ids["train"].tolist() == wanted * 3 and ids["val"].tolist() == wanted
+    out = capsys.readouterr().out
+    for path, n in {a: 2, b: 1, c: 2, d: 1}.items():
+        assert f"{path}: left out {n} records whose 'body' is null\n" in out
+    for path in (a, c):
+        assert f"{path}: put ? for half a surrogate pair in 1 records\n" in out
+    assert f"{b}: put" not in out and f"{d}: put" not in out
+    make("text", "--input", a, "--column", "body", "--tokenizer", "char", "--out", tmp_path / "t")
+    assert f"{a}: left out 2 records whose 'body' is null\n" in capsys.readouterr().out
+
+
+def test_bad_files_with_columns(tmp_path, refuses):
+    for name, raw, words in [
+        ("a.jsonl", b'\n{"text": "fine"}\n\n{"text"\n', "line 4: not JSON (Expecting ':'"),
+        ("b.jsonl", b'{"text": "fine"}\n{"text": 5}\n', "line 2: its field 'text' is not text"),
+        ("c.jsonl", b'{"text": "fine"}\n["text"]\n', "line 2: must have a field 'text'"),
+        ("d.jsonl", b'{"text": "caf\xe9"}\n', "line 1: not UTF-8"),
+        ("e.jsonl", b'{"text": null}\n', "empty"),
+        ("f.jsonl.gz", gzip.compress(b'{"text": "fine"}\n')[:-9], "f.jsonl.gz: "),
+        ("g.json", b'[\n{"text": "fine"},\n{"text": }]', "line 3: not JSON"),
+        ("h.json", b'[{"text": "fine"}, {"body": ""}]', "record 2: must have a field 'text'"),
+        ("i.csv", b"id,body\n1,a\n", "has no column 'text', only id, body"),
+        ("j.csv", b'id,text\n1,"a"b\n', "line 2: not CSV"),
+        ("k.csv", b'id,text\n1,a\n2,"open\nto the end', "line 4: not CSV (unexpected end of data)"),
+        ("l.csv", b"id,text\n1,caf\xe9\n", "line 2: not UTF-8"),
+        ("m.csv", b"", "has no column 'text'"),
+        ("n.parquet", b"PAR1 and no more", "n.parquet: "),
+    ]:  # fmt: skip
+        (tmp_path / name).write_bytes(raw)
+        refuses(["text", "--input", tmp_path / name], name, words)
+    (tmp_path / "o.txt").write_text("some text\n" * 9)
+    refuses(["text", "--input", tmp_path / "o.txt", "--column", "a"], "--column=a: needs a .jsonl")
+    refuses(["text", "--input", tmp_path / "gone.csv"], "error: " + str(tmp_path / "gone.csv: No"))
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "abc " * 50_000 + "\n")
+    run = ["--tokenizer", "char", "--out", tmp_path / "a"]
+    meta, _ = make("text", "--input", tmp_path / "a.csv", *run)
+    assert sum(split["tokens"] for split in meta["splits"].values()) == 200_002
+
+
+def test_names_that_a_windows_pipe_cannot_show(tmp_path):
+    """cp1252 has no Japanese letters; the output shows ? for them."""
+    (tmp_path / "本.csv").write_text('text\n"a row of text,\nand more"\n', encoding="utf-8")
+    argv = ["text", "--input", tmp_path / "本.csv", "--tokenizer", "char", "--out", tmp_path / "日"]
+    result = subprocess.run(
+        [sys.executable, ROOT / "data" / "prepare.py", *argv],
+        env=dict(os.environ, PYTHONIOENCODING="cp1252"), capture_output=True, check=True,
+    )  # fmt: skip
+    assert b"--data=%s/? " % os.fsencode(tmp_path) in result.stdout and result.stderr == b""
+    assert read_meta(f"{tmp_path}/日")["source"] == "本.csv"
 
 
 def test_text_longer_than_one_piece(tmp_path):
@@ -607,6 +702,7 @@ def test_options_and_names(tmp_path, refuses):
         ["wikitext"], "'wikitext'", "pydocs, text8, openwebtext, lm1b, ptb", "wikitext2", "text"
     )
     refuses(["pydocs", "--input", "x"], "--input does not apply to pydocs")
+    refuses(["lm1b", "--column", "x"], "--column does not apply to lm1b")
     refuses(["text8", "--wrap", "8"], "--wrap does not apply to text8", "--input")
     refuses(["text", "--workers", "2"], "--workers does not apply to text")
     refuses(["openwebtext", "--tokenizer", "char"], "--tokenizer does not apply to openwebtext")
@@ -617,6 +713,85 @@ def test_options_and_names(tmp_path, refuses):
     )
     refuses(["openwebtext", "--wrap", "wide"], "--wrap", "wide")
     refuses(["pydocs", "--fast"], "--fast")
+
+
+NAMED_OPTIONS = {
+    "dump": ["CC-MAIN-2023-50", "CC-MAIN-2024-10"], "packed": [True], "no_eot": [True],
+    "wrap": [0, 3, 64, 128, 256, 1024, 2048],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", prepare.DATASETS)
+def test_the_hint_for_a_missing_folder_makes_that_folder(name, tmp_path, monkeypatch, capsys):
+    """For every combination of the options that a folder's name shows, hence `evaluate --data`."""
+    monkeypatch.setattr("data.corpus.ROOT", tmp_path)
+    allowed = prepare.dataset_options(name)
+    shown = {option: allowed[option] for option in NAMED_OPTIONS if option in allowed}
+    assert corpus_module.NAMES[name] == shown and corpus_module.NAMES.keys() == {*prepare.DATASETS}
+    made = []
+    monkeypatch.setattr(prepare, "announce", lambda meta, **options: made.append(meta))
+    choices = [[(option, value) for value in [None, *NAMED_OPTIONS[option]]] for option in shown]
+    for combination in itertools.product(*choices):
+        options = {option: value for option, value in combination if value is not None}
+        folder = prepare.default_folder(name, **options)
+        with pytest.raises(SystemExit):
+            read_meta(folder)
+        hint = capsys.readouterr().err.rstrip("\n").rpartition("python data/prepare.py ")[2]
+        assert ("--input" in hint or "--out" in hint) == (name in ("text", "reversal"))
+
+        def note_folder(path, **kwargs):
+            return path.name
+
+        note_folder.__signature__ = inspect.signature(prepare.DATASETS[hint.split()[0]])
+        monkeypatch.setitem(prepare.DATASETS, hint.split()[0], note_folder)
+        prepare.main(hint.split())
+        assert made.pop() == folder
+
+
+def test_other_folders_are_own_texts(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr("data.corpus.ROOT", tmp_path)
+    for folder in (
+        "mine text text8_wrap9 pydocs_packed lm1b_no_eot ptb_packed ptb_wrap1024 lm1b_wrap128 "
+        "fineweb lm1b_wrap064 lm1b_wrap64_packed gsm8k_wrap256 openwebtext_wrap0 "
+        "ptb_CC-MAIN-2024-10"
+    ).split():
+        command = f"python data/prepare.py text --input FILE... --out {folder}\n"
+        refused(lambda folder=folder: read_meta(folder), command)
+
+
+def test_modules_do_not_import_in_circles():
+    """Nor from the folders of commands; in functions they import packages that are optional."""
+    optional = {"tokenizers", "tiktoken", "pyarrow", "huggingface_hub", "pydoc_data", "wandb"}
+    others = {path.stem for path in ROOT.glob("*.py")} | {"tasks", "extra", "tests"}
+    graph = {}
+    for path in (ROOT / "data").glob("*.py"):
+        tree, graph[f"data.{path.stem}"] = ast.parse(path.read_bytes()), set()
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for node in (node for function in functions for node in ast.walk(function)):
+            assert (
+                not isinstance(node, ast.Import) or node.names[0].name.partition(".")[0] in optional
+            )
+            assert not isinstance(node, ast.ImportFrom) or node.module.partition(".")[0] in optional
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                if node.module.startswith("data"):
+                    graph[f"data.{path.stem}"].add(node.module)
+                elif node.module.partition(".")[0] in others:
+                    assert node.module in {"common", "configs", "diffusion"}, (path, node.module)
+    assert "data.corpus" in graph["data.shards"]
+    list(graphlib.TopologicalSorter(graph).static_order())  # CycleError
+
+
+def test_text_files_are_opened_as_utf8():
+    """On Windows the default is another encoding."""
+    for path in (ROOT / "data").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            binary = any("b" in str(getattr(arg, "value", "")) for arg in node.args[1:2])
+            if name in ("read_text", "write_text") or name == "open" and not binary:
+                assert "encoding" in [k.arg for k in node.keywords], (path, node.lineno)
 
 
 def test_a_folder_is_replaced_only_when_asked_and_only_by_a_complete_one(tmp_path, refused):
@@ -640,13 +815,14 @@ def test_a_folder_is_replaced_only_when_asked_and_only_by_a_complete_one(tmp_pat
     assert (out / "chapter1.txt").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
 @pytest.fixture
 def counting(tmp_path):
-    """A corpus whose id at position p is p, so that a row shows where it came from; and its Config."""
+    """A corpus whose id at position p is p, so that a row shows where it came from; and its
+    Config."""
     from data.corpus import finish, partial_of
 
     folder = tmp_path / "counting"

@@ -1,5 +1,6 @@
-"""Fine-tuning data: rows of the real files say what a reader of the files would write by hand, only answers are
-maskable, the counts in meta.json are those of the rows, and bad input is one line and exit code 2."""
+"""Fine-tuning data: rows of the real files say what a reader of the files would write by
+hand, only answers are maskable, the counts in meta.json are those of the rows, and bad input
+is one line and exit code 2."""
 
 import json
 from dataclasses import replace
@@ -8,26 +9,24 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import test_data
 import torch
-from test_data import ROOT, needs_gpt2
-from test_pretraining_data import TEXT
+from conftest import ROOT, needs_gpt2
+from llama import TEXT
 
 import data.prepare as prepare
 from configs import Config
 from data.corpus import GIVEN, read_meta, read_split, take, training_rows, unpack
-from data.finetune import SYSTEM, conversation
+from data.finetune import SYSTEM, parse_conversation
 from data.tokenizer import load_tokenizer, train_bpe
 
-refused, refuses = test_data.refused, test_data.refuses  # fixtures
 REAL = ROOT.parent / "shared" / "data"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
 END = "<|endoftext|>"
 
 
 def make(*argv, every=1):
-    """Run prepare.py's command line; returns meta and {split: every n-th row as text, what is given in ⟨⟩}, after
-    checking meta's counts and the form of the rows."""
+    """Run prepare.py's command line; returns meta and {split: every n-th row as text, what is given
+    in ⟨⟩}, after checking meta's counts and the form of the rows."""
     argv = [str(a) for a in argv]
     prepare.main(argv)
     folder = argv[argv.index("--out") + 1]
@@ -37,7 +36,7 @@ def make(*argv, every=1):
     for split, of in meta["splits"].items():
         ids, _ = read_split(folder, split, cfg)
         rows = take(ids, range(0, len(ids), meta["wrap"]), meta["wrap"], cfg, split)
-        x0, maskable = unpack(rows, meta, cfg)
+        x0, _, maskable = unpack(rows, meta, cfg)
         assert (
             maskable.any(1).all() and not maskable[:, 0].any() and (x0[:, 0] == tokenizer.bos).all()
         )
@@ -76,11 +75,12 @@ def jsonl(path, *records):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # GSM8K
 
 NATALIA = (
-    "Question: Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
+    "Question: Natalia sold clips to 48 of her friends in April, and then she sold half as many "
+    "clips in May. "
     "How many clips did Natalia sell altogether in April and May?"
 )
 NATALIAS = (
@@ -187,7 +187,7 @@ def test_gsm8k_parquet_and_trained_padding(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The reversal curse
 
 
@@ -237,7 +237,7 @@ def test_reversal_without_tests(tmp_path, refuses):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ShareGPT
 
 
@@ -283,12 +283,12 @@ def test_sharegpt(tmp_path, capsys):
 
 def test_a_conversation_ends_at_a_turn_that_is_out_of_turn():
     long = talk("a", "b", "c", "d", "e")
-    assert [text for text, _ in conversation(long)][1::2] == [" b", " d"]
+    assert [text for text, _ in parse_conversation(long)][1::2] == [" b", " d"]
     long["conversations"][2]["from"] = "system"
-    assert [text for text, _ in conversation(long)][1::2] == [" b"]
+    assert [text for text, _ in parse_conversation(long)][1::2] == [" b"]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the loader makes of it
 
 
@@ -296,17 +296,19 @@ def test_unpack():
     meta, cfg = dict(pad=None, given=True), Config(vocab_size=9, seq_len=4)
     rows = np.array([[8 | GIVEN, 3, 8, 8 | GIVEN], [8 | GIVEN, 4 | GIVEN, 5, 8]])
     for form in (rows, torch.from_numpy(rows)):
-        x0, maskable = unpack(form, meta, cfg)
+        x0, maskable, counted = unpack(form, meta, cfg)
         assert x0.dtype == torch.int64 and x0.tolist() == [[8, 3, 8, 8], [8, 4, 5, 8]]
-        assert maskable.tolist() == [[False, True, True, False], [False, False, True, True]]
+        assert maskable.tolist() == [[False, True, True, True], [False, False, True, True]]
+        assert counted.tolist() == [[False, True, True, False], [False, False, True, True]]
     plain = np.array([[0, 1, 2, 0]])
     for pad, bos, expected in [
         (None, False, [1, 1, 1, 1]),
         (None, True, [0, 1, 1, 1]),
         (0, False, [0, 1, 1, 0]),
     ]:
-        x0, maskable = unpack(plain, dict(pad=pad), replace(cfg, bos=bos))
-        assert x0.tolist() == plain.tolist() and maskable.int().tolist() == [expected]
+        x0, maskable, counted = unpack(plain, dict(pad=pad), replace(cfg, bos=bos))
+        assert maskable.int().tolist() == [[not bos, 1, 1, 1]]
+        assert x0.tolist() == plain.tolist() and counted.int().tolist() == [expected]
 
 
 def test_training_rows_and_ids_out_of_range(tmp_path, refused):
@@ -327,7 +329,7 @@ def test_training_rows_and_ids_out_of_range(tmp_path, refused):
     prepare.main([*argv, "--out", f"{tmp_path}/a"])
     cfg = Config(data=f"{tmp_path}/a", vocab_size=258, seq_len=16, bos=True)
     ids, meta = read_split(cfg.data, "train", cfg)
-    x0, maskable = unpack(training_rows(ids, meta, cfg, range(38)), meta, cfg)
+    x0, _, maskable = unpack(training_rows(ids, meta, cfg, range(38)), meta, cfg)
     tokenizer = load_tokenizer(meta["tokenizer"])
     seen = {tokenizer.decode(x[m]) for x, m in zip(x0, maskable)}
     assert seen == {f"{i} is {i}{END}" for i in range(38)}  # each once in an epoch
@@ -355,21 +357,21 @@ def test_bad_input(tmp_path, refuses):
     gsm8k = ["gsm8k", "--tokenizer", "bpe", "--input"]
     for content, words in [
         ('{"question": "a", "answer": "b"}\n', "holds nothing of this data set's form"),
-        ('{"question": "a"}\n', "record 1: not of this data set's form"),
+        ('{"question": "a"}\n', "line 1: not of this data set's form"),
         (
             '{"question": "a", "answer": "b #### c"}\n{"question": 1, "answer": "#### 1"}\n',
-            "record 2: not of",
+            "line 2: not of",
         ),
-        ('["question"]\n', "record 1: not of"),
+        ('["question"]\n', "line 1: not of"),
         ('{"question"\n', "line 1: not JSON"),
         ('{"question": "a", "answer": "b #### c"}\n', "needs two or more"),
-        ("", "line 1: not JSON"),
+        ("", "holds nothing of this data set's form"),
     ]:
         path = tmp_path / "bad.jsonl"
         path.write_text(content)
         refuses([*gsm8k, path], "bad.jsonl", words)
     path.write_bytes(b"\xff")
-    refuses([*gsm8k, path], "bad.jsonl: 'utf-8'")
+    refuses([*gsm8k, path], "bad.jsonl: line 1: not UTF-8")
     refuses([*gsm8k, tmp_path / "gone.jsonl"], "gone.jsonl: no such file")
     refuses(
         [*gsm8k, jsonl(tmp_path / "test.jsonl", json.loads(good.open().readline()))],

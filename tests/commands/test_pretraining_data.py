@@ -1,6 +1,7 @@
-"""SlimPajama and FineWeb in Llama-2's pieces: the tokenizer equals the tokenizers library with the pipeline of
-Llama-2's own file, the prepared ids equal a slow and obvious reference, whatever the files' form and even if the
-run was killed, and whatever is wrong with the input is one line and exit code 2."""
+"""SlimPajama and FineWeb in Llama-2's pieces: the tokenizer equals the tokenizers library with
+the pipeline of Llama-2's own file, the prepared ids equal a slow and obvious reference,
+whatever the files' form and even if the run was killed, and whatever is wrong with the input is
+one line and exit code 2."""
 
 import gzip
 import json
@@ -14,87 +15,22 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import test_data
-from test_data import ROOT, TRICKY, make
+from conftest import ROOT, TRICKY, make
+from llama import DOCS, LIBRARY, OURS, TEXT, slow_ids, write_parquet
 
 import data.prepare as prepare
+import data.pretrain as pretrain
 import data.shards as shards
 from data.corpus import read_meta
-from data.tokenizer import MASK_SHOWN, load_tokenizer, read_llama
-
-refused, refuses, serve = test_data.refused, test_data.refuses, test_data.serve  # fixtures
+from data.tokenizer import LLAMA, MASK_SHOWN, load_tokenizer, read_llama, train_bpe
 
 GITHUB = {"redpajama_set_name": "RedPajamaGithub"}
-WORDS = "the cat sat on a mat , naïve façades ; 🐈 and <s> tags </s>\n\n  four    spaces\tand <unk> 日本"
-WORDS = WORDS.split(" ")
-DOCS = [
-    " ".join(WORDS[(i * j) % len(WORDS)] for j in range(i % 23)) + " end" * (i % 3)
-    for i in range(60)
-]
-DOCS[7] = ""  # an empty document is still a document
-
-
-def llama_file():
-    """A tokenizer.json as Llama-2's is, but of 500 pieces, and the library's tokenizer that it stands for."""
-    from tokenizers import (
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    steps = (
-        decoders.Replace("▁", " "),
-        decoders.ByteFallback(),
-        decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    )
-    tokenizer.decoder = decoders.Sequence([*steps])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        "▁", "merged_with_next"
-    )  # no piece goes on into the next word
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=special, show_progress=False, max_token_length=8
-    )
-    tokenizer.train_from_iterator(
-        ["the cat sat on the mat, the cats and tags    of <s> façades" * 3], trainer
-    )
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
-    file = json.loads(tokenizer.to_str())
-    file["pre_tokenizer"] = None  # was only for training
-    del file["added_tokens"][3:]  # bytes are pieces, but nothing special
-    return json.dumps(file), Tokenizer.from_str(json.dumps(file))
-
-
-TEXT, LIBRARY = llama_file()
-OURS = load_tokenizer({"kind": "llama", "json": TEXT})
-
-
-def slow_ids(text):
-    """As the library has it; special tokens in a text are only text."""
-    LIBRARY.encode_special_tokens = True
-    return LIBRARY.encode(text, add_special_tokens=False).ids
 
 
 @pytest.fixture
 def vocab(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(TEXT)
-    return path
-
-
-def write_parquet(path, texts, meta=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = {"id": [*range(len(texts))], "text": texts} | ({"meta": meta} if meta else {})
-    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
     return path
 
 
@@ -109,7 +45,7 @@ def slow_slimpajama(texts, github=True):
     return [i for text in kept for i in [*slow_ids(text), 2]]
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The tokenizer
 
 
@@ -156,9 +92,7 @@ def test_text_behind_other_text_begins_without_a_space():
     assert OURS.encode("the cat") == OURS.encode("the") + OURS.encode(" cat", inside=True)
     assert OURS.encode("cat") == OURS.encode(" cat", inside=True) != OURS.encode("cat", inside=True)
     assert OURS.encode("", inside=True) == OURS.encode("") == []
-    bpe = load_tokenizer(
-        test_data.train_bpe(["the cat"], 260)
-    )  # and for the others it makes no difference
+    bpe = load_tokenizer(train_bpe(["the cat"], 260))  # and for the others it makes no difference
     assert bpe.encode(" cat", inside=True) == bpe.encode(" cat")
 
 
@@ -212,7 +146,7 @@ def test_other_files_are_no_llama_vocabulary(tmp_path, refuses):
     refuses(["slimpajama", "--input", docs, "--vocab", tmp_path / "gone"], "gone: No such file")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # slimpajama
 
 
@@ -250,7 +184,8 @@ def test_slimpajama(tmp_path, vocab, capsys):
 
 
 def test_slimpajama_as_first_published(tmp_path, vocab):
-    """.jsonl.zst of several frames in folders of splits and chunks; .jsonl.gz and .jsonl will do as well."""
+    """.jsonl.zst of several frames in folders of splits and chunks; .jsonl.gz and .jsonl will do as
+    well."""
     parts = {
         "train/chunk1/example_train_0.jsonl.zst": DOCS[:25],
         "train/chunk1/example_train_1.jsonl.gz": DOCS[25:30],
@@ -318,7 +253,7 @@ def test_a_killed_run_is_gone_on_with(tmp_path, vocab):
     work = tmp_path / "a.partial" / "shards"
     before = (work / "00000.bin").stat()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "finish", lambda *a: 1 / 0)
+        patch.setattr("data.shards.finish", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare.main([*map(str, argv), "--out", f"{tmp_path}/a"])
     after = (work / "00000.bin").stat()
@@ -344,7 +279,7 @@ def test_slimpajama_bad_input(tmp_path, vocab, refuses):
         ("not.jsonl", b'{"text": "a"}\nhello\n', ["line 2: not JSON"]),
         ("list.jsonl", b'{"text": "a"}\n["text"]\n', ["line 2: must have a field 'text'"]),
         ("number.jsonl", b'{"text": 1}\n', ["line 1: its field 'text' is not text"]),
-        ("notes.txt", b"the cat", ["neither a parquet nor a .jsonl file"]),
+        ("notes.txt", b"the cat", ["must be a .jsonl, .json, .csv or parquet file"]),
     ]:
         (tmp_path / name).write_bytes(raw)
         refuses([*run, tmp_path / name, "--workers", 1], name, *words)
@@ -364,7 +299,7 @@ def test_slimpajama_too_small(tmp_path, vocab, refused):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fineweb
 
 
@@ -374,7 +309,8 @@ def slow_fineweb(tokens):
 
 @pytest.mark.parametrize("tokens", [1, 100, 383, 1200])
 def test_fineweb(tmp_path, vocab, tokens, capsys):
-    """The first ids, of as few files as will do, be they cut in the middle of a document or of a file."""
+    """The first ids, of as few files as will do, be they cut in the middle of a document or of a
+    file."""
     files = [write_parquet(tmp_path / f"{i}.parquet", DOCS[i * 15 :][:15]) for i in range(4)]
     sizes = np.cumsum(
         [sum(1 + len(slow_ids(text)) for text in DOCS[i * 15 :][:15]) for i in range(4)]
@@ -398,7 +334,7 @@ def test_fineweb(tmp_path, vocab, tokens, capsys):
 
 def test_of_a_large_file_no_more_is_read_than_is_needed(tmp_path, vocab, monkeypatch):
     path = write_parquet(tmp_path / "0.parquet", ["the cat sat"] * 5000)
-    monkeypatch.setattr(prepare, "finish", lambda *a: 1 / 0)
+    monkeypatch.setattr("data.shards.finish", lambda *a: 1 / 0)
     argv = ["fineweb", "--input", path, "--tokens", 1500, "--vocab", vocab, "--out", tmp_path / "a"]
     with pytest.raises(ZeroDivisionError):
         prepare.main([*map(str, argv)])
@@ -435,13 +371,13 @@ def test_default_folders_and_hints(tmp_path, vocab, monkeypatch, refused):
         refused(lambda folder=folder: read_meta(folder), f"first: python data/prepare.py {how}")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From the hub
 
 
 def test_from_the_hub(tmp_path, serve):
-    """The real huggingface_hub against a small imitation of the hub, in a process of its own (HF_ENDPOINT).
-    Of the dump only the file that is needed is there."""
+    """The real huggingface_hub against a small imitation of the hub, in a process of its own
+    (HF_ENDPOINT). Of the dump only the file that is needed is there."""
     sha, dump, files = "c0ffee" * 6 + "c0de", "CC-MAIN-2024-18", {}
     info = dict(sha=sha, tags=[], downloads=0, likes=0, private=False)
     slim = {
@@ -451,10 +387,10 @@ def test_from_the_hub(tmp_path, serve):
     }
     for name, part in slim.items():
         path = write_parquet(tmp_path / name, part, metas(part))
-        files[f"/datasets/{prepare.SLIMPAJAMA}/resolve/{sha}/{name}.parquet"] = path.read_bytes()
+        files[f"/datasets/{pretrain.SLIMPAJAMA}/resolve/{sha}/{name}.parquet"] = path.read_bytes()
     siblings = [dict(rfilename=f"{name}.parquet") for name in slim] + [dict(rfilename="README.md")]
-    answer = dict(info, id=prepare.SLIMPAJAMA, siblings=siblings)
-    files[f"/api/datasets/{prepare.SLIMPAJAMA}"] = json.dumps(answer).encode()
+    answer = dict(info, id=pretrain.SLIMPAJAMA, siblings=siblings)
+    files[f"/api/datasets/{pretrain.SLIMPAJAMA}"] = json.dumps(answer).encode()
 
     path = write_parquet(tmp_path / "web.parquet", DOCS)
     names = [f"data/{dump}/000_0000{i}.parquet" for i in range(3)]
@@ -462,10 +398,11 @@ def test_from_the_hub(tmp_path, serve):
         dict(type="file", path=name, size=9, oid="0")
         for name in [*names[::-1], f"data/{dump}/README.md"]
     ]
-    files[f"/datasets/{prepare.FINEWEB}/resolve/{sha}/{names[0]}"] = path.read_bytes()
-    files[f"/api/datasets/{prepare.FINEWEB}"] = json.dumps(dict(info, id=prepare.FINEWEB)).encode()
-    files[f"/api/datasets/{prepare.FINEWEB}/tree/{sha}/data%2F{dump}"] = json.dumps(tree).encode()
-    files[f"/{prepare.LLAMA}/resolve/main/tokenizer.json"] = TEXT.encode()
+    files[f"/datasets/{pretrain.FINEWEB}/resolve/{sha}/{names[0]}"] = path.read_bytes()
+    about = json.dumps(dict(info, id=pretrain.FINEWEB)).encode()
+    files[f"/api/datasets/{pretrain.FINEWEB}"] = about
+    files[f"/api/datasets/{pretrain.FINEWEB}/tree/{sha}/data%2F{dump}"] = json.dumps(tree).encode()
+    files[f"/{LLAMA}/resolve/main/tokenizer.json"] = TEXT.encode()
 
     runs = [
         ["slimpajama", "--workers", "2", "--out", f"{tmp_path}/a"],
@@ -484,7 +421,7 @@ def test_from_the_hub(tmp_path, serve):
         [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
     )
     assert done.stderr.startswith(
-        f"error: {prepare.FINEWEB}: cannot list its files on the hub ("
+        f"error: {pretrain.FINEWEB}: cannot list its files on the hub ("
     ), done.stderr
     assert (
         done.stderr.count("\n") == 1
@@ -494,8 +431,8 @@ def test_from_the_hub(tmp_path, serve):
     for split, name in zip(("train", "val", "test"), slim):
         ids = np.fromfile(tmp_path / "a" / f"{split}.bin", np.uint16)
         assert ids.tolist() == slow_slimpajama(slim[name], False)
-    assert read_meta(f"{tmp_path}/a")["source"] == f"{prepare.SLIMPAJAMA}@{sha}"
+    assert read_meta(f"{tmp_path}/a")["source"] == f"{pretrain.SLIMPAJAMA}@{sha}"
     assert np.fromfile(tmp_path / "b" / "test.bin", np.uint16).tolist() == slow_fineweb(500)
     assert read_meta(f"{tmp_path}/b")["source"].startswith(
-        f"{prepare.FINEWEB}@{sha}, {dump}, sha256 "
+        f"{pretrain.FINEWEB}@{sha}, {dump}, sha256 "
     )

@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import LETTERS, tiny_run
-from test_cli import refused
-from test_judge import save
+from conftest import LETTERS, refused, save, tiny_run
 
 from data.corpus import read_split
 from samplers import SAMPLERS, STEPLESS, default_options

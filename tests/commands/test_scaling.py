@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_run
-from test_cli import refused
+from conftest import refused, tiny_run
 
 import evaluate
 from configs import CONFIGS, as_ar, smdm
@@ -93,8 +92,8 @@ def test_exact_laws_are_found_exactly():
             np.testing.assert_allclose(law[key], want, rtol=1e-7)  # also of all replicates
         np.testing.assert_allclose(law["N"][0], np.exp(log_a) * np.array(BUDGETS) ** b, rtol=1e-8)
         assert law["sigma"] < 1e-9 and not law["outside"].any() and not law["flat"]
-    # The loss of ar at C is exp(-0.064 log C + 3.8); mdlm reaches it where -0.06 log C' + 3.9 is
-    # the same number.
+    # The loss of ar at C is exp(-0.064 log C + 3.8); mdlm reaches it where -0.06 log C' +
+    # 3.9 is the same number.
     log_c = math.log(1e19)
     want = math.exp((-0.064 * log_c + 3.8 - 3.9) / -0.06 - log_c)
     more = scaling.compute_ratio(laws["mdlm"], laws["ar"], 1e19)
@@ -128,8 +127,8 @@ def test_smdms_figures_give_its_claims():
 
 
 def test_sigma_by_hand():
-    """Four evenly spaced sizes leave residuals along (1, -3, 3, -1) / sqrt(20): one degree of
-    freedom."""
+    """Four evenly spaced sizes leave residuals along (1, -3, 3, -1) / sqrt(20):
+    one degree of freedom."""
     odd = 0.01 * np.array([1, -3, 3, -1])
     runs = [
         dict(loss="ar", N=math.exp(10 + i), C=C, nats=3 + (i - 1.5) ** 2 + sign * odd[i])
@@ -259,7 +258,7 @@ def test_damaged_lines_are_named(tmp_path, capsys):
     refused(capsys, lambda: scaling.index_runs(path), words)
 
 
-SWEEP = (["13k", "28k", "50k"], [4e8, 1.6e9], 1, 2)  # sizes, budgets, seeds, passes
+SWEEP = (["13k", "28k", "50k"], [4e8, 1.6e9], 1, 1)  # sizes, budgets, seeds, passes
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +285,7 @@ def test_a_sweep_from_end_to_end(base, swept):
         assert cfg["loss"] == run["loss"]
         assert run["D"] == run["steps"] * 256 and run["epochs"] == run["D"] / 4000
         assert run["se"] > 0 and 0.5 < run["nats"] < 3.3
-    args = [str(out / "mdlm_28k_1.6e+09_1"), "--split=val", "--passes=2", "--batch_size=8"]
+    args = [str(out / "mdlm_28k_1.6e+09_1"), "--split=val", "--passes=1", "--batch_size=8"]
     run = next(r for r in runs if (r["loss"], r["size"], r["C"]) == ("mdlm", "28k", 1.6e9))
     assert evaluate.main(args)["nats"] == pytest.approx(run["nats"], rel=1e-6)
     assert (out / "scaling.png").read_bytes()[:4] == b"\x89PNG"

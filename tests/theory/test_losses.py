@@ -17,9 +17,10 @@ from world import (
     expected_loss,
     hostile_model,
     hostile_scores,
-    index,
     ones,
+    pooled_p,
     random_joint,
+    read_left_to_right,
     tiny,
 )
 
@@ -40,6 +41,25 @@ from diffusion import (
 TEXT = torch.tensor([0, 2, 1])
 
 
+def nats_of(loss, model, x0, cfg, t, xt):
+    """A loss with every token maskable, in float64."""
+    return LOSSES[loss](model, x0, ones(x0), cfg, t, xt).double()
+
+
+def minus_log_p(model, x, t, x0):
+    """-log p(x0 | x) of every token, from the network's logits."""
+    log_p = model(x, t, ones(x)).log_softmax(-1).view(*x.shape, -1)
+    return -log_p.gather(-1, x0[..., None])[..., 0]
+
+
+def assert_close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Schedules
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_run_from_one_to_zero_with_the_right_slope(schedule):
     t = torch.linspace(0, 1, 201, dtype=torch.float64, requires_grad=True)
@@ -49,9 +69,12 @@ def test_schedules_run_from_one_to_zero_with_the_right_slope(schedule):
     slope = torch.autograd.grad(a.sum(), t)[0]
     torch.testing.assert_close(dalpha(schedule, t.detach()), slope, rtol=1e-9, atol=1e-12)
     inner = t.detach()[1:-1]
-    torch.testing.assert_close(
-        time_at(schedule, 1 - alpha(schedule, inner)), inner, rtol=0, atol=1e-9
-    )
+    inverted = time_at(schedule, 1 - alpha(schedule, inner))
+    torch.testing.assert_close(inverted, inner, rtol=0, atol=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------
+# Bounds
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -65,15 +88,14 @@ def test_continuous_bound_is_tight_for_the_exact_denoiser(schedule, text):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_score_entropy_is_tight_for_the_exact_scores(schedule):
     joint = random_joint()
-    model = lambda x, t, at: (
-        exact_model(joint)(x, t, at) + math.log(V)
-    )  # their logits: log(s V / r)
-    bound = expected_loss("sedd", model, TEXT, tiny(schedule=schedule, loss="sedd"))
+    logits = lambda x, t, at: exact_model(joint)(x, t, at) + math.log(V)  # log(s V / r)
+    bound = expected_loss("sedd", logits, TEXT, tiny(schedule=schedule, loss="sedd"))
     assert bound == pytest.approx(-joint[tuple(TEXT)].log().item(), abs=1e-5)
 
 
 def test_score_entropy_is_that_of_the_paper():
-    """sigma' (sum_y s(y) - r log s(x0) + r (log r - 1)) for the scores s = exp(logits) r / V, at masks."""
+    """At masks, sigma' (sum_y s(y) - r log s(x0) + r (log r - 1)) for the scores
+    s = exp(logits) r / V."""
     model, cfg = hostile_scores(), tiny(loss="sedd", schedule="cosine")
     x0, t = torch.randint(0, V, (300, L)), torch.rand(300, dtype=torch.float64)
     xt = mask_tokens(x0, alpha("cosine", t), ones(x0), MASK)
@@ -81,87 +103,76 @@ def test_score_entropy_is_that_of_the_paper():
     r, dsigma = a / (1 - a), -dalpha("cosine", t)[:, None] / a
     log_s = model(xt, t, ones(x0)).view(*x0.shape, V) - math.log(V) + r.log()[..., None]
     entropy = log_s.exp().sum(-1) - r * log_s.gather(-1, x0[..., None])[..., 0] + r * (r.log() - 1)
-    got = LOSSES["sedd"](model, x0, ones(x0), cfg, t, xt)
-    torch.testing.assert_close(got.double(), dsigma * entropy * (xt == MASK), rtol=1e-5, atol=1e-5)
-    normal = LOSSES["mdlm"](
-        model, x0, ones(x0), tiny(schedule="cosine"), t, xt
-    )  # reads logits up to a constant
-    assert (got >= normal - 1e-5).all() and (got > normal + 0.01).any()
-    p = lambda x, t, at: model(x, t, at).log_softmax(-1) + math.log(V)
-    torch.testing.assert_close(
-        LOSSES["sedd"](p, x0, ones(x0), cfg, t, xt), normal, rtol=1e-5, atol=1e-5
-    )
+    assert_close(nats_of("sedd", model, x0, cfg, t, xt), dsigma * entropy * (xt == MASK))
+
+
+def test_score_entropy_costs_more_than_mdlm_unless_scores_are_normalised():
+    model, cfg = hostile_scores(), tiny(loss="sedd", schedule="cosine")
+    x0, t = torch.randint(0, V, (300, L)), torch.rand(300, dtype=torch.float64)
+    xt = mask_tokens(x0, alpha("cosine", t), ones(x0), MASK)
+    nats = nats_of("sedd", model, x0, cfg, t, xt)
+    mdlm = nats_of("mdlm", model, x0, tiny(schedule="cosine"), t, xt)  # normalises the logits
+    assert (nats >= mdlm - 1e-5).all() and (nats > mdlm + 0.01).any()
+    normalised = lambda x, t, at: model(x, t, at).log_softmax(-1) + math.log(V)
+    assert_close(nats_of("sedd", normalised, x0, cfg, t, xt), mdlm)
 
 
 def test_ar_is_the_chain_rule():
     joint = random_joint()
-    model = exact_model(joint)
-
-    def causal(x, t, at):
-        parts = [
-            model(x.masked_fill(torch.arange(L) >= i, MASK), t, ones(x)).view(-1, L, V)
-            for i in range(L)
-        ]
-        return torch.stack([part[:, i] for i, part in enumerate(parts)], 1)[at]
-
+    causal = read_left_to_right(exact_model(joint))
     nats = LOSSES["ar"](causal, TEXTS, ones(TEXTS), tiny(loss="ar", causal=True, cond_dim=0))
-    torch.testing.assert_close(nats.sum(-1).double(), -joint.flatten().log(), rtol=1e-5, atol=1e-5)
+    assert_close(nats.sum(-1).double(), -joint.flatten().log())
 
 
-@pytest.mark.parametrize("form", ["mdlm", "d3pm", "copies", "may_answer_mask"])
+@pytest.mark.parametrize("form", ["mdlm", "d3pm", "copies", "may_predict_mask"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_discrete_bound_falls_to_the_exact_likelihood(form, schedule):
-    """T = 1 reveals all at once: the sum of the marginals. More steps can only help; 2,000 are nearly exact.
-    The exact network copies what it sees and never answers MASK, so D3PM's further terms cost nothing."""
+    """T = 1 reveals everything at once: the sum of the marginals. More steps only help; 2,000 are
+    nearly exact. The exact network copies what it sees and never predicts MASK, so D3PM's further
+    terms cost nothing."""
     joint = random_joint()
     model, exact = exact_model(joint), -joint[tuple(TEXT)].log().item()
     loss, fields = form, {}
-    if form in ("copies", "may_answer_mask"):
+    if form in ("copies", "may_predict_mask"):
         loss, fields = "d3pm", dict(carry_over=False, zero_masking=form == "copies")
-    if form == "may_answer_mask":
+    if form == "may_predict_mask":
         model = lambda x, t, at: F.pad(exact_model(joint)(x, t, at), (0, 1), value=-math.inf)
-    bounds = [
-        expected_loss(loss, model, TEXT, tiny(schedule=schedule, loss=loss, T=T, **fields))
-        for T in (1, 2000)
-    ]
+    cfgs = (tiny(schedule=schedule, loss=loss, T=T, **fields) for T in (1, 2000))
+    at_once, nearly = (expected_loss(loss, model, TEXT, cfg) for cfg in cfgs)
     marginals = [joint.sum([j for j in range(L) if j != i])[TEXT[i]].log().item() for i in range(L)]
-    assert bounds[0] == pytest.approx(-sum(marginals), abs=1e-5)
-    assert bounds[1] == pytest.approx(
-        exact, abs=0.02 if schedule in ("geometric", "sigma_linear") else 2e-3
-    )
+    assert at_once == pytest.approx(-sum(marginals), abs=1e-5)
+    steep = schedule in ("geometric", "sigma_linear")
+    assert nearly == pytest.approx(exact, abs=0.02 if steep else 2e-3)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_bounds_hold_on_average_over_texts(schedule):
-    """Any network's bound, averaged over texts, is at least the entropy; 4 steps cost more than infinitely many."""
+    """Averaged over texts, the exact network's bound is the entropy in continuous time and more
+    than that in 4 steps."""
     joint = random_joint()
     entropy = -(joint * joint.log()).sum().item()
-    mean = [
-        sum(
-            p.item()
-            * expected_loss("mdlm", exact_model(joint), x, tiny(schedule=schedule, T=T), nodes=100)
-            for x, p in zip(TEXTS, joint.flatten())
-        )
-        for T in (4, 0)
-    ]
-    assert mean[0] > entropy + 1e-3 and mean[1] == pytest.approx(entropy, abs=1e-3)
+
+    def mean_bound(T):
+        cfg, model = tiny(schedule=schedule, T=T), exact_model(joint)
+        bounds = (expected_loss("mdlm", model, x, cfg, nodes=100) for x in TEXTS)
+        return sum(p.item() * bound for p, bound in zip(joint.flatten(), bounds))
+
+    assert mean_bound(4) > entropy + 1e-3 and mean_bound(0) == pytest.approx(entropy, abs=1e-3)
 
 
 def dense_d3pm(model, x0, xt, t, cfg):
-    """(B, L) of T x KL(q(x_s | xt, x0) || p(x_s | xt)) and of -log p(x0): from the matrices Q_t, nothing else.
+    """(B, L) of T x KL(q(x_s | xt, x0) || p(x_s | xt)) and of -log p(x0), from the matrices Q_t.
     D3PM, arXiv 2107.03006, section 3: q(x_s | xt, x0) ~ Q_{s->t}[x_s, xt] Qbar_s[x0, x_s]."""
     K = V + 1
-    kl, ce = torch.zeros(x0.shape, dtype=torch.float64), torch.zeros(x0.shape, dtype=torch.float64)
+    kl, ce = torch.zeros(2, *x0.shape, dtype=torch.float64)
+    absorb, eye = torch.zeros(K, K, dtype=torch.float64), torch.eye(K, dtype=torch.float64)
+    absorb[:, MASK] = 1
     for b in range(len(x0)):
         a_t, a_s = alpha(cfg.schedule, t[b]).item(), alpha(cfg.schedule, t[b] - 1 / cfg.T).item()
-        absorb = torch.zeros(K, K, dtype=torch.float64)
-        absorb[:, MASK] = 1
-        eye = torch.eye(K, dtype=torch.float64)
         qbar_s = a_s * eye + (1 - a_s) * absorb
         q_st = (a_t / a_s) * eye + (1 - a_t / a_s) * absorb
-        prediction = model(xt[b : b + 1], t[b : b + 1], ones(xt[b : b + 1])).softmax(
-            -1
-        )  # (L, V or K)
+        row = xt[b : b + 1]
+        prediction = model(row, t[b : b + 1], ones(row)).softmax(-1)  # (L, V or K)
         for i in range(L):
             pair = q_st[:, xt[b, i]] * qbar_s  # (K, K): q(x_s, xt | x0), as [x0, x_s]
             q, p = pair[x0[b, i]], prediction[i] @ pair[: prediction.shape[1]]
@@ -175,47 +186,38 @@ def dense_d3pm(model, x0, xt, t, cfg):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("T", [1, 2, 7, 1000])
 def test_losses_equal_the_dense_d3pm_posterior_kl(schedule, T):
-    """mdlm with T steps = D3PM's KL over the whole vocabulary; d3pm adds nanoDD's cross-entropy of all tokens,
-    and in step 1 is T times that alone."""
+    """mdlm in T steps is D3PM's KL over the whole vocabulary. aux_ce adds nanoDD's
+    cross-entropy of all tokens, and in step 1 is T times that alone; without carry_over the
+    network also pays for copying x0."""
     model = hostile_model()
     x0 = torch.randint(0, V, (60, L))
     t = torch.randint(1, T + 1, (60,)).double() / T
     t[:10] = 1 / T
     xt = mask_tokens(x0, alpha(schedule, t), ones(x0), MASK)
     xt[:3] = MASK
-    kl, ce = dense_d3pm(model, x0, xt, t, tiny(schedule=schedule, T=T))
-    scale = lambda want, got: torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
-    scale(kl, LOSSES["mdlm"](model, x0, ones(x0), tiny(schedule=schedule, T=T), t, xt))
-    scale(kl, LOSSES["d3pm"](model, x0, ones(x0), tiny(schedule=schedule, T=T, loss="d3pm"), t, xt))
-    want = torch.where((t * T).round()[:, None] == 1, T * ce, kl + T * 0.05 * ce)
-    cfg = tiny(schedule=schedule, T=T, loss="d3pm", aux_ce=0.05)
-    scale(want, LOSSES["d3pm"](model, x0, ones(x0), cfg, t, xt))
-
-    cfg = tiny(schedule=schedule, T=T, loss="d3pm", carry_over=False)
-    copy = (
-        -model(x0, 0 * t, ones(x0))
-        .log_softmax(-1)
-        .view(*x0.shape, V)
-        .gather(-1, x0[..., None])[..., 0]
+    cfg = tiny(schedule=schedule, T=T)
+    kl, ce = dense_d3pm(model, x0, xt, t, cfg)
+    check = lambda loss, model, want, **fields: assert_close(
+        nats_of(loss, model, x0, replace(cfg, loss=loss, **fields), t, xt), want
     )
-    scale(kl + copy, LOSSES["d3pm"](model, x0, ones(x0), cfg, t, xt))
+    check("mdlm", model, kl)
+    check("d3pm", model, kl)
+    in_step_1 = (t * T).round()[:, None] == 1
+    check("d3pm", model, torch.where(in_step_1, T * ce, kl + T * 0.05 * ce), aux_ce=0.05)
+    check("d3pm", model, kl + minus_log_p(model, x0, 0 * t, x0), carry_over=False)
+    may_predict_mask = hostile_model(outputs=V + 1)
+    kl, _ = dense_d3pm(may_predict_mask, x0, xt, t, cfg)
+    check("d3pm", may_predict_mask, kl, zero_masking=False)
 
-    masking = hostile_model(outputs=V + 1)
-    kl = dense_d3pm(masking, x0, xt, t, tiny(schedule=schedule, T=T))[0]
-    cfg = tiny(schedule=schedule, T=T, loss="d3pm", zero_masking=False)
-    scale(kl, LOSSES["d3pm"](masking, x0, ones(x0), cfg, t, xt))
 
-
-def test_mdlm_is_cross_entropy_over_t():
-    """T = 0, linear: CE / t on masked positions, zero elsewhere; T steps of the linear schedule: the same."""
+@pytest.mark.parametrize("T", [0, 100])
+def test_mdlm_is_cross_entropy_over_t(T):
+    """Linear schedule, any T: cross-entropy / t on masked positions, zero elsewhere."""
     model, x0 = hostile_model(), torch.randint(0, V, (500, L))
     t = torch.randint(1, 101, (500,)).double() / 100
     xt = mask_tokens(x0, 1 - t, ones(x0), MASK)
-    log_p = model(xt, t, ones(x0)).view(*x0.shape, V)
-    want = -log_p.gather(-1, x0[..., None])[..., 0] / t[:, None] * (xt == MASK)
-    for T in (0, 100):
-        got = LOSSES["mdlm"](model, x0, ones(x0), tiny(T=T), t, xt)
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    want = minus_log_p(model, xt, t, x0) / t[:, None] * (xt == MASK)
+    assert_close(nats_of("mdlm", model, x0, tiny(T=T), t, xt), want)
 
 
 FORMS = {
@@ -224,7 +226,8 @@ FORMS = {
     "d3pm": dict(loss="d3pm", T=10),
     "d3pm, nanoDD": dict(loss="d3pm", T=10, aux_ce=0.05),
     "d3pm, copies": dict(loss="d3pm", T=10, carry_over=False),
-    "d3pm, may answer MASK": dict(loss="d3pm", T=10, zero_masking=False, carry_over=False),
+    "d3pm, may predict MASK": dict(loss="d3pm", T=10, zero_masking=False),
+    "d3pm, MDLM's": dict(loss="d3pm", T=10, zero_masking=False, carry_over=False),
     "sedd": dict(loss="sedd"),
     "ar": dict(loss="ar", causal=True, cond_dim=0),
 }
@@ -233,23 +236,26 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_prompt_is_never_masked_and_never_counted(form):
     cfg = tiny(**FORMS[form])
-    loss, answer = cfg.loss, hostile_model(outputs=V + (not cfg.zero_masking))
+    network = hostile_model(outputs=V + (not cfg.zero_masking))
     x0 = torch.randint(0, V, (400, L))
     maskable = torch.rand(x0.shape) < 0.6
-    seen = []
+    calls = []
 
     def model(x, t, at):
-        seen.append((x, at))
-        return answer(x, t, at)
+        calls.append((x, at))
+        return network(x, t, at)
 
-    nats = LOSSES[loss](model, x0, maskable, cfg)
-    (xt, at) = seen[0]
-    assert (xt == x0)[~maskable].all() and (loss == "ar" or (xt == MASK)[maskable].any())
+    nats = LOSSES[cfg.loss](model, x0, maskable, cfg)
+    xt, at = calls[0]
+    masked = xt == MASK
+    assert (xt == x0)[~maskable].all() and (cfg.loss == "ar" or masked[maskable].any())
     assert (nats[~maskable] == 0).all() and not at[~maskable].any() and nats.sum() > 0
-    if not cfg.aux_ce and cfg.carry_over and loss != "ar":
-        assert (nats[xt != MASK] == 0).all() and (
-            at == (xt == MASK)
-        ).all()  # the head runs on masks only
+    if not cfg.aux_ce and cfg.carry_over and cfg.loss != "ar":
+        assert (nats[~masked] == 0).all() and (at == masked).all()  # the head runs on masks only
+
+
+# --------------------------------------------------------------------------------------------------
+# Masks and times
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -269,13 +275,12 @@ def test_stratified_times_fill_every_stratum_once():
         assert (training_time(u, tiny(T=64)) * 64).round().tolist() == list(range(1, 65))
     assert training_time(torch.tensor([0.0, 0.999999]), tiny(T=5)).tolist() == [0.2, 1.0]
     t = training_time(stratify(100_000), tiny(t_min=0.25))
-    assert (
-        0.25 <= t.min() < 0.2501 and 0.9999 < t.max() <= 1 and abs(t.mean().item() - 0.625) < 1e-4
-    )
+    assert 0.25 <= t.min() < 0.2501 and 0.9999 < t.max() <= 1
+    assert abs(t.mean().item() - 0.625) < 1e-4
 
 
-def test_the_bell_is_beta_2_2_and_training_alone_uses_it():
-    """Its distribution function is 3 t^2 - 2 t^3; the ends stay where they are; steps of T follow it."""
+def test_the_bell_is_beta_2_2_in_continuous_time_and_in_steps():
+    """Its distribution function is 3 t^2 - 2 t^3."""
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
     t = training_time(u, tiny(time_law="bell"))
     torch.testing.assert_close(3 * t**2 - 2 * t**3, u)
@@ -288,39 +293,43 @@ def test_the_bell_is_beta_2_2_and_training_alone_uses_it():
 def test_mask_exactly_draws_every_subset_equally_often():
     n, maskable = 30_000, torch.tensor([True, False, True, True, True])
     x0 = torch.zeros(n, 5, dtype=torch.long)
-    xt, fraction = mask_exactly(x0, torch.full((n,), 2), maskable.repeat(n, 1), MASK)
+    xt, _ = mask_exactly(x0, torch.full((n,), 2), maskable.repeat(n, 1), MASK)
     masked = xt == MASK
     assert (masked.sum(-1) == 2).all() and not masked[:, 1].any()
     counts = torch.bincount((masked * 2 ** torch.arange(5)).sum(-1))
-    counts = counts[counts > 0].double()
-    assert len(counts) == 6  # 4 choose 2
-    chi2 = ((counts - n / 6) ** 2 / (n / 6)).sum()
-    assert torch.special.gammaincc(torch.tensor(2.5), chi2 / 2) > 1e-4
-    mean, var = 2 / 5, 2 * 3 / (25 * 6)  # of Beta(2, 3), which the fraction is, whatever was masked
-    assert (
-        abs(fraction.mean().item() - mean) < 4 * (var / n) ** 0.5
-        and abs(fraction.var().item() - var) < 1e-3
-    )
-    for i in range(5):
-        if i != 1:
-            assert abs(fraction[masked[:, i]].mean().item() - mean) < 6 * (var / n) ** 0.5
+    counts = counts[counts > 0]
+    assert len(counts) == math.comb(4, 2)
+    assert pooled_p(counts, torch.full((6,), n / 6, dtype=torch.float64)) > 1e-4
+
+
+def test_the_fraction_of_mask_exactly_is_beta_whatever_was_masked():
+    """Two of four maskable positions: Beta(2, 3), also given that a certain one is masked."""
+    n, maskable = 30_000, torch.tensor([True, False, True, True, True])
+    x0 = torch.zeros(n, 5, dtype=torch.long)
+    xt, fraction = mask_exactly(x0, torch.full((n,), 2), maskable.repeat(n, 1), MASK)
+    mean, var = 2 / 5, 2 * 3 / (25 * 6)
+    assert abs(fraction.mean().item() - mean) < 4 * (var / n) ** 0.5
+    assert abs(fraction.var().item() - var) < 1e-3
+    for i in (0, 2, 3, 4):
+        given_i = fraction[xt[:, i] == MASK]  # half of the rows
+        assert abs(given_i.mean().item() - mean) < 4 * (var / (n / 2)) ** 0.5
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("loss", ["mdlm", "sedd"])
 @pytest.mark.parametrize("time_draw", TIME_DRAWS)
 def test_every_draw_of_times_estimates_the_bound(time_draw, loss, schedule):
-    """Of a strongly time-dependent network. Importance sampling leaves out t < t_min, as does what it replaces."""
+    """With a strongly time-dependent network. Importance sampling leaves out t < t_min, which costs
+    less than 2e-3 nats."""
     cfg = tiny(loss=loss, schedule=schedule, time_draw=time_draw, t_min=1e-4, time_cond=True)
     model, n = hostile_scores() if loss == "sedd" else hostile_model(), 60_000
     want = expected_loss(loss, model, TEXT, replace(cfg, time_draw="stratified"))
     x0, u = TEXT.repeat(n, 1), torch.rand(n, dtype=torch.float64)
     if time_draw == "stratified":
         u = (torch.arange(n) + u) / n
-    t, xt, weight = TIME_DRAWS[cfg.time_draw](
-        x0, ones(x0), cfg, u, torch.rand(n, L, dtype=torch.float64)
-    )
-    nats = LOSSES[loss](model, x0, ones(x0), cfg, t, xt).double().sum(-1) * weight
+    v = torch.rand(n, L, dtype=torch.float64)
+    t, xt, weight = TIME_DRAWS[time_draw](x0, ones(x0), cfg, u, v)
+    nats = nats_of(loss, model, x0, cfg, t, xt).sum(-1) * weight
     assert abs(nats.mean().item() - want) < 4 * nats.std().item() / n**0.5 + 2e-3
     if time_draw in ("importance", "counts"):
         assert abs((nats / weight).mean().item() - want) > 0.05  # the weights matter
@@ -328,50 +337,45 @@ def test_every_draw_of_times_estimates_the_bound(time_draw, loss, schedule):
 
 def test_importance_sampling_is_log_uniform_with_one_weight_for_all():
     cfg, x0 = tiny(time_draw="importance", t_min=1e-3), torch.zeros(1000, L, dtype=torch.long)
-    u = (torch.arange(1000) + 0.5) / 1000
-    t, _, weight = TIME_DRAWS[cfg.time_draw](
-        x0, ones(x0), cfg, u.double(), torch.rand(1000, L, dtype=torch.float64)
-    )
-    torch.testing.assert_close(t.log() / math.log(1e-3), 1 - u.double())
-    torch.testing.assert_close(
-        weight / t, torch.full_like(t, math.log(1000) / 0.999)
-    )  # 6.9: MDLM's constant
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    v = torch.rand(1000, L, dtype=torch.float64)
+    t, _, weight = TIME_DRAWS["importance"](x0, ones(x0), cfg, u, v)
+    torch.testing.assert_close(t.log() / math.log(1e-3), 1 - u)
+    constant = torch.full_like(t, math.log(1000) / 0.999)  # 6.9: MDLM's
+    torch.testing.assert_close(weight / t, constant)
+
+
+def draw_counts(cfg, maskable, u):
+    x0, v = torch.zeros(maskable.shape, dtype=torch.long), torch.rand(maskable.shape).double()
+    return TIME_DRAWS["counts"](x0, maskable, cfg, u, v)
 
 
 def test_drawn_counts_are_exact_and_even():
-    cfg, x0 = tiny(time_draw="counts", t_min=0.3), torch.zeros(3000, 8, dtype=torch.long)
+    cfg = tiny(time_draw="counts", t_min=0.3)
     maskable = torch.arange(8) < torch.tensor([8, 5, 1]).repeat(1000)[:, None]
-    u = torch.rand(3000, dtype=torch.float64)
-    t, xt, weight = TIME_DRAWS[cfg.time_draw](
-        x0, maskable, cfg, u, torch.rand(3000, 8, dtype=torch.float64)
-    )
-    n, count = maskable.sum(-1), (xt == MASK).sum(-1)
-    assert (
-        (count == torch.floor(u * n) + 1).all()
-        and count.min() == 1
-        and not (xt == MASK)[~maskable].any()
-    )
+    u, n = torch.rand(3000, dtype=torch.float64), maskable.sum(-1)
+    t, xt, weight = draw_counts(cfg, maskable, u)
+    count = (xt == MASK).sum(-1)
+    assert (count == torch.floor(u * n) + 1).all() and count.min() == 1
+    assert not (xt == MASK)[~maskable].any()
     torch.testing.assert_close(weight / t, n / count.double())
-    last = torch.full(
-        (3000,), 1 - 2**-53, dtype=torch.float64
-    )  # stratification rounds up to it, times n to n
-    _, xt, _ = TIME_DRAWS[cfg.time_draw](
-        x0, maskable, cfg, (511 + last) / 512, torch.rand(3000, 8, dtype=torch.float64)
-    )
+
+    almost_1 = torch.full((3000,), 1 - 2**-53, dtype=torch.float64)
+    _, xt, _ = draw_counts(cfg, maskable, (511 + almost_1) / 512)  # rounds to 1: count n, not n + 1
     assert ((xt == MASK).sum(-1) == n).all()
-    bell = replace(cfg, time_law="bell")
-    share = (
-        TIME_DRAWS[cfg.time_draw](x0, maskable, bell, u, torch.rand(3000, 8, dtype=torch.float64))[
-            1
-        ]
-        == MASK
-    ).sum(-1) / n
-    assert share[::3].std() < 0.9 * (count / n)[::3].std()  # it dwells in the middle
+
+    _, xt, _ = draw_counts(replace(cfg, time_law="bell"), maskable, u)
+    share = (xt == MASK).sum(-1) / n
+    assert share[::3].std() < 0.9 * (count / n)[::3].std()  # the bell prefers the middle
+
+
+# --------------------------------------------------------------------------------------------------
+# The bound from exact counts
 
 
 @pytest.mark.parametrize("loss", ["mdlm", "sedd"])
 def test_exact_count_bound_is_tight_when_enumerated(loss):
-    """Of SEDD's scores twice too large, too: they cost Z - 1 - log Z, here 1 - log 2, for each token more."""
+    """SEDD's scores are twice too large: that costs Z - 1 - log Z = 1 - log 2 per token."""
     joint, scale = random_joint(), 2.0 if loss == "sedd" else 1.0
     model = lambda x, t, at: exact_model(joint)(x, t, at) + math.log(V * scale)
     total, too_much = 0.0, L * (scale - 1 - math.log(scale))
@@ -386,22 +390,20 @@ def test_exact_count_bound_is_tight_when_enumerated(loss):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_exact_count_bound_of_a_time_conditioned_network_is_its_continuous_bound(schedule):
-    model, cfg = hostile_model(), tiny(schedule=schedule, time_cond=True, cond_dim=8)
+    model, cfg, n = hostile_model(), tiny(schedule=schedule, time_cond=True, cond_dim=8), 60_000
     want = expected_loss("mdlm", model, TEXT, cfg)
-    n = 60_000
-    x0 = TEXT.repeat(n, 1)
-    count = torch.arange(n) % L + 1
+    x0, count = TEXT.repeat(n, 1), torch.arange(n) % L + 1
     nats = exact_count_bound(model, x0, ones(x0), cfg, count).double()
     assert abs(nats.mean().item() - want) < 4 * nats.std().item() / n**0.5
-    without = exact_count_bound(
-        lambda x, t, at: model(x, 0 * t, at), x0, ones(x0), cfg, count
-    ).double()
-    assert abs(without.mean().item() - want) > 0.1  # the test can tell
+    at_time_0 = lambda x, t, at: model(x, 0 * t, at)
+    wrong = exact_count_bound(at_time_0, x0, ones(x0), cfg, count).double()
+    assert abs(wrong.mean().item() - want) > 0.1  # the test can tell
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_losses_stay_finite_next_to_the_ends(schedule):
-    """1 - alpha rounds to 0 near t = 0 in most schedules: nothing is masked, and the loss is 0, not NaN."""
+    """1 - alpha rounds to 0 near t = 0 in most schedules: nothing is masked there, and
+    the loss is 0, not NaN."""
     t = torch.tensor([0.0, 1e-300, 1e-12, 1e-9, 1 - 1e-12, 1.0], dtype=torch.float64)
     x0 = torch.randint(0, V, (len(t), L))
     nats = LOSSES["mdlm"](hostile_model(), x0, ones(x0), tiny(schedule=schedule), t)
@@ -413,4 +415,3 @@ def test_the_chi_square_test_can_fail():
     fair = TEXTS[torch.randint(0, 27, (20_000,))]
     unfair = torch.where(torch.rand(20_000, 1) < 0.03, TEXTS[:1], fair)
     assert chi_square_p(fair, law) > 1e-3 and chi_square_p(unfair, law) < 1e-6
-    assert index(TEXTS).unique().numel() == 27

@@ -1,13 +1,14 @@
 """The losses and samplers against numbers that upstream's own code gave on the same inputs.
 
-Recorded in float64 by running, with `network` in the place of the backbone and the t, xt and uniforms below in the
-place of drawn ones:
+Recorded in float64 by running these, with `network` in place of the backbone and the t, xt and
+uniforms below in place of random ones:
     kuleshov-group/mdlm                               c112c526d193436838c98d81455ee51f90309470
     louaaron/Score-Entropy-Discrete-Diffusion         0605786da5ccb5747545e26d66fdf477187598b6
     flukeskywalker/nanoDD                             b656fc6f158fc43a811558890f958453cd4e0550
-Upstream's alpha ends at 1e-3, ours at 0: 1 - 0.999 t instead of 1 - t, and so on. That cancels in the losses and in
-the samplers' steps, which depend on alpha through alpha' / (1 - alpha) and (alpha_s - alpha_t) / (1 - alpha_t). What
-is left of it is what `network` is told about the time there: the masked fraction, 0.999 t.
+Upstream's alpha ends at 1e-3, ours at 0: 1 - 0.999 t instead of 1 - t, and so on. That cancels in
+the losses and in the samplers' steps, which depend on alpha through alpha' / (1 - alpha) and
+(alpha_s - alpha_t) / (1 - alpha_t). It does not cancel in the time that upstream's backbone reads:
+the masked fraction, 0.999 t.
 """
 
 import math
@@ -28,7 +29,7 @@ MASK = V
 
 
 def inputs():
-    """Random logits (of a position, of the token that stands there, of the time), a text, and what to mask."""
+    """Random logits by position, by the token there and by the time; a text; where it is masked."""
     u = np.random.Generator(np.random.Philox(240607524)).random
     table, answer, clock = 8 * u((B, L, V + 1)) - 4, 4 * u((V + 1, V + 1)) - 2, 4 * u(V + 1) - 2
     x0, hidden = (V * u((B, L))).astype(np.int64), u((B, L)) < 0.6
@@ -43,7 +44,7 @@ FIRST_STEP = torch.tensor([1, 357, 620, 999], dtype=torch.float64) / T
 
 
 def network(time=0.0, outputs=V):
-    """The function that upstream's code was given for a backbone. `time`: what it is told is `time` * t."""
+    """The backbone that upstream's code was run with. It reads `time` * t."""
 
     def model(x, t, at):
         return (TABLE + ANSWER[x] + time * t.double()[:, None, None] * CLOCK)[..., :outputs][at]
@@ -56,8 +57,8 @@ def config(**fields):
 
 
 def stretch(t):
-    """Ours over upstream's alpha' / (1 - alpha) at t, and over its (alpha_s - alpha_t) / (1 - alpha_t), of the
-    geometric schedule: there upstream's alpha starts at exp(-1e-4), and ours is stretched to start at 1."""
+    """Our alpha' / (1 - alpha) at t of the geometric schedule over upstream's; the same for
+    (alpha_s - alpha_t) / (1 - alpha_t). Upstream's alpha starts at exp(-1e-4), ours at 1."""
     alpha = math.exp(-(1e-4 ** (1 - t) * 20**t))
     return (1 - alpha) / (math.exp(-1e-4) - alpha)
 
@@ -80,10 +81,9 @@ LOSS = {
 }
 
 
-def close(got, want):
-    torch.testing.assert_close(
-        got.double(), torch.as_tensor(want, dtype=torch.float64), rtol=1e-5, atol=1e-9
-    )
+def assert_close(got, want):
+    want = torch.as_tensor(want, dtype=torch.float64)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -107,58 +107,60 @@ def test_loss_of_masked_tokens(name, time, fields):
     assert (nats[~HIDDEN] == 0).all() and (nats[HIDDEN] > 0).all()
     if cfg.schedule == "geometric":
         nats = nats / torch.tensor([[stretch(t)] for t in TIMES.tolist()])
-    close(nats.sum(-1), LOSS[name])
+    assert_close(nats.sum(-1), LOSS[name])
 
 
 def test_d3pm_with_and_without_zero_masking():
-    """MDLM's d3pm with subs_masking and without. Not in step 1, where upstream's KL is 0 / 0 and which it never
-    draws, nor in step T, where it puts 0.9999 for t and is 1e-4 off."""
-    loss = lambda net, **fields: LOSSES["d3pm"](
-        net, X0, ones(X0), config(loss="d3pm", T=T, **fields), STEPS, XT
-    )
-    close(loss(network(0.999), carry_over=False).sum(-1), LOSS["d3pm subs_masking"])
+    """MDLM's d3pm with subs_masking and without. Step 1 is left out: upstream's KL is 0 / 0 there,
+    and it never draws it. So is step T: upstream replaces t by 0.9999, which is 1e-4 off."""
+
+    def loss(net, **fields):
+        return LOSSES["d3pm"](net, X0, ones(X0), config(loss="d3pm", T=T, **fields), STEPS, XT)
+
+    assert_close(loss(network(0.999), carry_over=False).sum(-1), LOSS["d3pm subs_masking"])
     free = network(0.999, V + 1)
-    close(loss(free, carry_over=False, zero_masking=False).sum(-1), LOSS["d3pm"])
+    assert_close(loss(free, carry_over=False, zero_masking=False).sum(-1), LOSS["d3pm"])
     kl = loss(free, zero_masking=False)
     assert (kl[~HIDDEN] == 0).all()
-    close(kl.sum(-1), torch.tensor(LOSS["d3pm"]) - torch.tensor(LOSS["d3pm, its reconstruction"]))
+    reconstruction = torch.tensor(LOSS["d3pm, its reconstruction"])
+    assert_close(kl.sum(-1), torch.tensor(LOSS["d3pm"]) - reconstruction)
 
 
 def test_ar():
-    """Upstream's output at position i predicts token i + 1; ours at i predicts token i, the first is given."""
+    """Upstream's output at position i predicts token i + 1, ours token i; the first is given."""
     maskable = ones(X0)
     maskable[:, 0] = False
     model = lambda x, t, at: F.pad((TABLE + ANSWER[x])[:, :-1, :V], (0, 0, 1, 0))[at]
     nats = LOSSES["ar"](model, X0, maskable, config(loss="ar", causal=True, bos=True))
-    close(nats.sum(-1), LOSS["ar"])
+    assert_close(nats.sum(-1), LOSS["ar"])
 
 
 def test_nanodd():
-    """Its loss is that of one step; ours is T times as much. In its step 1 there is the cross-entropy alone."""
-    nats = LOSSES["d3pm"](
-        network(1.0), X0, ones(X0), config(loss="d3pm", T=T, aux_ce=0.05), FIRST_STEP, XT
-    )
-    close(nats.sum(-1) / T, LOSS["nanoDD"])
+    """Its loss is that of one step; ours is T times as much. In step 1 it is the cross-entropy."""
+    cfg = config(loss="d3pm", T=T, aux_ce=0.05)
+    nats = LOSSES["d3pm"](network(1.0), X0, ones(X0), cfg, FIRST_STEP, XT)
+    assert_close(nats.sum(-1) / T, LOSS["nanoDD"])
 
 
 def test_importance_sampling():
-    """MDLM's times and losses for given uniforms. Ours has the same times if t_min is the one that upstream means,
-    and a constant weight too: log(1 / t_min) / (1 - t_min), an average over t in [t_min, 1), where upstream has
-    -log(1 - exp(-1e-3)), 9e-4 less."""
+    """MDLM's times and losses for given uniforms. Ours has the same times with upstream's t_min.
+    Both weights are constant: ours is log(1 / t_min) / (1 - t_min), an average over t in
+    [t_min, 1); upstream's is -log(1 - exp(-1e-3)), 9e-4 less."""
     sigma_min = 1e-3
     t_min = (1 - math.exp(-sigma_min)) / (1 - 1e-3)
     stratified = (torch.tensor([0.1, 0.8, 0.3, 0.95], dtype=torch.float64) + torch.arange(B)) / B
     u = training_time(stratified, config(t_min=1e-3))  # its sampling_eps comes first
     cfg = config(t_min=t_min, time_draw="importance")
     t, _, weight = TIME_DRAWS[cfg.time_draw](X0, ones(X0), cfg, u, torch.zeros(X0.shape))
-    close(t, [0.00119711738, 0.0224786094, 0.0532558469, 0.917360877])
+    assert_close(t, [0.00119711738, 0.0224786094, 0.0532558469, 0.917360877])
     nats = LOSSES["mdlm"](network(), X0, ones(X0), cfg, t, XT).sum(-1) * weight
     ratio = -math.log(1 - math.exp(-sigma_min)) * (1 - t_min) / math.log(1 / t_min)
-    close(nats * ratio, [103.775085, 110.729564, 138.840685, 84.0245631])
+    assert_close(nats * ratio, [103.775085, 110.729564, 138.840685, 84.0245631])
 
 
-# Probabilities of the V tokens and of MASK after a step from t = 3/4 to 1/2, at two masked positions. Where they are
-# negative upstream's categorical draw never takes MASK, as if it were 0.
+# Probabilities of the V tokens and of MASK after a step from t = 3/4 to 1/2, at two
+# masked positions. Upstream's categorical draw never takes a token of negative
+# probability, as if it were 0.
 WHERE = [1, 1], [0, 1]
 KERNEL = {
     "mdlm": [
@@ -166,14 +168,7 @@ KERNEL = {
         [9.0460973e-05, 0.00904770194, 1.012248e-05, 5.94540565e-05, 0.324125594, 0.666666667],
     ],
     "d3pm": [
-        [
-            0.000455662732,
-            0.000799426592,
-            0.000123104154,
-            0.000446977385,
-            0.00910372139,
-            0.989071108,
-        ],
+        [4.55662732e-4, 7.99426592e-4, 1.23104154e-4, 4.46977385e-4, 9.10372139e-3, 0.989071108],
         [9.03968175e-05, 0.00904128525, 1.01153011e-05, 5.94118913e-05, 0.323895722, 0.666903069],
     ],
     "sedd loglinear": [  # analytic and Euler; MDLM's analytic of its sedd
@@ -196,8 +191,9 @@ KERNEL = {
 
 
 def law(sampler, model, cfg, step, monkeypatch):
-    """(B, L, V + 1) law of a sampler's step, of 4 and the last that removes what noise is left, on XT. Exactly: the
-    two uniforms of a position, which token and whether to reveal it, have thresholds, found by bisection."""
+    """(B, L, V + 1) law of a sampler's step number `step` on XT, of 4 steps and the last that
+    removes the remaining masks. Exact: the two uniforms of a position, which token and whether to
+    reveal it, have thresholds, found by bisection."""
     zero = torch.zeros(B, L, dtype=torch.float64)
 
     def frame(which, reveal):
@@ -240,15 +236,16 @@ def test_step_of_a_sampler(name, sampler, time, fields, monkeypatch):
     cfg = config(**fields)
     model = network(time, V + (not cfg.zero_masking))
     got = law(sampler, model, cfg, 4 if "denoise" in name else 1, monkeypatch)
-    close(got[~HIDDEN], F.one_hot(X0[~HIDDEN], V + 1))
+    assert_close(got[~HIDDEN], F.one_hot(X0[~HIDDEN], V + 1))
     want = torch.tensor(KERNEL[name], dtype=torch.float64)
     if "geometric" in name:
         want[:, :V] *= stretch(0.75)
         want[:, V] = 1 - want[:, :V].sum(-1)
     if not cfg.zero_masking:
-        # Here upstream's sampler is not the process whose KL its loss is: MASK should get 1 - alpha_s + alpha_s m,
-        # m the network's probability of it, and gets 1 - alpha_s. Ours is that process. alpha_s = 1/2.
+        # Upstream's sampler is not the process whose KL its loss is: MASK should get
+        # 1 - alpha_s + alpha_s m, with m the network's probability of it, but gets 1 - alpha_s.
+        # Ours is that process. alpha_s = 1/2.
         m = model(XT, torch.full((B,), 0.75), ones(XT)).softmax(-1).view(B, L, V + 1)[WHERE][:, V]
         want[:, V] *= 1 + m
     want = want.clamp(min=0)
-    close(got[WHERE], want / want.sum(-1, keepdim=True))
+    assert_close(got[WHERE], want / want.sum(-1, keepdim=True))

@@ -1,0 +1,209 @@
+"""A run's folder, out/<config>/: ckpt.pt (last), best.pt (lowest validation bound), log.jsonl and
+config.json. Who may continue it, who may write to it, and its log.
+"""
+
+import contextlib
+import errno
+import json
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common import fail, one_line, read_checkpoint, to_json
+from configs import from_dict
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock on a run's folder
+    fcntl = None
+
+# Fields that a resumed run may change; all others are its recipe.
+MAY_CHANGE = set(
+    "data micro_batch recompute device dtype compile eval_every eval_windows save_every samples"
+    " out_dir wandb steps init_from".split()
+)
+
+
+def find_checkpoint(cfg, meta, resume, overwrite):
+    """The checkpoint to resume from, or None for a new run. Changes nothing on disk."""
+    out = Path(cfg.out_dir)
+    paths = [p for p in (out / "ckpt.pt", out / "best.pt") if p.exists()]
+    if resume and overwrite:
+        fail("--resume and --overwrite exclude each other")
+    if not resume and not overwrite and (paths or (out / "log.jsonl").exists()):
+        fail(f"{out}: holds a run; --resume continues it, --overwrite deletes it; or use --out_dir")
+    if not resume or not paths:
+        return None  # new, or stopped before its first checkpoint
+    state = read_checkpoint(paths[0])
+    check_same_recipe(state, paths[0], cfg, meta)
+    return state
+
+
+def check_same_recipe(state, path, cfg, meta):
+    """A resumed run keeps its recipe, its tokenizer and its data."""
+    before = asdict(from_dict(state["config"], path))  # fields that it lacks have their defaults
+    if not state["optimizer"]:
+        fail(f"{path}: converted weights, without the optimizer's state that resuming needs")
+    for name, value in before.items():
+        now = getattr(cfg, name)
+        if name not in MAY_CHANGE and now != value:
+            fail(f"{path}: trained with {name}={value}, not {now}; a resumed run keeps its recipe")
+    if state["tokenizer"] != meta["tokenizer"]:
+        fail(f"{cfg.data}: made with another tokenizer than {path}")
+    if state["data"] != meta["splits"]["train"]["sha256"]:
+        fail(f"{cfg.data}: not the data that {path} was trained on")
+    step = state["step"]
+    if step > cfg.steps or step == cfg.steps and is_finished(path.parent / "log.jsonl", step):
+        fail(f"{path}: already at step {step} of {cfg.steps}; raise --steps to continue")
+
+
+def is_finished(log, step):
+    """Whether the log holds the final validation of this step: a run killed during it is not."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(f'"step": {step}, "final"' in line for line in lines)
+
+
+def open_folder(cfg, step):
+    """Create out_dir or take it over at `step`; returns its log.jsonl, open for appending and
+    locked. Cuts off what a stopped run logged after its last checkpoint: those steps come again."""
+    out = Path(cfg.out_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.jsonl", "a+", buffering=1, encoding="utf-8", errors="replace")
+        lock(log)
+    except BlockingIOError:
+        fail(f"{out}: another process is training here")
+    except OSError as e:
+        fail(f"out_dir={out}: {e.strerror}")
+    log.seek(0)
+    end = 0
+    while step and (line := log.readline()).endswith("\n"):
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError, RecursionError):
+            break
+        end = log.tell()
+    log.truncate(end)
+    if not step:
+        for name in ("ckpt.pt", "best.pt"):
+            (out / name).unlink(missing_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1), encoding="utf-8")
+    return log
+
+
+def lock(file):
+    """Lock an open file against other processes; BlockingIOError if one of them has it. Some
+    network file systems have no locks: there two runs in one folder go unnoticed."""
+    if not fcntl:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+
+
+class Stream:
+    """A stream for output that nobody may be reading: after its first error it stays silent, and
+    `error` says why. Training goes on when a terminal closes or a disk of logs is full."""
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, ""
+
+    def write(self, text):
+        self.attempt("write", text)
+
+    def flush(self):
+        self.attempt("flush")
+
+    def attempt(self, method, *arguments):
+        if not self.error:
+            try:
+                getattr(self.stream, method)(*arguments)
+            except (OSError, ValueError, AttributeError) as e:  # full, closed, or None
+                self.error = one_line(e)
+
+    def __getattr__(self, name):  # tqdm asks for isatty, encoding and fileno
+        return getattr(self.stream, name)
+
+
+def start_wandb(cfg):
+    """(log, finish) of wandb for this run, or one line on why there is none."""
+    try:
+        import wandb
+
+        run = wandb.init(project="nanomdlm", name=Path(cfg.out_dir).name, config=asdict(cfg))
+    except Exception as e:  # not installed, not logged in, no network: each raises another type
+        fail(f"wandb=True: {one_line(e)}; WANDB_MODE=offline needs no account")
+
+    def send(record):
+        run.log(record, step=record["step"])
+
+    return send, run.finish
+
+
+def open_log(cfg, step, closing):
+    """(log, say, stderr): log(record) appends to log.jsonl and to wandb, say(text) prints above the
+    bar, which writes to stderr. Trouble with wandb or the terminal is noted once, in the log."""
+    send, finish = start_wandb(cfg) if cfg.wandb else (None, None)
+    file = closing.enter_context(open_folder(cfg, step))
+    stdout, stderr, noted = Stream(sys.stdout), Stream(sys.stderr), set()
+
+    def note(where, error):
+        if error and where not in noted:
+            noted.add(where)
+            file.write(to_json({"note": f"{where}: {error}; training continues"}) + "\n")
+
+    def log(record):
+        nonlocal send
+        file.write(to_json(record) + "\n")
+        note("stdout", stdout.error)
+        note("stderr", stderr.error)
+        try:
+            if send:
+                send(record)
+        except Exception as e:  # any type: wandb wraps those of its network library
+            send = None
+            note("wandb", one_line(e))
+            say(f"wandb: {one_line(e)}; training continues without it")
+
+    def end():
+        try:
+            if finish:
+                finish()
+        except Exception as e:
+            note("wandb", one_line(e))
+
+    def say(text):
+        tqdm.write(text, file=stdout)
+
+    closing.callback(end)
+    return log, say, stderr
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Yield a list that collects Ctrl-C and SIGTERM, so that the loop can finish its step and save.
+    A second signal acts as usual. SIGHUP, of a terminal that closes, is ignored."""
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, before[number])
+
+    noted, before = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
