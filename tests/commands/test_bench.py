@@ -99,9 +99,12 @@ def test_the_parts_of_a_step_of_this_network(sliced, monkeypatch):
 
 @pytest.mark.slow
 def test_a_larger_case_takes_more_memory_and_has_it_for_itself(capsys):
-    """52 MB of parameters, gradients, average and AdamW's two states, beside a small case."""
-    small, large = rows(capsys, "train", *SMALL, "--sweep=vocab_size=50,40000", "--repeats=1")
-    assert 5 * 4 * 2 * 32 * 40_000 / 2**20 * 0.9 < large["MB"] - small["MB"] < 300
+    """49 MB of parameters, gradients, average and AdamW's two states, beside a small case. Rows are
+    short, since the peak of many logits varies by 100 MB from run to run."""
+    args = "--seq_len=16", "--sweep=vocab_size=50,40000", "--repeats=1"
+    small, large = rows(capsys, "train", *SMALL, *args)
+    states = 5 * 4 * 2 * 32 * 40_000 / 2**20
+    assert 0.9 * states < large["MB"] - small["MB"] < 2 * states
 
 
 def test_a_step_does_the_work_that_flops_per_token_says():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import refused, tiny_run
+from conftest import make_corpus, refused, tiny_run
 
 import evaluate
 from configs import CONFIGS, as_ar, smdm
@@ -258,14 +258,19 @@ def test_damaged_lines_are_named(tmp_path, capsys):
     refused(capsys, lambda: scaling.index_runs(path), words)
 
 
-SWEEP = (["13k", "28k", "50k"], [4e8, 1.6e9], 1, 1)  # sizes, budgets, seeds, passes
+# A fit needs curves with a minimum, for every seed and any noise of the bound. Of the 1,000
+# characters the text uses 40. A small model has the steps to learn which. A large one has one or
+# two steps and costs 0.6 nats more, or worse. With 27 characters that gap is close to the noise.
+SWEEP = (["13k", "50k", "198k"], [6e8, 8e8], 1, 2)  # sizes, budgets, seeds, passes
+MANY = "".join(map(chr, range(32, 1032)))
 
 
 @pytest.fixture(scope="module")
-def base(corpus, tmp_path_factory):
-    cfg = replace(tiny_run(corpus), cond_dim=0, vocab_size=5, muon_lr=0.02)
-    out = str(tmp_path_factory.mktemp("scaling") / "run")
-    return replace(cfg, eval_every=100, save_every=100, out_dir=out)
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scaling")
+    cfg = tiny_run(make_corpus(folder / "words", MANY))
+    cfg = replace(cfg, cond_dim=0, vocab_size=5, lr=0.01, muon_lr=0.02)
+    return replace(cfg, eval_every=100, save_every=100, out_dir=str(folder / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -284,9 +289,9 @@ def test_a_sweep_from_end_to_end(base, swept):
         assert run["steps"] == cfg["steps"] == int(run["C"] / (6 * run["N"] * 8 * 32))
         assert cfg["loss"] == run["loss"]
         assert run["D"] == run["steps"] * 256 and run["epochs"] == run["D"] / 4000
-        assert run["se"] > 0 and 0.5 < run["nats"] < 3.3
-    args = [str(out / "mdlm_28k_1.6e+09_1"), "--split=val", "--passes=1", "--batch_size=8"]
-    run = next(r for r in runs if (r["loss"], r["size"], r["C"]) == ("mdlm", "28k", 1.6e9))
+        assert run["se"] > 0 and 0.5 < run["nats"] < math.log(len(MANY))
+    args = [str(out / "mdlm_50k_8e+08_1"), "--split=val", "--passes=2", "--batch_size=8"]
+    run = next(r for r in runs if (r["loss"], r["size"], r["C"]) == ("mdlm", "50k", 8e8))
     assert evaluate.main(args)["nats"] == pytest.approx(run["nats"], rel=1e-6)
     assert (out / "scaling.png").read_bytes()[:4] == b"\x89PNG"
     assert "sd of a run" in (out / "table.md").read_text()
@@ -300,7 +305,7 @@ def test_finished_runs_are_kept_and_a_killed_sweep_resumes(base, swept, monkeypa
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
     assert all(np.array_equal(again[n]["L"], swept[n]["L"], equal_nan=True) for n in swept)
 
-    cfg = replace(base, vocab_size=27, out_dir=str(tmp_path / "run"))
+    cfg = replace(base, vocab_size=len(MANY), out_dir=str(tmp_path / "run"))
     calls, evaluate_final = [], scaling.report.evaluate_final
 
     def killed(*args):
@@ -311,7 +316,7 @@ def test_finished_runs_are_kept_and_a_killed_sweep_resumes(base, swept, monkeypa
             path.write_text(lines[0] + lines[1])
         return evaluate_final(*args)
 
-    few = (["13k", "28k"], [4e8], 1, 2)
+    few = (["13k", "50k"], [6e8], 1, 2)
     path, lines = tmp_path / "run" / "runs.jsonl", whole.splitlines(keepends=True)
     monkeypatch.setattr(scaling.report, "evaluate_final", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -329,11 +334,11 @@ def test_another_recipe_is_refused_and_other_sizes_join(base, swept, capsys):
     words = "has another lr; use another --out_dir"
     refused(capsys, lambda: scaling.main(replace(base, lr=1e-3), *SWEEP), words)
     assert path.read_text() == whole
-    laws = scaling.main(base, ["111k"], [1.6e9], 2, 1)
+    laws = scaling.main(base, ["111k"], [8e8], 2, 2)
     joined = scaling.read_runs(path)
     assert len(joined) == 16 and joined[12]["size"] == "111k"
     assert {run["seed"] for run in joined[12:]} == {1, 2}
-    assert [len(law["points"][1.6e9][0]) for law in laws.values()] == [5, 5]
+    assert [len(law["points"][8e8][0]) for law in laws.values()] == [5, 5]
     elsewhere = replace(base, out_dir=base.out_dir + "_fit")
     again = scaling.main(elsewhere, [], [], 1, 1, joined)
     assert np.array_equal(again["ar"]["L"], laws["ar"]["L"], equal_nan=True)
