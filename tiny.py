@@ -10,10 +10,7 @@ others, is replaced by MASK with probability t. At t = 0 the text is whole, at t
 A network learns to guess the hidden tokens from the visible ones. That is enough to write: start
 from masks only and let t fall to 0. Each token appears at a random moment, drawn from the guess
 that the network makes from all tokens that have appeared before, on both sides.
-
-    B, L, V    rows in a batch, tokens in a row, tokens in the vocabulary
-    x0, xt     (B, L) token ids 0 .. V-1; in xt, mask_id = V stands for MASK
-    t          time, from 0 to 1
+Shapes: B rows of L tokens, ids 0 .. V-1, and mask_id = V stands for MASK.
 """
 
 import math
@@ -46,10 +43,8 @@ class Net(nn.Module):
 def loss(model, x0, mask_id, t=None, xt=None):
     """(B,) nats, on average at least -log p(x0): -log p(x0_i | xt) summed over masked i, over t."""
     B, L = x0.shape
-    if t is None:  # one t in each B-th of (0, 1]
-        t = (torch.arange(1, B + 1) - torch.rand(B)) / B
-    if xt is None:
-        xt = torch.where(torch.rand(B, L) < t[:, None], mask_id, x0)
+    t = (torch.arange(1, B + 1) - torch.rand(B)) / B if t is None else t  # one in each B-th
+    xt = torch.where(torch.rand(B, L) < t[:, None], mask_id, x0) if xt is None else xt
     nats = F.cross_entropy(model(xt).mT, x0, reduction="none")  # (B, L)
     return (nats * (xt == mask_id)).sum(1) / t
 
@@ -82,8 +77,8 @@ def main(steps=4000, B=16, L=64):
     V, start, bits = len(strings), time.time(), 0.0
     per_nat = len(data) / sum(len(strings[i]) for i in data.tolist()) / L / math.log(2)  # bits/char
     model = Net(V)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
-    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(model.parameters())
+    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)  # up, then down
     for step in range(1, steps + 1):
         x0 = data[torch.randint(len(data) - L, (B, 1)) + torch.arange(L)]
         nats = loss(model, x0, mask_id=V).mean()
