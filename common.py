@@ -30,6 +30,15 @@ def fail(message):
     raise UserError(message)
 
 
+def discard_output():
+    """Send what stdout still holds nowhere, or Python would fail once more at its end."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def command(main):
     """Decorator of a script's main(argv=None): a UserError or an error of the system becomes one
     line on stderr and exit code 2, Ctrl-C becomes exit code 130, and a character that the terminal
@@ -41,12 +50,15 @@ def command(main):
             with contextlib.suppress(AttributeError, ValueError):
                 stream.reconfigure(errors="replace")
         try:
-            return main(*argv)
-        except BrokenPipeError:  # the reader of a pipe has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            raise SystemExit(1) from None
+            result = main(*argv)
+            if sys.stdout:
+                sys.stdout.flush()  # errors of buffered output belong here, too
+            return result
         except (UserError, OSError) as e:  # OSError: a full disk, no permission, too long a name
-            sys.stderr.write(f"error: {one_line(e)}\n")  # a single write: processes share stderr
+            with contextlib.suppress(OSError, AttributeError, ValueError):
+                sys.stderr.write(f"error: {one_line(e)}\n")  # one write: processes share stderr
+            if isinstance(e, OSError):  # what stdout still holds cannot be written
+                discard_output()
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             sys.stderr.write("interrupted\n")

@@ -41,18 +41,14 @@ class Config:
     n_embd: int = 256
     cond_dim: int = 128  # width of the adaLN conditioning; 0: plain pre-norm blocks, no adaLN
     time_cond: bool = False  # False: adaLN sees a constant, as in MDLM's released model
-    time_input: str = (
-        "sigma"  # what the time embedding reads: sigma(t) (MDLM, SEDD) or 1000 t (nanoDD)
-    )
+    time_input: str = "sigma"  # the time embedding reads sigma(t) (MDLM) or 1000 t (nanoDD)
     norm: str = "layer"  # LayerNorm without bias (MDLM), or rms: RMSNorm (SMDM)
     mlp: str = "gelu"  # GELU (MDLM), or swiglu (SMDM)
     mlp_width: int = 0  # hidden width of the MLP; 0: 4 n_embd
     bias: bool = True  # in the MLP and the head
     init: str = "zero"  # every block starts as the identity (MDLM), or smdm: normal, as in SMDM
     tied: bool = False  # the head is the first V rows of the embedding, without bias (nanoDD)
-    causal: bool = (
-        False  # loss=ar: position i sees, and is predicted from, the tokens before it alone
-    )
+    causal: bool = False  # loss=ar: position i is predicted from the tokens before it
     zero_masking: bool = True  # False: d3pm's network may answer MASK (V + 1 outputs)
     dropout: float = 0.0
     # diffusion
@@ -64,38 +60,28 @@ class Config:
     prompt_dropout: float = 0.0  # share of the rows whose given tokens are masked, for guidance
     t_min: float = 0.0  # smallest t drawn in continuous-time training
     time_draw: str = (
-        "stratified"  # over the global batch; iid, importance (log-uniform t), counts (exact)
+        "stratified"  # over the global batch; or iid, importance (log t), counts (exact)
     )
-    time_law: str = (
-        "uniform"  # of the times drawn in training; bell: Beta(2, 2), dwells on half-masked text
-    )
+    time_law: str = "uniform"  # of training times; bell: Beta(2, 2), dwells on half-masked text
     aux_ce: float = 0.0  # d3pm: weight of nanoDD's auxiliary cross-entropy over every token
-    carry_over: bool = (
-        True  # False: d3pm's network has to copy what it sees (the reconstruction term)
-    )
+    carry_over: bool = True  # False: d3pm's network must copy visible tokens (reconstruction term)
     # optimisation
     steps: int = 1000
     batch_size: int = 16  # sequences per optimiser step, all GPUs together
     micro_batch: int = 16  # most sequences per GPU per forward: changes memory, not the gradient
-    recompute: bool = (
-        False  # work out a block's inner values again on the way back: less memory, more time
-    )
+    recompute: bool = False  # recompute blocks in the backward pass: less memory, more time
     lr: float = 1e-3
     min_lr: float = 0.0  # where cosine and linear decay end
     lr_decay: str = "constant"  # constant, cosine or linear
     warmup: int = 100
     decay_steps: int = 0  # cosine, linear: the last so many steps decay; 0: all after the warm-up
-    muon_lr: float = (
-        0.0  # > 0: torch.optim.Muon at this rate for the blocks' matrices, AdamW for the rest
-    )
+    muon_lr: float = 0.0  # > 0: Muon at this rate for the blocks' matrices, AdamW for the rest
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0  # on tensors of two or more dimensions
     grad_clip: float = 1.0
-    ema: float = (
-        0.9999  # decay of update n: m / (m + ema_warmup), at most ema; m = n - ema_start; 0: none
-    )
+    ema: float = 0.9999  # decay m / (m + ema_warmup), at most ema, m = n - ema_start; 0: none
     ema_start: int = -1  # -1 and 9: MDLM's (1 + n) / (10 + n)
     ema_warmup: int = 9
     # run

@@ -16,7 +16,7 @@ Contracts
     model(x, t, at) -> (N, V) float32 logits, one row per True of `at`, in row-major order.
         The head has V outputs, so "the prediction is never MASK" is a shape and not a minus
         infinity. (A D3PM without zero_masking has one more output, MASK, at the end.)
-    model(x, t, at, tokens) -> their `cross_entropy`, tokens (B, L, k): how every loss calls it
+    model(x, t, at, tokens) -> (-log p(tokens), log Z) at `at`, tokens (B, L, k), k a position
     denoise(x, t, at) -> (N, V) log-probabilities; guidance, temperature and top-p wrap it
     loss(model, x0, maskable, cfg, t=None, xt=None) -> (B, L) nats, 0 where nothing is lost.
         With xt given, pass `counted` for maskable: then only counted tokens are evaluated.
@@ -245,8 +245,7 @@ def bound_weight(t, cfg):
 
 
 def mdlm(model, x0, maskable, cfg, t=None, xt=None):
-    """Bound on -log p(x0): weighted cross-entropy of the masked tokens, in
-    continuous time or T steps.
+    """Bound on -log p(x0): weighted cross-entropy of masked tokens, in T steps or continuous time.
 
     MDLM, arXiv 2406.07524, the NELBO of section 3. T = 0 is also MD4 (2406.04329), RADD
     (2406.03736) and, for alpha = 1 - t, the CE / t of SMDM (2410.18514). x0 (B, L) -> (B, L) nats,
@@ -263,15 +262,13 @@ def d3pm(model, x0, maskable, cfg, t=None, xt=None):
                          instead, T x the cross-entropy of all tokens. What exceeds the KL
                          is no part of the bound (flukeskywalker/nanoDD, its dense
                          posteriors summed in closed form).
-    carry_over=False     the network must copy visible tokens: adds the reconstruction -log p(x0 |
-    x0)
-                         at t = 0.
-    zero_masking=False   the network may predict MASK, with probability m. The posterior built from
-    it
-                         is normalised by 1 - alpha + alpha m; call that (1 - alpha) exp(a). Then
+    carry_over=False     the network must copy visible tokens: adds the reconstruction
+                         -log p(x0 | x0) at t = 0.
+    zero_masking=False   the network may predict MASK, with probability m. Its posterior is
+                         normalised by 1 - alpha + alpha m; call that (1 - alpha) exp(a). Then
                          KL = r (a_t - log p(x0)) + (1 - r) (a_t - a_s).
-    The last two are the ablations of MDLM (arXiv 2406.07524), its "D3PM". x0
-    (B, L) -> (B, L) nats."""
+    The last two are the ablations of MDLM (arXiv 2406.07524), its "D3PM".
+    x0 (B, L) -> (B, L) nats."""
     t, xt = corrupt(x0, maskable, cfg, t, xt)
     if cfg.aux_ce:
         weight = bound_weight(t, cfg).float()[:, None] * (maskable & (xt == cfg.mask_id))
@@ -298,12 +295,13 @@ def posterior_kl(model, x0, maskable, cfg, t, xt):
     return torch.where(masked, cfg.T * (a_t + r * nats - stay), 0).float()
 
 
-# SEDD learns ratios instead ("concrete scores"): s(y) = p_t(x with y at a masked position) /
-# p_t(x). That is r p(y | xt) with r = alpha / (1 - alpha), which is known. So the outputs of its
-# network are read as log s(y) = logit(y) + log(r / V), and p^ = s / r estimates p(. | xt) but sums
-# to some Z instead of 1. Score entropy, Eq. 5 of SEDD, times sigma' = -alpha' / alpha, is then
-#   w(t) (Z - 1 - log p^(x0)),  with w the weight of `mdlm`.  With p = p^ / Z that is
-#   w(t) (-log p(x0) + Z - 1 - log Z):  MDLM's loss, plus the cost of not being normalised.
+# SEDD learns ratios ("concrete scores"): c(y) = p_t(x with y at a masked position) / p_t(x). That
+# is rho p(y | xt) with rho = alpha / (1 - alpha), which is known. So the outputs of its network are
+# read as log c(y) = logit(y) + log(rho / V), and g = c / rho estimates p(. | xt) but sums to some Z
+# instead of 1. Score entropy, Eq. 5 of SEDD, times sigma' = -alpha' / alpha, is then
+#   w(t) (Z - 1 - log g(x0)),  with w the weight of `mdlm`.  With p = g / Z that is
+#   w(t) (-log p(x0) + Z - 1 - log Z):  MDLM's loss, plus the price of not being normalised, which
+# is never negative. docs/theory.md goes through all of this more slowly.
 
 
 def score_entropy(model, x0, xt, t, at):
@@ -395,7 +393,7 @@ def categorical(log_p, u):
 
 
 def log_probabilities(logits, cfg):
-    """(N, V) log-probabilities from logits. Those of two networks do not sum to one: p^ = s / r of
+    """(N, V) log-probabilities from logits. Those of two networks do not sum to one: g = c / rho of
     SEDD, and D3PM's without the probability of MASK. `ddpm`, `analytic` and `euler` use the sum."""
     if cfg.loss == "sedd":
         return logits - math.log(logits.shape[-1])
@@ -420,7 +418,7 @@ def denoiser(model, cfg):
 
 
 def mass(log_p):
-    """The sum of p^ over the vocabulary, (N,) float64, for log_p (N, V)."""
+    """The sum of g over the vocabulary, (N,) float64, for log_p (N, V)."""
     return in_parts(lambda part: part.double().exp().sum(-1), log_p)
 
 

@@ -1,11 +1,10 @@
-"""The likelihood bound of a checkpoint on a split or on the zero-shot
-sets, with its standard error.
+"""The likelihood bound of a checkpoint on a split or the zero-shot sets, with its standard error.
 
 python evaluate.py out/pydocs_mdlm/ckpt.pt                      # test split, continuous time
 python evaluate.py out/owt_mdlm/ckpt.pt --split val --json
 python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a 1000-step sampler
-python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven; or --zero_shot ptb
-lambada python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --resume
+python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven sets
+python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --resume
 
 Generative perplexity of samples is another command: python -m tasks.judge.
 """
@@ -320,7 +319,7 @@ def main(argv=None):
         "T": args.T, "passes": args.passes, "ckpt": args.ckpt, "step": model.step,
         "seed": args.seed, "ema": not args.no_ema, "dtype": compute_dtype(device, args.dtype),
     }  # fmt: skip
-    print(to_json(result) if args.json else text)
+    print(to_json(result) if args.json else text, flush=True)
     for path in args.partials:
         path.unlink(missing_ok=True)
     return result

@@ -141,8 +141,8 @@ class DiT(nn.Module):
     unless cfg.bos gives the first token.
 
     Initialisation is torch's own for linear layers (init="smdm": see `init_smdm`), except
-        embedding        uniform +-1/sqrt(d) (MDLM, SEDD); tied: normal 1/sqrt(d), cut at 3 sigma
-        (nanoDD)
+        embedding        uniform +-1/sqrt(d) (MDLM, SEDD)
+        tied embedding   normal 1/sqrt(d), cut at 3 sigma (nanoDD)
         ada, final_ada   zero: every block starts as the identity
         head             zero: every masked token starts at a cost of exactly ln V
     Without adaLN (cond_dim = 0) attn_out and mlp_out are zero, for the same reason as ada."""

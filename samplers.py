@@ -135,7 +135,7 @@ def cached_denoiser(model, cfg):
 
 def analytic(denoise, x, steps, cfg, gen=None):
     """SEDD's analytic sampler (Tweedie tau-leaping, section 4 of SEDD). For a masked position of
-    the absorbing graph, its staggered score times its transposed transition row is r p^(y) for each
+    the absorbing graph, its staggered score times its transposed transition row is r g(y) for each
     y and 1 - r mass for MASK. With normalised scores it is `ddpm`."""
     chance = lambda t, s, log_p: reveal_chance(t, s, cfg) * mass(log_p)
     yield from step_by_step(denoise, x, steps, cfg, gen, chance)
@@ -143,7 +143,7 @@ def analytic(denoise, x, steps, cfg, gen=None):
 
 def euler(denoise, x, steps, cfg, gen=None):
     """SEDD's Euler steps (tau-leaping): the reverse rate -alpha' / (1 - alpha)
-    p^(y), held from t to s."""
+    g(y), held from t to s."""
     chance = lambda t, s, log_p: (t - s) * reveal_rate(t, cfg) * mass(log_p)
     yield from step_by_step(denoise, x, steps, cfg, gen, chance)
 

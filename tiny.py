@@ -41,9 +41,9 @@ class Net(nn.Module):
 
 
 def loss(model, x0, mask_id, t=None, xt=None):
-    """(B,) nats, on average at least -log p(x0): -log p(x0_i | xt) summed over masked i, over t."""
+    """(B,) nats, mean >= -log p(x0). Back from t to t - dt, each mask goes with chance dt / t."""
     B, L = x0.shape
-    t = (torch.arange(1, B + 1) - torch.rand(B)) / B if t is None else t  # one in each B-th
+    t = (torch.arange(1, B + 1) - torch.rand(B)) / B if t is None else t  # one per 1/B of (0, 1]
     xt = torch.where(torch.rand(B, L) < t[:, None], mask_id, x0) if xt is None else xt
     nats = F.cross_entropy(model(xt).mT, x0, reduction="none")  # (B, L)
     return (nats * (xt == mask_id)).sum(1) / t
@@ -63,7 +63,7 @@ def sample(model, xt, steps, mask_id):
 def tokenize(merges):
     """The text as ids (N,), and the string of each id: letters, and pairs that often meet (BPE)."""
     text = re.sub("[^a-z]+", " ", " ".join(topics.values()).lower())
-    strings = {c: c for c in sorted(set(text))}  # one character of text stands for one token
+    strings = {c: c for c in sorted(set(text))}  # a token is one character; its string may be long
     for new in map(chr, range(1000, 1000 + merges)):
         (a, b), _ = Counter(zip(text[:100_000], text[1:])).most_common(1)[0]
         strings[new], text = strings[a] + strings[b], text.replace(a + b, new)
@@ -75,7 +75,7 @@ def main(steps=4000, B=16, L=64):
     torch.manual_seed(0)
     data, strings = tokenize(merges=250)
     V, start, bits = len(strings), time.time(), 0.0
-    per_nat = len(data) / sum(len(strings[i]) for i in data.tolist()) / L / math.log(2)  # bits/char
+    per_nat = len(data) / sum(len(strings[i]) for i in data.tolist()) / L / math.log(2)
     model = Net(V)
     optimizer = torch.optim.AdamW(model.parameters())
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)  # up, then down

@@ -1,14 +1,14 @@
 """Train a masked diffusion language model.
 
-python train.py                                            # the demo: minutes on a CPU, no download
-python train.py text8_mdlm --batch_size=256 --lr=6e-4      # a config and typed overrides
-torchrun --nproc_per_node=8 train.py owt_mdlm              # 8 GPUs of one machine
-torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py
-owt_mdlm python train.py owt_mdlm --resume                          # continue a stopped run; on a
-CPU to the bit
+python train.py                                        # the demo: minutes on a CPU, no download
+python train.py text8_mdlm --batch_size=256 --lr=6e-4  # a config and typed overrides
+python train.py owt_mdlm --resume                      # continue a stopped run; on a CPU to the bit
+torchrun --nproc_per_node=8 train.py owt_mdlm          # 8 GPUs of one machine
+torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+    train.py owt_mdlm                                  # 4 machines of 8 GPUs
 
-A run lives in out/<config>/: ckpt.pt (last), best.pt (lowest validation
-bound), log.jsonl, config.json.
+A run lives in out/<config>/: ckpt.pt (last), best.pt (lowest validation bound), log.jsonl and
+config.json.
 """
 
 import sys
@@ -299,7 +299,8 @@ def synchronise(run, norm, signals):
 def log_steps(run, loss, norm):
     """Log the steps since the last log; their time leaves out validation and saving."""
     seconds = time.time() - run.logged
-    speed = len(run.losses) * run.cfg.batch_size * run.cfg.seq_len / seconds
+    steps = min(len(run.losses), run.step - run.first)  # the others were before the resume
+    speed = steps * run.cfg.batch_size * run.cfg.seq_len / seconds
     lr = lr_at(run.step - 1, run.cfg)
     run.log(dict(step=run.step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed))
     run.seconds += seconds

@@ -46,6 +46,9 @@ def find_checkpoint(cfg, meta, resume, overwrite):
 
 def check_same_recipe(state, path, cfg, meta):
     """A resumed run keeps its recipe, its tokenizer and its data."""
+    for name in ("optimizer", "best", "seconds", "data"):
+        if name not in state:
+            fail(f"{path}: lacks {name}, which resuming needs")
     before = asdict(from_dict(state["config"], path))  # fields that it lacks have their defaults
     if not state["optimizer"]:
         fail(f"{path}: converted weights, without the optimizer's state that resuming needs")
@@ -123,9 +126,9 @@ def open_folder(cfg, step):
     end = 0
     while step and (line := log.readline()).endswith("\n"):
         try:
-            if json.loads(line)["step"] > step:
+            if json.loads(line).get("step", 0) > step:  # a note has no step
                 break
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (AttributeError, TypeError, ValueError, RecursionError):
             break
         end = log.tell()
     log.truncate(end)
@@ -171,6 +174,11 @@ class Stream:
     def __getattr__(self, name):  # tqdm asks for isatty, encoding and fileno
         return getattr(self.stream, name)
 
+    def __eq__(self, other):  # tqdm clears its bars on the streams that equal stdout or stderr
+        return self.stream is getattr(other, "stream", other)
+
+    __hash__ = object.__hash__
+
 
 def start_wandb(cfg):
     """(log, finish) of wandb for this run, or one line on why there is none."""
@@ -212,17 +220,17 @@ def open_log(cfg, step, closing):
             note("wandb", one_line(e))
             say(f"wandb: {one_line(e)}; training continues without it")
 
-    def end():
+    def end(error, *_):
         try:
             if finish:
-                finish()
+                finish(exit_code=int(error is not None))
         except Exception as e:
             note("wandb", one_line(e))
 
     def say(text):
         tqdm.write(text, file=stdout)
 
-    closing.callback(end)
+    closing.push(end)
     return log, say, stderr
 
 

@@ -18,7 +18,7 @@ import torch
 
 import data.runs
 import train
-from common import autocast, fail, local_device, to_json
+from common import UserError, autocast, fail, local_device, to_json
 from configs import as_ar, as_d3pm, as_sedd
 from data.corpus import read_split
 from diffusion import denoiser, row_generators
@@ -181,7 +181,7 @@ def run_target(target, pipe, *args):
     """Run target(pipe, *args) and send the first line of its error, above all "out of memory"."""
     try:
         target(pipe, *args)
-    except (RuntimeError, ImportError) as e:
+    except (RuntimeError, ImportError, UserError) as e:
         pipe.send(str(e).splitlines()[0])
     except EOFError:  # the parent has failed because of another case
         pass

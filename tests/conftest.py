@@ -49,6 +49,7 @@ def refused(capture, call, *words, silent=True):
     with pytest.raises((SystemExit, UserError)) as e:
         call()
     out, err = capture.readouterr()
+    err = "".join(line for line in err.splitlines(True) if not line.startswith("warning: "))
     if isinstance(e.value, UserError):  # raised by what a library user calls; a command prints it
         err += f"error: {e.value}\n"
     else:

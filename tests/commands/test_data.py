@@ -778,7 +778,10 @@ def test_modules_do_not_import_in_circles():
                 if node.module.startswith("data"):
                     graph[f"data.{path.stem}"].add(node.module)
                 elif node.module.partition(".")[0] in others:
-                    assert node.module in {"common", "configs", "diffusion", "model"}, (path, node.module)
+                    assert node.module in {"common", "configs", "diffusion", "model"}, (
+                        path,
+                        node.module,
+                    )
     assert "data.corpus" in graph["data.shards"]
     list(graphlib.TopologicalSorter(graph).static_order())  # CycleError
 

@@ -1,7 +1,9 @@
 """A run survives being killed anywhere; damaged and hostile files are refused in one line."""
 
+import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from conftest import tiny_run
 import common
 import train
 from common import UserError, read_checkpoint
+from configs import Config
 from model import load
 
 ROOT = Path(train.__file__).parent
@@ -197,7 +200,7 @@ def test_training_outlives_wandb(cfg, monkeypatch):
         def log(self, record, step):
             raise ConnectionError("no route")
 
-        def finish(self):
+        def finish(self, exit_code):
             raise ConnectionError("no route either")
 
     wandb = types.SimpleNamespace(init=lambda **kwargs: Broken())
@@ -226,3 +229,31 @@ def test_a_log_with_foreign_bytes_does_not_stop_a_resume(cfg):
         log.write_bytes(log.read_bytes() + junk)
     train.main(replace(cfg, steps=16), resume=True)
     assert json.loads(log.read_text().splitlines()[-1])["step"] == 16
+
+
+def test_notes_in_the_log_stay_when_a_run_resumes(cfg):
+    train.main(cfg)
+    log = Path(cfg.out_dir) / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text('{"note": "stdout: closed; training continues"}\n' + "".join(lines))
+    train.main(replace(cfg, steps=16), resume=True)
+    assert "note" in log.read_text().splitlines()[0] and len(log.read_text().splitlines()) > len(
+        lines
+    )
+
+
+def test_a_full_stdout_is_one_line(cfg):
+    """Also when the output is so short that it is written at the end."""
+    train.main(cfg)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = f'"{sys.executable}" sample.py {cfg.out_dir} --steps 2 >/dev/full'
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, "error: [Errno 28] No space left on device\n")
+
+
+def test_every_field_that_has_a_comment_has_its_help():
+    """The help is read from the source, which a formatter may spread over lines."""
+    source = inspect.getsource(Config)
+    assert not re.search(r"^    \w+: \w+ = \($", source, re.MULTILINE)
