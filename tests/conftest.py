@@ -245,11 +245,12 @@ def unigram_bits(cfg):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The demo, trained once a session in a process of its own, as a newcomer runs it: its folder,
-    what it printed, and its (bits per character, standard error). Minutes: slow tests only."""
+    """The demo, trained in another process, as a newcomer runs it: its folder, what it printed, and
+    its (bits per character, standard error). Takes minutes: only slow tests use it. Each worker of
+    pytest would train it again, so all its tests are in test_demo.py."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     command = [sys.executable, "train.py", f"--out_dir={folder}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, (done.returncode, done.stderr[-300:])
     bits = re.search(r"validation: ([\d.]+) ± ([\d.]+) bits per character", done.stdout)
     return SimpleNamespace(folder=folder, output=done.stdout, bits=tuple(map(float, bits.groups())))
