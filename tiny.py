@@ -60,40 +60,39 @@ def sample(model, xt, steps, mask_id):
         yield xt
 
 
-def tokenize(merges):
+def tokenize(V):
     """The text as ids (N,), and the string of each id: letters, and pairs that often meet (BPE)."""
+    strings = list(" abcdefghijklmnopqrstuvwxyz")
     text = re.sub("[^a-z]+", " ", " ".join(topics.values()).lower())
-    strings = {c: c for c in sorted(set(text))}  # a token is one character; its string may be long
-    for new in map(chr, range(1000, 1000 + merges)):
+    text = "".join(chr(strings.index(c)) for c in text)  # from here on a character is a token's id
+    while len(strings) < V:
         (a, b), _ = Counter(zip(text[:100_000], text[1:])).most_common(1)[0]
-        strings[new], text = strings[a] + strings[b], text.replace(a + b, new)
-    ids = {c: i for i, c in enumerate(strings)}
-    return torch.tensor([ids[c] for c in text]), list(strings.values())
+        text = text.replace(a + b, chr(len(strings)))
+        strings.append(strings[ord(a)] + strings[ord(b)])
+    return torch.tensor([ord(c) for c in text]), strings
 
 
-def main(steps=4000, B=16, L=64):
+def main(steps=4000, B=16, L=64, V=512):
     torch.manual_seed(0)
-    data, strings = tokenize(merges=250)
-    V, start, bits = len(strings), time.time(), 0.0
-    per_nat = len(data) / sum(len(strings[i]) for i in data.tolist()) / L / math.log(2)
-    model = Net(V)
-    optimizer = torch.optim.AdamW(model.parameters())
+    data, strings = tokenize(V)
+    train, unseen = data[: -64 * L], data[-64 * L :].view(64, L)
+    write = lambda ids: "".join([*strings, "_"][i] for i in ids.flatten().tolist())
+    model, start = Net(V), time.time()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95))
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)  # up, then down
     for step in range(1, steps + 1):
-        x0 = data[torch.randint(len(data) - L, (B, 1)) + torch.arange(L)]
-        nats = loss(model, x0, mask_id=V).mean()
+        x0 = train[torch.randint(len(train) - L, (B, 1)) + torch.arange(L)]
         optimizer.zero_grad()
-        nats.backward()
+        loss(model, x0, mask_id=V).mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(), decay.step()
-        bits += nats.item() * per_nat / 200  # of the last 200 steps
         if step % 200 == 0:
+            nats = sum(loss(model, unseen, mask_id=V).sum().item() for _ in range(4)) / 4
+            bits = nats / math.log(2) / len(write(unseen))  # per character
             print(f"step {step}: {bits:.2f} bits per character, {time.time() - start:.0f} s")
-            bits = 0.0
     for n, xt in enumerate(sample(model, torch.full((3, L), V), L, mask_id=V), start=1):
         if n % (L // 4) == 0:
-            print(f"\nt = {1 - n / L}")
-            print(*("".join([*strings, "_"][i] for i in x) for x in xt), sep="\n")
+            print(f"\nt = {1 - n / L}", *map(write, xt), sep="\n")
 
 
 if __name__ == "__main__":
