@@ -59,9 +59,7 @@ class Config:
     short_rows: float = 0.0  # share of the rows that are cut into rows of a random length (SMDM)
     prompt_dropout: float = 0.0  # share of the rows whose given tokens are masked, for guidance
     t_min: float = 0.0  # smallest t drawn in continuous-time training
-    time_draw: str = (
-        "stratified"  # over the global batch; or iid, importance (log t), counts (exact)
-    )
+    time_draw: str = "stratified"  # over the global batch; iid, importance (log t), counts (exact)
     time_law: str = "uniform"  # of training times; bell: Beta(2, 2), dwells on half-masked text
     aux_ce: float = 0.0  # d3pm: weight of nanoDD's auxiliary cross-entropy over every token
     carry_over: bool = True  # False: d3pm's network must copy visible tokens (reconstruction term)
