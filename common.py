@@ -203,16 +203,13 @@ def multiplies_bfloat16():
 def compute_dtype(device, dtype):
     """The dtype that --dtype selects on a device: auto is bfloat16 if the hardware
     multiplies in it, else float32."""
-    if dtype == "float32" or (dtype == "bfloat16" and device.type == "cuda"):
-        return dtype
-    if device.type == "cuda":
-        capable = torch.cuda.get_device_capability(device) >= (8, 0)
-        return "bfloat16" if capable else "float32"
-    if multiplies_bfloat16():
-        return "bfloat16"
-    if dtype == "bfloat16":
+    on_cuda = device.type == "cuda"
+    if dtype == "auto":
+        newer = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+        return "bfloat16" if newer or not on_cuda and multiplies_bfloat16() else "float32"
+    if dtype == "bfloat16" and not on_cuda and not multiplies_bfloat16():
         warn_once("dtype=bfloat16: this CPU emulates bfloat16, many times slower than float32")
-    return "float32" if dtype == "auto" else dtype
+    return dtype
 
 
 def autocast(device, dtype):

@@ -34,9 +34,9 @@ import torch.nn.functional as F
 
 # --------------------------------------------------------------------------------------------------
 # 1. Schedules: alpha(t) and its derivative; alpha is 1 at t = 0 and 0 at t = 1, up to rounding.
-# MDLM and SEDD stop at some epsilon before both ends. That leaves a prior and a reconstruction term
-# in the bound, and masks in the samples. Here alpha reaches both ends, so neither is needed; a
-# schedule of the form alpha = exp(-sigma) is stretched affinely.
+# MDLM and SEDD never quite reach t = 0 and t = 1, so their bounds need a term for each end, and
+# masks are left in their samples. Here alpha reaches both ends; a schedule of the form
+# alpha = exp(-sigma) is stretched affinely.
 
 
 def stretch(sigma, dsigma):
@@ -208,9 +208,8 @@ def cross_entropy(logits, tokens):
     and log Z (N,), where Z is the mean of exp(logits). Only `sedd`, whose predictions need not sum
     to one, uses log Z."""
     nats = -F.log_softmax(logits, -1).gather(-1, tokens)
-    log_sum = (
-        nats[:, 0] + logits.gather(-1, tokens[:, :1])[:, 0]
-    )  # without another pass over logits
+    # the log of their sum, without another pass over logits
+    log_sum = nats[:, 0] + logits.gather(-1, tokens[:, :1])[:, 0]
     return nats, log_sum - math.log(logits.shape[-1])
 
 

@@ -38,11 +38,9 @@ def rotate(x, cos, sin):
 
 def norm(cfg):
     """LayerNorm without bias (MDLM), or RMSNorm (SMDM)."""
-    return (
-        nn.RMSNorm(cfg.n_embd, eps=1e-5)
-        if cfg.norm == "rms"
-        else nn.LayerNorm(cfg.n_embd, bias=False)
-    )
+    if cfg.norm == "rms":
+        return nn.RMSNorm(cfg.n_embd, eps=1e-5)
+    return nn.LayerNorm(cfg.n_embd, bias=False)
 
 
 def take_positions(x, pick):
@@ -50,20 +48,23 @@ def take_positions(x, pick):
     return x if pick is None else x.take_along_dim(pick[..., None], 1)
 
 
+def count_held(past):
+    """The number of tokens whose keys and values a list per block holds; 0 for None."""
+    return past[0][0].shape[2] if past and past[0] else 0
+
+
 def extend(past, k, v):
     """Append the keys and values of new tokens (B, H, L, head_dim) to the list `past`; returns all
     keys, all values and the causal mask of the new tokens, None for a single one."""
+    new = k.shape[2]
     if past:
         k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
-    new = k.shape[2] - (past[0].shape[2] if past else 0)
     past[:] = k, v
     if new == 1:
         return k, v, None
-    return (
-        k,
-        v,
-        torch.ones(new, k.shape[2], dtype=torch.bool, device=k.device).tril(k.shape[2] - new),
-    )
+    total = k.shape[2]
+    seen = torch.ones(new, total, dtype=torch.bool, device=k.device).tril(total - new)
+    return k, v, seen
 
 
 class Block(nn.Module):
@@ -75,9 +76,8 @@ class Block(nn.Module):
         self.qkv = nn.Linear(d, 3 * d, bias=False)  # rows: all of q, all of k, all of v
         self.attn_out = nn.Linear(d, d, bias=False)
         self.norm2 = norm(cfg)
-        self.mlp_in = nn.Linear(
-            d, 2 * f if self.gated else f, bias=cfg.bias
-        )  # gated: gate, then value
+        width = 2 * f if self.gated else f  # gated: gate, then value
+        self.mlp_in = nn.Linear(d, width, bias=cfg.bias)
         self.mlp_out = nn.Linear(f, d, bias=cfg.bias)
         self.ada = nn.Linear(cfg.cond_dim, 6 * d) if cfg.cond_dim else None
 
@@ -198,7 +198,7 @@ class DiT(nn.Module):
         """ids (B, L), t (B,) -> (B, L, d). pick (B, m): only these positions of the last
         block's output. past (causal): a list per block of keys and values; x are then
         the tokens that follow."""
-        start = past[0][0].shape[2] if past and past[0] else 0  # tokens that past holds
+        start = count_held(past)
         c = None if self.time is None else self.time(self.time_input(t))
         part = slice(start, start + x.shape[1])
         h, cos, sin = self.embed(x), self.cos[part], self.sin[part]
@@ -245,9 +245,7 @@ class DiT(nn.Module):
             h, at_h = self.hidden(x, t), at
         else:
             h, at_h = head.hidden_for_inference(self, x, t, at)
-        indices = indices_of(
-            at_h
-        )  # synchronises with the GPU; the trunk's kernels are queued by now
+        indices = indices_of(at_h)  # waits for the GPU; the trunk's kernels are queued by now
         h, n = h.flatten(0, 1).index_select(0, indices), len(indices)
         h = head.pad_rows(h)
         if tokens is None:
@@ -262,8 +260,8 @@ class DiT(nn.Module):
     def next_logits(self, x, past):
         """Causal: tokens x (B, i) -> logits (B, V) of token i; reads only
         what `past` does not hold."""
-        start = past[0][0].shape[2] if past[0] else 0
-        return self.logits(self.trunk(self.with_start(x)[:, start:], None, past=past)[:, -1])
+        new = self.with_start(x)[:, count_held(past) :]
+        return self.logits(self.trunk(new, None, past=past)[:, -1])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def check_arguments(args):
 
 def sampling_options(args, cfg, eos):
     """The options of `frames`, checked against the model."""
-    window, semi = args.window or cfg.seq_len, {}
+    window = args.window or cfg.seq_len
     if args.guidance and (args.semi_ar or cfg.causal):
         fail("--guidance: not with --semi_ar, and not for an AR model")
     if window > cfg.seq_len:
@@ -195,14 +195,12 @@ def sampling_options(args, cfg, eos):
     sampler = choose_sampler(cfg, args.sampler)
     if args.noise_removal == "greedy" and sampler in STEPLESS:
         fail(f"--noise_removal greedy: the sampler {sampler} has no steps, and so no last one")
-    options = dict(
+    semi = dict(window=window, stride=args.stride, eos=eos) if args.semi_ar else None
+    return dict(
         steps=args.steps, sampler=sampler, guidance=args.guidance, temperature=args.temperature,
         top_p=args.top_p, noise_removal=args.noise_removal, seed=args.seed, dtype=args.dtype,
-        sampler_options=read_sampler_options(args, sampler),
+        sampler_options=read_sampler_options(args, sampler), semi=semi,
     )  # fmt: skip
-    if args.semi_ar:
-        semi = dict(semi=dict(window=window, stride=args.stride, eos=eos))
-    return options | semi
 
 
 def make_canvas(args, cfg, tokenizer, subword):

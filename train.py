@@ -137,10 +137,9 @@ def train_step(net, optimizers, batches, step, cfg, device):
     total = torch.zeros((), device=device)
     send = partial(torch.Tensor.to, device=device, non_blocking=True)  # need not wait for a GPU
     tokens = send(sum(counted.sum() for _, counted, *_ in batches))
-    world = 1
-    if dist.is_initialized():
+    _, world = rank_and_world()
+    if world > 1:
         dist.all_reduce(tokens)
-        world = dist.get_world_size()
     for i, tensors in enumerate(batches):
         x0, counted, t, xt, weight = map(send, tensors)
         net.require_backward_grad_sync = i == len(batches) - 1  # for DDP: average once

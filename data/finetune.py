@@ -251,14 +251,3 @@ def make_rows(items, tokenizer, wrap):
                 whole = len(row), answers
         if whole[0]:
             yield row[: whole[0]], whole[1]
-
-
-# the names that tasks/answer.py imports
-asked = format_question
-
-
-def records(path):
-    found = [record for _, record in read_records(path)]
-    if not found:
-        raise ValueError("line 1: not JSON, the file is empty")
-    return found

@@ -25,11 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path 
 
 from common import command, fail, one_line, parser
 from configs import CONFIGS
-from data.corpus import DUMP, default_folder, folder_of, partial_of  # noqa: F401
+from data.corpus import default_folder, folder_of, partial_of
 from data.finetune import gsm8k, reversal, sharegpt
-from data.pretrain import FINEWEB, fineweb, lm1b, openwebtext, slimpajama  # noqa: F401
+from data.pretrain import fineweb, lm1b, openwebtext, slimpajama
 from data.texts import TEXT_KINDS, pydocs, text, text8
-from data.tokenizer import LLAMA, bert_vocabulary, llama_vocabulary, read_vocabulary  # noqa: F401
 from data.zeroshot import ZERO_SHOT, zero_shot
 
 DATASETS = {

@@ -47,7 +47,8 @@ from common import (
     to_json,
 )
 from data.corpus import folder_of, read_meta
-from data.finetune import format_question, records
+from data.finetune import format_question
+from data.readers import read_records
 from data.tokenizer import tokenizer_of
 from evaluate import fingerprint
 from model import load
@@ -211,7 +212,9 @@ def read_questions(path, cfg, tokenizer, args):
         tests = "python data/prepare.py gsm8k makes it of files with test in their names"
         fail(f"{path}: no such file; {tests}")
     try:
-        found, questions, seen = records(path), [], set()
+        found, questions, seen = [record for _, record in read_records(path)], [], set()
+        if not found:
+            raise ValueError("line 1: not JSON, the file is empty")
         for n, record in enumerate(found, 1):
             try:
                 questions.append(TASKS[args.task](record, cfg, args))
