@@ -354,7 +354,7 @@ def philox(seed, row, stream, step=0):
 
 
 def row_generators(seed, rows):
-    """One generator per row. Each row of each seed has a stream of its own, so a row's text depends
+    """One generator per row. No two pairs of seed and row share a stream, so a row's text depends
     neither on its batch nor on other rows."""
     return [philox(seed, row, stream=2) for row in rows]
 

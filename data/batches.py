@@ -35,7 +35,7 @@ def batch(ids, meta, cfg, step, rows):
 
 def shorten(tensors, cfg, step, rows):
     """A batch as a list of batches with the same tokens: a share short_rows of the rows is cut,
-    each into rows of its own length l, uniform on 1 .. seq_len, and the remainder. (SMDM's
+    each into rows of a random length l, uniform on 1 .. seq_len, and the remainder. (SMDM's
     stochastic length, arXiv 2410.18514, discards all but the first l tokens.) t, masks and weight
     stay those of the long row."""
     noise = [row_noise(cfg.seed, step * cfg.batch_size + row, cfg.seq_len + 3)[-2:] for row in rows]
