@@ -18,12 +18,13 @@ import torch
 from conftest import ROOT, make_corpus, needs_gpt2, refused, save, tiny_run
 from llama import DOCS, OURS, TEXT, slow_ids, write_parquet
 
-import data.prepare as prepare_data
 import evaluate
 import train
 from configs import as_ar, as_d3pm, as_sedd
+from data import pretrain
 from data.corpus import read_meta, read_split
 from data.prepare import prepare
+from data.tokenizer import LLAMA
 from evaluate import bound
 from model import load
 from tasks import zero_shot
@@ -217,9 +218,9 @@ def test_zero_shot_refuses_sets_of_another_vocabulary(tmp_path, capsys):
 
 def serve_hub(texts_of, tmp_path, serve):
     """The address of a hub that has Llama-2's tokenizer and, of FineWeb, a file of each dump."""
-    sha, fineweb = "c0ffee" * 6 + "c0de", prepare_data.FINEWEB
+    sha, fineweb = "c0ffee" * 6 + "c0de", pretrain.FINEWEB
     info = dict(sha=sha, tags=[], downloads=0, likes=0, private=False, id=fineweb)
-    files = {f"/{prepare_data.LLAMA}/resolve/main/tokenizer.json": TEXT.encode()}
+    files = {f"/{LLAMA}/resolve/main/tokenizer.json": TEXT.encode()}
     files[f"/api/datasets/{fineweb}"] = json.dumps(info).encode()
     for dump, texts in texts_of.items():
         name = f"data/{dump}/000_00000.parquet"
