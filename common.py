@@ -1,5 +1,5 @@
 """What every command shares: one-line errors, argument parsers, devices and
-dtypes, checkpoint files."""
+dtypes."""
 
 import argparse
 import contextlib
@@ -7,10 +7,7 @@ import functools
 import json
 import os
 import re
-import struct
 import sys
-import zipfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -243,80 +240,3 @@ def process_group(cfg):
 def rank_and_world():
     """(rank, number of processes); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-# --------------------------------------------------------------------------------------------------
-# Checkpoint files: a dict of plain tensors, numbers, strings and dicts
-
-KIND = "nanoMDLM checkpoint"
-
-
-def save_checkpoint(path, **state):
-    """Written to a temporary file, synced to the disk, renamed: complete or not there at all. An
-    error leaves what was there before and no temporary file."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save({"kind": KIND, "torch": str(torch.__version__), **state}, f)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except (OSError, RuntimeError) as e:  # torch turns some errors of the disk into RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        kept = f"; {path} is still the one before" if path.exists() else ""
-        fail(f"{path}: cannot be saved ({one_line(e)}){kept}")
-
-
-FIELDS = dict(  # of a checkpoint, with their types
-    model=dict, ema=dict, step=int, config=dict, tokenizer=dict,
-    optimizer=list, best=float, seconds=float, losses=torch.Tensor, ends=bool,
-)  # fmt: skip
-NEEDED = ("model", "ema", "step", "config", "tokenizer")  # the others are for resuming
-
-
-def read_checkpoint(path, device="cpu"):
-    """The dict that train.py saved: kind, model, ema, optimizer, step, config, tokenizer, torch ...
-    Nothing in the file is executed. Fails in one line."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "ckpt.pt"  # a run's folder
-    if not path.is_file():
-        fail(f"{path}: no such checkpoint")
-    check_archive(path)
-    try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:  # torch raises half a dozen types for a damaged or foreign file
-        fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")
-    if not isinstance(ckpt, dict) or ckpt.get("kind") != KIND:
-        fail(f"{path}: not a checkpoint of this project")
-    for name, kind in FIELDS.items():
-        value = ckpt.get(name, None if name in NEEDED else kind())
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            fail(f"{path}: damaged: {name} is {type(value).__name__}")
-    for name in ("model", "ema"):
-        for key, value in ckpt[name].items():
-            if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-                fail(f"{path}: damaged: {name} holds more than named tensors")
-    return ckpt
-
-
-def check_archive(path):
-    """Verify the checksums of a file that torch.save wrote: torch.load does not, and would read
-    changed numbers. Such a file stores its members uncompressed; a zip bomb does not."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            stored = all(m.compress_type == zipfile.ZIP_STORED for m in members)
-            if not stored or sum(m.file_size for m in members) > path.stat().st_size:
-                fail(f"{path}: not a checkpoint of this project: it is compressed")
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error) as e:
-        fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")
-    if damaged:
-        fail(f"{path}: damaged: wrong checksum in {damaged}")
-
-
-def sibling(ckpt, name):
-    """The path of a file in the folder of a checkpoint; ckpt may be that folder."""
-    return (Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent) / name

@@ -32,12 +32,11 @@ from common import (
     parser,
     pick_device,
     rank_and_world,
-    sibling,
     to_json,
 )
+from data.checkpoints import load, sibling
 from data.corpus import read_meta, read_split, take, unpack
 from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox
-from model import load
 
 # --------------------------------------------------------------------------------------------------
 # The bound

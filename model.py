@@ -1,5 +1,4 @@
-"""The network: a diffusion transformer (DiT) over tokens, and the only way
-a checkpoint becomes one.
+"""The network: a diffusion transformer (DiT) over tokens.
 
 MDLM's and SEDD's DiT, after Peebles & Xie (arXiv 2212.09748): bidirectional attention with rotary
 positions, LayerNorm without bias, and adaLN-zero: a small network of t gives each block six vectors
@@ -14,8 +13,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import head
-from common import compute_dtype, fail, read_checkpoint
-from configs import from_dict
 from diffusion import alpha, indices_of, scatter
 from head import attend, modulate
 
@@ -289,41 +286,3 @@ def flops_per_token(cfg, masked=None):
     attention = cfg.n_layer * 2 * d * cfg.seq_len * (0.5 if cfg.causal else 1)
     passes, heads = (1, masked) if cfg.carry_over else (2, masked + 1)
     return 6 * (passes * (matrices + attention) + heads * d * cfg.vocab_size)
-
-
-def check_weights(weights, cfg, where):
-    """Check names, shapes and values of a config's weights before anything of their size exists."""
-    where = f"{where}: tensors do not fit its config"
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    if len(blocks) != cfg.n_layer:
-        fail(f"{where}: n_layer={cfg.n_layer}, but there are {len(blocks)} blocks")
-    with torch.device("meta"):
-        expected = DiT(cfg).state_dict()
-    for name in sorted(expected.keys() | weights.keys()):
-        if name not in weights or name not in expected:
-            fail(f"{where}: {'lacks the tensor' if name in expected else 'has a tensor'} {name}")
-        shape, found = tuple(expected[name].shape), weights[name]
-        if tuple(found.shape) != shape or not found.is_floating_point():
-            fail(f"{where}: {name} is {found.dtype} {tuple(found.shape)}, must be float {shape}")
-        if not found.isfinite().all():
-            fail(f"{where}: {name} holds NaN or infinity")
-
-
-def load(path, ema=True, device="cpu", dtype="float32"):
-    """The only way a checkpoint becomes a model: (model in eval mode, its Config). model.tokenizer
-    is the spec of its data's tokenizer (data/tokenizer.py), model.step the number of optimiser
-    steps, model.ends whether its rows are documents that end. dtype is that of the `autocast` in
-    which the model will be called."""
-    ckpt, device = read_checkpoint(path, device), torch.device(device)
-    cfg, weights = from_dict(ckpt["config"], path), ckpt["ema" if ema else "model"]
-    check_weights(weights, cfg, path)
-    model = DiT(cfg).to(device)
-    model.load_state_dict(weights)
-    model.tokenizer, model.step = ckpt["tokenizer"], ckpt["step"]
-    model.ends = bool(ckpt.get("ends"))
-    model.eval().requires_grad_(False)
-    if device.type == "cpu":
-        head.keep_freed_memory()  # but not that of the checkpoint
-    if compute_dtype(device, dtype) == "bfloat16":
-        head.cast_linears(model, torch.bfloat16)
-    return model, cfg

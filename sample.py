@@ -27,9 +27,9 @@ from common import (
     pick_device,
     read_sampler_options,
 )
+from data.checkpoints import load
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, row_generators
-from model import load
 from samplers import (
     SAMPLERS,
     STEPLESS,

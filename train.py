@@ -48,10 +48,10 @@ from common import (
     local_device,
     process_group,
     rank_and_world,
-    save_checkpoint,
 )
 from configs import from_cli
 from data.batches import micro_batches, split_batch
+from data.checkpoints import save_checkpoint
 from data.corpus import folder_of, read_split
 from data.prepare import prepare
 from data.runs import catch_signals, copy_weights, find_checkpoint, open_log, restore

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import fail, one_line, read_checkpoint, to_json
+from common import fail, one_line, to_json
 from configs import from_dict
-from model import check_weights, load
+from data.checkpoints import check_weights, load, read_checkpoint
 
 try:
     import fcntl

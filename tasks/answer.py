@@ -43,15 +43,14 @@ from common import (
     parser,
     pick_device,
     read_sampler_options,
-    sibling,
     to_json,
 )
+from data.checkpoints import load, sibling
 from data.corpus import folder_of, read_meta
 from data.finetune import format_question
 from data.readers import read_records
 from data.tokenizer import tokenizer_of
 from evaluate import fingerprint
-from model import load
 from sample import frames
 
 # --------------------------------------------------------------------------------------------------

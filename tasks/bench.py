@@ -38,10 +38,11 @@ from common import (
 )
 from configs import from_cli
 from data.batches import micro_batches, split_batch
+from data.checkpoints import load
 from data.corpus import read_split, take, unpack
 from diffusion import LOSSES, alpha, mask_tokens, stratify, training_time
 from evaluate import bound, report
-from model import flops_per_token, load
+from model import flops_per_token
 from samplers import SAMPLERS, semi_ar
 from tasks.report import blank_canvas, format_rows, peak_memory, start_processes, time_sampling
 

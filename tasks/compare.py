@@ -16,8 +16,9 @@ from pathlib import Path
 
 from common import check_range, command, fail, local_device, process_group, rank_and_world
 from configs import from_cli
+from data.checkpoints import load
 from data.tokenizer import tokenizer_of
-from model import count_parameters, load
+from model import count_parameters
 from sample import generate
 from tasks.report import (
     VARIANTS,

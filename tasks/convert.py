@@ -25,8 +25,9 @@ from pathlib import Path
 
 import torch
 
-from common import KIND, command, fail, one_line, parser, read_checkpoint, save_checkpoint
+from common import command, fail, one_line, parser
 from configs import from_dict
+from data.checkpoints import KIND, read_checkpoint, save_checkpoint
 from diffusion import LOSSES
 from model import DiT, count_parameters
 from tasks.convert_hub import OLD_VOCABULARIES, SPEC, WEIGHTS, push, read_folder, write_folder

@@ -44,9 +44,9 @@ from common import (
     read_sampler_options,
     to_json,
 )
+from data.checkpoints import load
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, draw_count, mask_exactly, scatter, time_at
-from model import load
 from sample import frames, start_ids
 from samplers import with_guidance
 

@@ -29,10 +29,10 @@ from common import (
     read_sampler_options,
     to_json,
 )
+from data.checkpoints import load
 from data.tokenizer import tokenizer_of
 from diffusion import ar
 from evaluate import figure, widen
-from model import load
 from sample import generate, start_ids
 from samplers import SAMPLERS, STEPLESS, default_options
 

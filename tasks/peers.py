@@ -76,7 +76,7 @@ def serve_batches(pipe, side, clone, cfg, T, threads):
 
 
 def make_our_draw(cfg, T):
-    """draw() samples with our ddpm_cache from random weights, prepared as `model.load` does."""
+    """draw() samples with our ddpm_cache from random weights, prepared as `load` does."""
     model = DiT(cfg).eval().requires_grad_(False)
     if compute_dtype(CPU, cfg.dtype) == "bfloat16":
         cast_linears(model, torch.bfloat16)

@@ -26,9 +26,9 @@ from common import (
     parser,
     pick_device,
 )
+from data.checkpoints import load
 from data.corpus import folder_of, read_split
 from data.tokenizer import tokenizer_of
-from model import load
 from sample import generate
 from samplers import SAMPLERS, STEPLESS, default_options
 from tasks.judge import judge_rows, load_judge

@@ -20,10 +20,10 @@ import data.runs
 import train
 from common import UserError, autocast, fail, local_device, to_json
 from configs import as_ar, as_d3pm, as_sedd
+from data.checkpoints import load
 from data.corpus import read_split
 from diffusion import denoiser, row_generators
 from evaluate import bound, report
-from model import load
 from samplers import cached_denoiser
 
 # --------------------------------------------------------------------------------------------------

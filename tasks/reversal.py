@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from common import autocast, check_range, command, fail, local_device
 from configs import from_cli
+from data.checkpoints import load
 from data.corpus import folder_of, read_meta
 from data.tokenizer import tokenizer_of
 from diffusion import ar, draw_count, exact_count_bound
-from model import load
 from tasks.report import format_mean, make_runs, to_markdown, train_if_missing
 
 CHOICES = 10

@@ -22,8 +22,8 @@ from common import (
     parser,
     pick_device,
 )
+from data.checkpoints import load
 from data.tokenizer import tokenizer_of
-from model import load
 
 COLUMNS, WIDTH, HEIGHT, MARGIN = 72, 8.4, 21, 20  # pixels of a character and around the text
 LEAD, GLOW, HOLD = 1, 0.9, 4  # seconds: before the first token, of a highlight, at the end

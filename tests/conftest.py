@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import UserError, save_checkpoint
+from common import UserError
 from configs import Config
+from data.checkpoints import save_checkpoint
 from data.corpus import GIVEN, finish, partial_of, read_meta, read_split
 from model import DiT
 

@@ -19,11 +19,11 @@ from llama import OURS
 
 import train
 from configs import Config, as_ar
+from data.checkpoints import load
 from data.corpus import read_split, take, unpack
 from data.finetune import SYSTEM
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer, train_bpe
-from model import load
 from samplers import OPTIONS, SAMPLERS, default_options
 from tasks import answer
 from tasks.answer import complete, converse, is_right

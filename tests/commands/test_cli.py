@@ -18,9 +18,9 @@ import common
 import evaluate
 import sample
 import train
-from common import read_checkpoint
 from configs import CONFIGS, Config, from_cli
 from data import runs
+from data.checkpoints import read_checkpoint
 
 # --------------------------------------------------------------------------------------------------
 # Configs from the command line

@@ -13,7 +13,7 @@ from conftest import refused, tiny_run
 
 import evaluate
 from configs import as_ar, as_d3pm, as_sedd
-from model import load
+from data.checkpoints import load
 from tasks import compare
 
 

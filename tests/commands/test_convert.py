@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 
-from common import read_checkpoint, save_checkpoint
 from configs import Config
+from data.checkpoints import load, read_checkpoint, save_checkpoint
 from data.tokenizer import load_tokenizer
-from model import DiT, load
+from model import DiT
 from tasks import convert, convert_hub, convert_tokenizer, convert_upstream
 
 # --------------------------------------------------------------------------------------------------

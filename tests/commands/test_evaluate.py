@@ -22,11 +22,11 @@ import evaluate
 import train
 from configs import as_ar, as_d3pm, as_sedd
 from data import pretrain
+from data.checkpoints import load
 from data.corpus import read_meta, read_split
 from data.prepare import prepare
 from data.tokenizer import LLAMA
 from evaluate import bound
-from model import load
 from tasks import zero_shot
 
 GPT2 = {"kind": "gpt2"}

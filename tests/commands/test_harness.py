@@ -32,9 +32,10 @@ from world import (
 )
 
 from configs import Config, as_ar
+from data.checkpoints import load
 from data.tokenizer import load_tokenizer
 from diffusion import alpha, ar, reveal_rate, time_at
-from model import DiT, load
+from model import DiT
 from sample import frames
 from samplers import OPTIONS, SAMPLERS, default_options
 from tasks import harness

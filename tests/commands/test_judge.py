@@ -14,9 +14,9 @@ from conftest import CHARACTERS, LETTERS, needs_gpt2, refused, save, tiny_run
 
 import common
 from configs import as_ar
+from data.checkpoints import load
 from data.tokenizer import load_tokenizer
 from evaluate import widen
-from model import load
 from sample import generate
 from tasks import judge as judge_task
 from tasks.judge import (

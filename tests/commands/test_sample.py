@@ -12,8 +12,8 @@ from conftest import LETTERS
 import common
 import sample
 from configs import Config
+from data.checkpoints import load
 from data.tokenizer import load_tokenizer, train_bpe
-from model import load
 
 
 def run(capsys, *args):

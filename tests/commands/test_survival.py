@@ -17,11 +17,11 @@ import pytest
 import torch
 from conftest import tiny_run
 
-import common
 import train
-from common import UserError, read_checkpoint
+from common import UserError
 from configs import Config
-from model import load
+from data import checkpoints
+from data.checkpoints import load, read_checkpoint
 
 ROOT = Path(train.__file__).parent
 
@@ -164,14 +164,14 @@ def test_the_log_is_exact_when_a_run_resumes_between_two_lines_of_it(cfg, monkey
 
 def test_a_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch, capsys):
     path = tmp_path / "ckpt.pt"
-    common.save_checkpoint(path, step=1)
+    checkpoints.save_checkpoint(path, step=1)
     before = path.read_bytes()
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(common.os, "fsync", full)
-    message = error_of(capsys, lambda: common.save_checkpoint(path, step=2))
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    message = error_of(capsys, lambda: checkpoints.save_checkpoint(path, step=2))
     assert "No space left" in message and "still the one before" in message
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 

@@ -31,12 +31,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from common import read_checkpoint
 from configs import as_ar, as_d3pm, as_sedd
 from data import batches, runs
+from data.checkpoints import load, read_checkpoint
 from data.corpus import GIVEN, read_split
 from evaluate import bound
-from model import load
 
 
 @pytest.fixture

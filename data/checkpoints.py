@@ -1,0 +1,127 @@
+"""Checkpoint files: a dict of plain tensors, numbers, strings and dicts. Written complete or not at
+all, read without executing anything, and turned into a network.
+"""
+
+import contextlib
+import os
+import struct
+import zipfile
+from pathlib import Path
+
+import torch
+
+import head
+from common import compute_dtype, fail, one_line
+from configs import from_dict
+from model import DiT
+
+KIND = "nanoMDLM checkpoint"
+
+
+def save_checkpoint(path, **state):
+    """Written to a temporary file, synced to the disk, renamed: complete or not there at all. An
+    error leaves what was there before and no temporary file."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save({"kind": KIND, "torch": str(torch.__version__), **state}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as e:  # torch turns some errors of the disk into RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kept = f"; {path} is still the one before" if path.exists() else ""
+        fail(f"{path}: cannot be saved ({one_line(e)}){kept}")
+
+
+FIELDS = dict(  # of a checkpoint, with their types
+    model=dict, ema=dict, step=int, config=dict, tokenizer=dict,
+    optimizer=list, best=float, seconds=float, losses=torch.Tensor, ends=bool,
+)  # fmt: skip
+NEEDED = ("model", "ema", "step", "config", "tokenizer")  # the others are for resuming
+
+
+def read_checkpoint(path, device="cpu"):
+    """The dict that train.py saved: kind, model, ema, optimizer, step, config, tokenizer, torch ...
+    Nothing in the file is executed. Fails in one line."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "ckpt.pt"  # a run's folder
+    if not path.is_file():
+        fail(f"{path}: no such checkpoint")
+    check_archive(path)
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # torch raises half a dozen types for a damaged or foreign file
+        fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")
+    if not isinstance(ckpt, dict) or ckpt.get("kind") != KIND:
+        fail(f"{path}: not a checkpoint of this project")
+    for name, kind in FIELDS.items():
+        value = ckpt.get(name, None if name in NEEDED else kind())
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            fail(f"{path}: damaged: {name} is {type(value).__name__}")
+    for name in ("model", "ema"):
+        for key, value in ckpt[name].items():
+            if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+                fail(f"{path}: damaged: {name} holds more than named tensors")
+    return ckpt
+
+
+def check_archive(path):
+    """Verify the checksums of a file that torch.save wrote: torch.load does not, and would read
+    changed numbers. Such a file stores its members uncompressed; a zip bomb does not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            stored = all(m.compress_type == zipfile.ZIP_STORED for m in members)
+            if not stored or sum(m.file_size for m in members) > path.stat().st_size:
+                fail(f"{path}: not a checkpoint of this project: it is compressed")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error) as e:
+        fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")
+    if damaged:
+        fail(f"{path}: damaged: wrong checksum in {damaged}")
+
+
+def sibling(ckpt, name):
+    """The path of a file in the folder of a checkpoint; ckpt may be that folder."""
+    return (Path(ckpt) if Path(ckpt).is_dir() else Path(ckpt).parent) / name
+
+
+def check_weights(weights, cfg, where):
+    """Check names, shapes and values of a config's weights before anything of their size exists."""
+    where = f"{where}: tensors do not fit its config"
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if len(blocks) != cfg.n_layer:
+        fail(f"{where}: n_layer={cfg.n_layer}, but there are {len(blocks)} blocks")
+    with torch.device("meta"):
+        expected = DiT(cfg).state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights or name not in expected:
+            fail(f"{where}: {'lacks the tensor' if name in expected else 'has a tensor'} {name}")
+        shape, found = tuple(expected[name].shape), weights[name]
+        if tuple(found.shape) != shape or not found.is_floating_point():
+            fail(f"{where}: {name} is {found.dtype} {tuple(found.shape)}, must be float {shape}")
+        if not found.isfinite().all():
+            fail(f"{where}: {name} holds NaN or infinity")
+
+
+def load(path, ema=True, device="cpu", dtype="float32"):
+    """The only way a checkpoint becomes a model: (model in eval mode, its Config). model.tokenizer
+    is the spec of its data's tokenizer (data/tokenizer.py), model.step the number of optimiser
+    steps, model.ends whether its rows are documents that end. dtype is that of the `autocast` in
+    which the model will be called."""
+    ckpt, device = read_checkpoint(path, device), torch.device(device)
+    cfg, weights = from_dict(ckpt["config"], path), ckpt["ema" if ema else "model"]
+    check_weights(weights, cfg, path)
+    model = DiT(cfg).to(device)
+    model.load_state_dict(weights)
+    model.tokenizer, model.step = ckpt["tokenizer"], ckpt["step"]
+    model.ends = bool(ckpt.get("ends"))
+    model.eval().requires_grad_(False)
+    if device.type == "cpu":
+        head.keep_freed_memory()  # but not that of the checkpoint
+    if compute_dtype(device, dtype) == "bfloat16":
+        head.cast_linears(model, torch.bfloat16)
+    return model, cfg
