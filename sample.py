@@ -5,6 +5,7 @@ python sample.py out/owt_mdlm/ckpt.pt --prompt "The meaning of life" --steps 256
 python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12] the end."
 python sample.py out/pydocs_mdlm/ckpt.pt --semi_ar --length 4096 --stride 128       # any length
 python sample.py out/pydocs_mdlm/ckpt.pt --sampler threshold --threshold 0.7        # fewer calls
+python sample.py out/pydocs_mdlm/ckpt.pt --serve                                    # in a browser
 """
 
 import re
@@ -78,16 +79,19 @@ def infill_canvas(tokenizer, text, cfg, subword):
 
 def frames(
     model, cfg, canvas, rows, steps, sampler, guidance=0.0, temperature=1.0, top_p=1.0,
-    noise_removal="sampled", seed=0, dtype="float32", sampler_options=None, semi=None,
+    noise_removal="sampled", seed=0, dtype="float32", sampler_options=None, semi=None, listen=None,
 ):  # fmt: skip
     """Yield (N, L) canvases from the masked one, (L,) or (N, L), to the text. Row number rows[i]
     has its own random numbers, so its text does not depend on the batch. sampler_options:
-    parameters of that sampler only. semi: {window, stride, eos} of `semi_ar`, or None."""
+    parameters of that sampler only. semi: {window, stride, eos} of `semi_ar`, or None. listen:
+    a wrapper of `denoise`, inside temperature and top-p, for callers that show predictions."""
     denoise = (cached_denoiser if cfg.causal else denoiser)(model, cfg)
     device = next(model.parameters()).device
     x = canvas.to(device).expand(len(rows), -1)
     if guidance:
         denoise = with_guidance(denoise, x != cfg.mask_id, guidance, cfg)
+    if listen:
+        denoise = listen(denoise)
     if temperature != 1:
         denoise = with_temperature(denoise, temperature)
     if top_p != 1:
@@ -141,9 +145,8 @@ def generate(
 # The command
 
 
-def parse_arguments(argv):
-    p = parser(__doc__)
-    p.add_argument("ckpt")
+def add_options(p):
+    """The options of every command that writes texts; `check_arguments` reads them."""
     p.add_argument("--prompt", default="", help="text that the sample begins with")
     p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
     p.add_argument("--num", type=int, default=1, help="number of samples")
@@ -162,20 +165,32 @@ def parse_arguments(argv):
         "--stride", type=int, help="semi_ar: new tokens of a window; default: half of it"
     )
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--fps", type=float, help="of the live view; default: 4 seconds or more a text")
+    add_model_options(p)
+
+
+def parse_arguments(argv):
+    p = parser(__doc__)
+    p.add_argument("ckpt")
+    add_options(p)
     p.add_argument(
         "--batch_size", type=int, default=16, help="changes memory and speed, not the text"
     )
     p.add_argument(
         "--watch", action="store_true", help="see the text appear; plain output when piped"
     )
-    add_model_options(p)
-    return p.parse_args(argv)
+    p.add_argument(
+        "--serve", nargs="?", const="8000", metavar="PORT", help="a page to type in; see tasks/serve.py"
+    )
+    args = p.parse_args(argv)
+    check_range(args, batch_size=1)
+    return args
 
 
 def check_arguments(args):
     """What can be checked without the model."""
     check_range(args, num=1, steps=1, length=1, temperature=0, guidance=0, seed=0)
-    check_range(args, batch_size=1, window=2, stride=1)
+    check_range(args, window=2, stride=1, fps=0.1)
     check_top_p(args)
     if args.infill is not None and (args.prompt or args.length):
         fail("--infill sets the whole text and its length; it excludes --prompt and --length")
@@ -218,33 +233,32 @@ def make_canvas(args, cfg, tokenizer, subword):
     return canvas
 
 
-def watch_all(model, tokenizer, cfg, canvas, num, eos, options):
-    """Yield num texts, each shown while it is generated."""
-    from tasks.view import watch
-
-    for row in range(num):
-        header = f"sample {row + 1} of {num} · {options['sampler']}, {options['steps']} steps"
-        ids = watch(tokenizer, frames(model, cfg, canvas, [row], **options), header)
-        yield tokenizer.decode(text_ids(ids, canvas, cfg, eos))
+def read_arguments(args, model, cfg, tokenizer):
+    """The canvas (L,), the options of `frames`, and the id that ends a text, or None."""
+    if args.stop and tokenizer.eos is None:
+        fail("--stop: the model's tokenizer has no end-of-text")
+    eos = end_id(model, tokenizer, args.stop)
+    options = sampling_options(args, cfg, eos)
+    canvas = make_canvas(args, cfg, tokenizer, subword=model.tokenizer["kind"] != "char")
+    return canvas, options, eos
 
 
 @command
 def main(argv=None):
     args = parse_arguments(argv)
     check_arguments(args)
+    if args.serve:
+        from tasks.serve import serve
+
+        return serve(args)
+    if args.watch and sys.stdout.isatty():
+        from tasks.view import watch
+
+        return watch(args, [args.ckpt], [args.sampler])
     model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
     tokenizer = tokenizer_of(model.tokenizer)
-    if args.stop and tokenizer.eos is None:
-        fail("--stop: the model's tokenizer has no end-of-text")
-    eos = end_id(model, tokenizer, args.stop)
-    options = sampling_options(args, cfg, eos)
-    canvas = make_canvas(args, cfg, tokenizer, subword=model.tokenizer["kind"] != "char")
-    if args.watch and sys.stdout.isatty():
-        texts = watch_all(model, tokenizer, cfg, canvas, args.num, eos, options)
-    else:
-        texts = generate(
-            model, tokenizer, cfg, args.num, canvas, args.batch_size, eos=eos, **options
-        )
+    canvas, options, eos = read_arguments(args, model, cfg, tokenizer)
+    texts = generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, eos=eos, **options)
     for i, text in enumerate(texts):
         if args.num > 1:
             print(f"--- sample {i + 1}")
