@@ -180,7 +180,7 @@ def parse_arguments(argv):
         "--watch", action="store_true", help="see the text appear; plain output when piped"
     )
     p.add_argument(
-        "--serve", nargs="?", const="8000", metavar="PORT", help="a page to type in; see tasks/serve.py"
+        "--serve", nargs="?", const="8000", metavar="PORT", help="a page to type in [port 8000]"
     )
     args = p.parse_args(argv)
     check_range(args, batch_size=1)

@@ -17,8 +17,10 @@ TAB = 4
 # Of the 256 colours; readable on black and on white.
 AGES = (33, 38, 36, 71, 136, 172, 166)  # the first tokens are blue, the last orange
 RESET, DIM, NEW, LIKELY, UNLIKELY = "0", "2", "7", "1", "4"  # NEW swaps text and background
-LEGEND = "first \x1b[38;5;{}mblue\x1b[0m, last \x1b[38;5;{}morange\x1b[0m; \x1b[1mbold\x1b[0m: \
-p ≥ 0.5; \x1b[4munderlined\x1b[0m: p < 0.1".format(AGES[0], AGES[-1])
+LEGEND = (
+    f"first \x1b[38;5;{AGES[0]}mblue\x1b[0m, last \x1b[38;5;{AGES[-1]}morange\x1b[0m; "
+    "\x1b[1mbold\x1b[0m: p ≥ 0.5; \x1b[4munderlined\x1b[0m: p < 0.1"
+)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -31,8 +31,9 @@ class WebSocket:
         self.file = self.socket.makefile("rb")
         key = base64.b64encode(os.urandom(16)).decode()
         self.socket.sendall(
-            f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nUpgrade: websocket\r\nConnection:"
-            f" Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+            f"GET {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\n"
+            "Sec-WebSocket-Version: 13\r\n\r\n".encode()
         )
         assert b"101" in self.file.readline()
         while self.file.readline().strip():
@@ -62,7 +63,7 @@ class Page:
 
     def __init__(self, folder, *flags):
         flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
-                 "--no-first-run", "--hide-scrollbars", f"--user-data-dir={folder}", *flags)  # fmt: skip
+                 "--no-first-run", f"--user-data-dir={folder}", *flags)  # fmt: skip
         self.process = subprocess.Popen(
             [CHROMIUM, *flags, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -122,7 +123,9 @@ class Page:
         self.wait(lambda: self.js("document.readyState") == "complete")
 
     def js(self, expression):
-        result = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        result = self(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
