@@ -15,6 +15,7 @@ import contextlib
 import hmac
 import html
 import json
+import math
 import secrets
 import socket
 import sys
@@ -34,9 +35,19 @@ SECONDS = 60  # of writing
 WAIT, WAITING = 30, 8  # seconds in the queue, and requests in it
 IDLE = 10  # seconds without a byte from a client, or to it
 CONNECTIONS = 64  # at once
-NUMBERS = ("num", "length", "steps", "temperature", "top_p", "guidance", "seed", *OPTIONS)
 FORM = Path(__file__).with_name("serve.html")
 LOCAL = ("127.0.0.1", "localhost")
+# name: label, minimum, maximum, step; the form has the command's own values
+FIELDS = {
+    "steps": ("Steps", 1, STEPS, 1),
+    "temperature": ("Temperature", 0, None, "any"),
+    "top_p": ("Top-p", 0.01, 1, "any"),
+    "guidance": ("Guidance", 0, None, "any"),
+    **{name: (name.capitalize(), 0, maximum, "any") for name, maximum in OPTIONS.items()},
+    "length": ("Length", 1, None, 1),
+    "num": ("Texts", 1, 8, 1),
+    "seed": ("Seed", 0, None, 1),
+}
 
 
 class Refused(Exception):
@@ -57,8 +68,8 @@ def check_holes(text, limit):
 
 def read_request(request, ckpt, limit):
     """The arguments of tasks.view that a request {"text", "samplers", "steps", ...} stands for."""
-    if not isinstance(request, dict) or set(request) - {"text", "samplers", *NUMBERS}:
-        raise UserError(f"a request has the fields text, samplers, {', '.join(NUMBERS)}")
+    if not isinstance(request, dict) or set(request) - {"text", "samplers", *FIELDS}:
+        raise UserError(f"a request has the fields text, samplers, {', '.join(FIELDS)}")
     text, samplers = request.get("text", ""), request.get("samplers", [])
     if not isinstance(text, str) or not isinstance(samplers, list) or len(samplers) > 2:
         raise UserError("text: must be a string; samplers: a list of at most two names")
@@ -67,7 +78,7 @@ def read_request(request, ckpt, limit):
     check_holes(text, limit)
     holes = sample.HOLE.search(text)
     argv = [ckpt, f"--infill={text}" if holes else f"--prompt={text}"]
-    for name in NUMBERS:
+    for name in FIELDS:
         value = request.get(name)
         if value is not None and not (holes and name == "length"):
             argv.append(f"--{name}={str(value)[:40]}")
@@ -239,35 +250,38 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(view.to_line({"done": True}).encode())
 
 
+def field(name, value, samplers):
+    """The HTML of a number. samplers: {name: its default} of those that have an option; it is
+    shown only for them."""
+    label, low, high, step = FIELDS[name]
+    users = f' data-of="{" ".join(samplers)}"' if samplers else ""
+    default = f' placeholder="{next(iter(samplers.values()))}"' if samplers else ""
+    given = "" if value is None else f' value="{value}"'
+    high = "" if high in (None, math.inf) else f' max="{high}"'
+    number = f'name="{name}" type="number" min="{low}"{high} step="{step}"{given}{default}'
+    return f"<label{users}>{label} <input {number}></label>"
+
+
 def page(server):
-    """The page: the viewer, with a form whose fields start with the command's own options."""
+    """The page: the viewer, with the form."""
     args, cfg = server.args, server.cfg
     own = ["ar"] if cfg.causal else list(SAMPLERS)
-    chosen = choose_sampler(cfg, args.sampler)
-    options = lambda first: "".join(
-        f"<option{' selected' * (name == first)}>{name}</option>" for name in own
+    options = lambda chosen: "".join(
+        f"<option{' selected' * (name == chosen)}>{name}</option>" for name in own
     )
-    fields = []
-    for name in OPTIONS:  # shown only for the samplers that have it
+    fields, length = [], args.length or min(cfg.seq_len, 128)
+    for name in FIELDS:
         users = {s: default_options(SAMPLERS[s]).get(name) for s in own}
         users = {s: default for s, default in users.items() if default is not None}
-        if users:
-            fields.append(
-                f'<label data-of="{" ".join(users)}">{name} <input name="{name}" type="number" '
-                f'min="0" step="any" placeholder="{next(iter(users.values()))}"></label>'
-            )
-    values = {name: getattr(args, name) for name in NUMBERS if name not in OPTIONS}
-    values["length"] = args.length or min(cfg.seq_len, 128)
-    form = FORM.read_text(encoding="utf-8")
-    for name, value in values.items():
-        form = form.replace(f"[[{name}]]", str(value))
+        if users or name not in OPTIONS:
+            value = length if name == "length" else getattr(args, name)
+            fields.append(field(name, value, users))
     parts = {
-        "SAMPLERS": options(chosen), "OTHERS": options(None), "OPTIONS": "".join(fields),
-        "TOKEN": server.token, "LIMIT": str(cfg.seq_len), "STEPS": str(STEPS),
-        "TEXT": html.escape(args.infill or args.prompt),  # last: it may hold a name in brackets
+        "SAMPLERS": options(choose_sampler(cfg, args.sampler)), "OTHERS": options(None),
+        "FIELDS": "\n    ".join(fields), "TOKEN": server.token,
+        "TEXT": html.escape(args.infill or args.prompt),
     }  # fmt: skip
-    for name, value in parts.items():
-        form = form.replace(f"[[{name}]]", value)
+    form = view.fill(FORM.read_text(encoding="utf-8"), parts)
     return view.to_html([], form, connect="'self'")
 
 

@@ -10,6 +10,7 @@ Several checkpoints or samplers use the same noise. The page is one file without
 
 import codecs
 import json
+import re
 from argparse import Namespace
 from itertools import zip_longest
 from pathlib import Path
@@ -183,13 +184,14 @@ def to_line(message):
 def to_html(lines, form="", connect="'none'"):
     """The page that plays a recording. form: what the playground adds; connect: the address with
     which the page may talk."""
-    parts = {"RECORDING": "".join(lines), "FORM": form, "CONNECT": connect}
-    page = PAGE.read_text(encoding="utf-8")
-    head, *rest = page.split("{{")
-    for part in rest:
-        name, after = part.split("}}", 1)
-        head += parts[name] + after
-    return head
+    read = lambda kind: PAGE.with_suffix(kind).read_text(encoding="utf-8")
+    parts = {"STYLE": read(".css"), "SCRIPT": read(".js"), "FORM": form, "CONNECT": connect}
+    return fill(read(".html"), {**parts, "RECORDING": "".join(lines)})
+
+
+def fill(page, parts):
+    """The page with {{NAME}} replaced; what is put in is not searched again."""
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda name: parts[name[1]], page)
 
 
 # --------------------------------------------------------------------------------------------------
