@@ -142,6 +142,9 @@ class Page:
 
     def point(self, selector, click=False):
         """Move the pointer onto an element, and click."""
+        self.js(
+            f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})"
+        )
         box = f"document.querySelector({json.dumps(selector)}).getClientRects()[0]"
         x, y = self.js(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
         self("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
