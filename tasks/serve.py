@@ -123,6 +123,8 @@ class Playground(ThreadingHTTPServer):
         kill = threading.Timer(IDLE + WAIT + SECONDS, cut_off, [request])
         kill.daemon = True
         kill.start()
+        # a client that does not read is noticed after this many bytes
+        request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BODY)
         try:
             super().process_request_thread(request, client_address)
         finally:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import refused, save
+from conftest import save
 
 import sample
 from configs import Config
@@ -385,22 +385,3 @@ def test_an_end_cuts_the_text(tmp_path, capsys):
     view.main(args)
     assert capsys.readouterr().out.replace("--- ar · ", "--- ") == text
     assert len(set(map(len, text.split("--- sample")))) > 3
-
-
-def test_bad_input_is_refused(random_weights, tmp_path, capsys):
-    run = lambda *args: lambda: view.main([str(random_weights), *map(str, args)])
-    svg, html = tmp_path / "a.svg", tmp_path / "a.html"
-    refused(capsys, run("--svg", tmp_path), "--svg", "file")
-    refused(capsys, run("--svg", tmp_path / "none" / "a.svg"), "--svg", "existing folder")
-    refused(capsys, run("--html", tmp_path / "none" / "a.html"), "--html", "existing folder")
-    refused(capsys, run("--svg", svg, "--seconds", 0), "--seconds", "at least 1")
-    refused(capsys, run("--svg", svg, "--infill", "none"), "--infill", "hole")
-    refused(capsys, run("--svg", svg, "--length", 99), "99 tokens")
-    refused(capsys, run("--svg", svg, "--num", 2), "--svg", "one text")
-    refused(capsys, run("--svg", svg, "--html", html), "--svg", "--html")
-    refused(capsys, run("--sampler", "ar", "--samplers", "ddpm"), "--samplers", "not both")
-    refused(capsys, run("--samplers", "ddpm", "confidence", "--eta", 0.5), "--eta", "remdm_cap")
-    refused(capsys, run("--samplers", "ddpn"), "ddpn", "ddpm_cache")
-    refused(capsys, run(random_weights), "twice")
-    refused(capsys, run("--fps", 0), "--fps", "at least 0.1")
-    assert not svg.exists() and not html.exists()
