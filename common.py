@@ -117,7 +117,11 @@ def add_model_options(p):
     """Options of every script that runs a trained network."""
     p.add_argument("--no_ema", action="store_true", help="use the raw weights")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--dtype", default="float32", choices=DTYPES)
+    p.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="default: auto on a GPU, float32 on a CPU, so that texts do not depend on its kind",
+    )
 
 
 def add_sampler_options(p, steps=1000, temperature=1.0):
@@ -197,10 +201,11 @@ def multiplies_bfloat16():
     return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 
-def compute_dtype(device, dtype):
+def compute_dtype(device, dtype=None):
     """The dtype that --dtype selects on a device: auto is bfloat16 if the hardware
-    multiplies in it, else float32."""
+    multiplies in it, else float32. None is auto on a GPU and float32 on a CPU."""
     on_cuda = device.type == "cuda"
+    dtype = dtype or ("auto" if on_cuda else "float32")
     if dtype == "auto":
         newer = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
         return "bfloat16" if newer or not on_cuda and multiplies_bfloat16() else "float32"
@@ -228,6 +233,9 @@ def local_device(cfg):
 def process_group(cfg):
     """The process group of torchrun's processes; without torchrun, nothing."""
     if not dist.is_torchelastic_launched():
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            fail("srun started several processes that do not know of each other; let it start one"
+                 " torchrun per machine: runs/ has examples")  # fmt: skip
         yield
         return
     if (device := local_device(cfg)).type == "cuda":

@@ -404,8 +404,10 @@ def denoiser(model, cfg):
 
     @torch.no_grad()
     def denoise(x, t, at):
-        rows = at.any(-1)
-        return log_probabilities(model(x[rows], t[rows].float(), at[rows]).float(), cfg)
+        rows = indices_of(at.any(-1))  # waits for a GPU; indexing by a mask would wait every time
+        if len(rows) < len(x):
+            x, t, at = x[rows], t[rows], at[rows]
+        return log_probabilities(model(x, t.float(), at).float(), cfg)
 
     return denoise
 

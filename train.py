@@ -29,6 +29,7 @@ import copy
 import math
 import signal
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -63,6 +64,7 @@ from model import DiT, count_parameters, flops_per_token
 from sample import generate, prompt_canvas
 
 LOG_EVERY = 10  # steps
+AHEAD = 3  # steps whose batches are made while the device trains
 
 # --------------------------------------------------------------------------------------------------
 # Optimisation
@@ -196,11 +198,12 @@ def prepare_run(cfg, resume, overwrite, closing):
         check_same_step(cfg, step)
         net = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
-    pool = ThreadPoolExecutor(1)  # makes the next batch while this one trains
+    pool = ThreadPoolExecutor(1)  # makes the next batches while this one trains
     closing.callback(pool.shutdown, cancel_futures=True)
-    load_step = partial(micro_batches, train_ids, meta, cfg, rank=rank, world=world)
-    upcoming = pool.submit(load_step, step)
-    upcoming.result()  # damaged data fails here, before anything is written
+    pin = device.type == "cuda"
+    load_step = partial(micro_batches, train_ids, meta, cfg, rank=rank, world=world, pin=pin)
+    upcoming = deque(pool.submit(load_step, step + i) for i in range(AHEAD))
+    upcoming[0].result()  # damaged data fails here, before anything is written
 
     log = say = lambda *a: None
     stderr = sys.stderr
@@ -243,14 +246,15 @@ def check_same_step(cfg, step):
 
 def loop(run):
     """Train until cfg.steps; log, validate and save on the way. After a signal, save and exit."""
-    cfg, upcoming, stopping = run.cfg, run.upcoming, False
+    cfg, stopping = run.cfg, False
     layout = "{n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
     run.bar = tqdm(total=cfg.steps, initial=run.step, disable=run.rank > 0, file=run.stderr,
                    dynamic_ncols=True, bar_format=layout)  # fmt: skip
     run.logged = run.timed = time.time()
     with catch_signals() as signals:
         while run.step < cfg.steps and not stopping:
-            batches, upcoming = upcoming.result(), run.pool.submit(run.load_step, run.step + 1)
+            batches = run.upcoming.popleft().result()
+            run.upcoming.append(run.pool.submit(run.load_step, run.step + AHEAD))
             if cfg.dropout:
                 torch.manual_seed(hash((cfg.seed, run.step, run.rank)))
             loss, norm = train_step(run.net, run.optimizers, batches, run.step, cfg, run.device)
@@ -338,16 +342,17 @@ def validate_and_keep_best(run):
 
 
 def save_run(run, name):
-    """Write the checkpoint out_dir/name."""
+    """Write the checkpoint out_dir/name. Only ckpt.pt can be resumed, so only it has moments."""
     losses = torch.stack(run.losses) if run.losses else torch.zeros(0, device=run.device)
     losses = losses[None]  # (processes, steps since the last log)
     if run.world > 1:
         dist.all_gather(parts := [torch.empty_like(losses) for _ in range(run.world)], losses)
         losses = torch.cat(parts)
     if run.rank == 0:
+        optimizer = [o.state_dict() for o in run.optimizers if name == "ckpt.pt"]
         save_checkpoint(
             Path(run.cfg.out_dir) / name, model=run.model.state_dict(), ema=run.ema.state_dict(),
-            step=run.step, best=run.best, optimizer=[o.state_dict() for o in run.optimizers],
+            step=run.step, best=run.best, optimizer=optimizer,
             config=asdict(run.cfg), seconds=run.seconds, tokenizer=run.meta["tokenizer"],
             data=run.meta["splits"]["train"]["sha256"], losses=losses.cpu(),
             ends=run.model.ends,

@@ -42,9 +42,10 @@ FIELDS = dict(  # of a checkpoint, with their types
 NEEDED = ("model", "ema", "step", "config", "tokenizer")  # the others are for resuming
 
 
-def read_checkpoint(path, device="cpu"):
+def read_checkpoint(path, mmap=False):
     """The dict that train.py saved: kind, model, ema, optimizer, step, config, tokenizer, torch ...
-    Nothing in the file is executed. Fails in one line."""
+    Its tensors are on the CPU; with mmap they stay in the file until they are read. Nothing in the
+    file is executed. Fails in one line."""
     path = Path(path)
     if path.is_dir():
         path = path / "ckpt.pt"  # a run's folder
@@ -52,7 +53,7 @@ def read_checkpoint(path, device="cpu"):
         fail(f"{path}: no such checkpoint")
     check_archive(path)
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        ckpt = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except Exception as e:  # torch raises half a dozen types for a damaged or foreign file
         fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")
     if not isinstance(ckpt, dict) or ckpt.get("kind") != KIND:
@@ -112,7 +113,7 @@ def load(path, ema=True, device="cpu", dtype="float32"):
     is the spec of its data's tokenizer (data/tokenizer.py), model.step the number of optimiser
     steps, model.ends whether its rows are documents that end. dtype is that of the `autocast` in
     which the model will be called."""
-    ckpt, device = read_checkpoint(path, device), torch.device(device)
+    ckpt, device = read_checkpoint(path, mmap=True), torch.device(device)
     cfg, weights = from_dict(ckpt["config"], path), ckpt["ema" if ema else "model"]
     check_weights(weights, cfg, path)
     model = DiT(cfg).to(device)
@@ -121,7 +122,9 @@ def load(path, ema=True, device="cpu", dtype="float32"):
     model.ends = bool(ckpt.get("ends"))
     model.eval().requires_grad_(False)
     if device.type == "cpu":
-        head.keep_freed_memory()  # but not that of the checkpoint
+        head.keep_freed_memory()
+    else:
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if compute_dtype(device, dtype) == "bfloat16":
         head.cast_linears(model, torch.bfloat16)
     return model, cfg

@@ -32,15 +32,15 @@ MAY_CHANGE = set(
 def find_checkpoint(cfg, meta, resume, overwrite):
     """The checkpoint to resume from, or None for a new run. Changes nothing on disk."""
     out = Path(cfg.out_dir)
-    paths = [p for p in (out / "ckpt.pt", out / "best.pt") if p.exists()]
+    path, files = out / "ckpt.pt", ("ckpt.pt", "best.pt", "log.jsonl")
     if resume and overwrite:
         fail("--resume and --overwrite exclude each other")
-    if not resume and not overwrite and (paths or (out / "log.jsonl").exists()):
+    if not resume and not overwrite and any((out / name).exists() for name in files):
         fail(f"{out}: holds a run; --resume continues it, --overwrite deletes it; or use --out_dir")
-    if not resume or not paths:
+    if not resume or not path.exists():
         return None  # new, or stopped before its first checkpoint
-    state = read_checkpoint(paths[0])
-    check_same_recipe(state, paths[0], cfg, meta)
+    state = read_checkpoint(path)
+    check_same_recipe(state, path, cfg, meta)
     return state
 
 
