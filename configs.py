@@ -88,6 +88,7 @@ class Config:
     device: str = "auto"  # cuda where there is one, else cpu
     dtype: str = "auto"  # autocast to bfloat16 where the hardware has it, else float32
     compile: bool = True  # torch.compile of the trunk; CUDA only
+    fsdp: bool = False  # share out weights and moments over the processes: larger networks fit
     eval_every: int = 1000
     eval_windows: int = 256  # windows of the validation split per evaluation; 0: all of it
     save_every: int = 1000  # steps between checkpoints

@@ -135,10 +135,12 @@ def bound(
     starts, lengths = choose_windows(len(ids), cfg.seq_len, windows)
     W, rng = len(starts), np.random.Generator(np.random.Philox(seed))
     u = np.stack([strata(W, rng) for _ in range(passes)])
-    jobs = make_jobs(lengths, cfg.seq_len, passes, batch_size)[rank::world]
+    jobs = make_jobs(lengths, cfg.seq_len, passes, batch_size)
+    turns = range(rank, -(-len(jobs) // world) * world, world)  # equally many: see extra/fsdp.py
     nats, tokens = torch.zeros(2, passes, W, dtype=torch.float64, device=device)
     saved = open(partial, "r+b" if Path(partial).exists() else "w+b") if partial else io.BytesIO()
-    for p, b in tqdm(jobs, disable=quiet or rank > 0, unit="batch", leave=False):
+    for turn in tqdm(turns, disable=quiet or rank > 0, unit="batch", leave=False):
+        p, b = jobs[turn % len(jobs)]
         size = 2 * 8 * (b.stop - b.start)
         if len(before := saved.read(size)) == size:
             row = torch.frombuffer(bytearray(before), dtype=torch.float64)
@@ -154,6 +156,8 @@ def bound(
             nats[p, b] = batch_nats(model, x0, maskable, counted, cfg, T, *noise)
         saved.write(torch.stack((nats[p, b], tokens[p, b])).cpu().numpy().tobytes())
         saved.flush()
+        if turn >= len(jobs):  # another process's batch
+            nats[p, b], tokens[p, b] = 0.0, 0.0
     saved.close()
     if world > 1:
         dist.all_reduce(nats)

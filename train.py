@@ -128,7 +128,13 @@ def build(cfg, meta, device, init_from=""):
         copy_weights(model, init_from, meta)
     model.ends = meta.get("ends", False)
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else copy.copy(model)
-    if device.type == "cuda" and cfg.compile:
+    compiled = device.type == "cuda" and cfg.compile
+    if cfg.fsdp:
+        from extra.fsdp import shard
+
+        ema = shard(ema, device) if cfg.ema else model
+        shard(model, device, compiled)
+    elif compiled:
         model.hidden = torch.compile(model.hidden)  # the trunk has static shapes, the head does not
     return model, ema, make_optimizers(model, cfg)
 
@@ -151,11 +157,13 @@ def train_step(net, optimizers, batches, step, cfg, device):
         loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
+    norm = norm.full_tensor() if cfg.fsdp else norm
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, cfg) / cfg.lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients stay views of its buckets
+        # DDP's gradients stay views of its buckets
+        optimizer.zero_grad(set_to_none=world == 1 or cfg.fsdp)
     return total, norm
 
 
@@ -196,6 +204,7 @@ def prepare_run(cfg, resume, overwrite, closing):
     net = model  # two names from here on: `model` is saved and averaged, `net` is called
     if world > 1:
         check_same_step(cfg, step)
+    if world > 1 and not cfg.fsdp:
         net = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     pool = ThreadPoolExecutor(1)  # makes the next batches while this one trains
@@ -348,11 +357,15 @@ def save_run(run, name):
     if run.world > 1:
         dist.all_gather(parts := [torch.empty_like(losses) for _ in range(run.world)], losses)
         losses = torch.cat(parts)
+    optimizer = [o.state_dict() for o in run.optimizers if name == "ckpt.pt"]
+    state = dict(model=run.model.state_dict(), ema=run.ema.state_dict(), optimizer=optimizer)
+    if run.cfg.fsdp:
+        from extra.fsdp import whole
+
+        state = whole(state)
     if run.rank == 0:
-        optimizer = [o.state_dict() for o in run.optimizers if name == "ckpt.pt"]
         save_checkpoint(
-            Path(run.cfg.out_dir) / name, model=run.model.state_dict(), ema=run.ema.state_dict(),
-            step=run.step, best=run.best, optimizer=optimizer,
+            Path(run.cfg.out_dir) / name, **state, step=run.step, best=run.best,
             config=asdict(run.cfg), seconds=run.seconds, tokenizer=run.meta["tokenizer"],
             data=run.meta["splits"]["train"]["sha256"], losses=losses.cpu(),
             ends=run.model.ends,
@@ -373,13 +386,15 @@ def finish(run):
     cfg, out = run.cfg, run.cfg.out_dir
     val = validate(run, 0) if cfg.eval_windows or not run.val else run.val
     run.log(dict(step=run.step, final=val))
+    texts = []
+    if cfg.samples and (run.rank == 0 or cfg.fsdp):
+        texts = generate(run.ema.eval(), run.tokenizer, cfg, cfg.samples, run.canvas)
     if run.rank == 0:
         bits, perplexity = figure(val, "bits_per_char", 3), figure(val, "perplexity", 1)
         run.say(f"\nvalidation: {bits} bits per character, perplexity {perplexity} per token, "
                 f"after {run.seconds:.0f} s of training")  # fmt: skip
-        if cfg.samples:
-            for text in generate(run.ema.eval(), run.tokenizer, cfg, cfg.samples, run.canvas):
-                run.say(f"\n--- sample\n{text}")
+        for text in texts:
+            run.say(f"\n--- sample\n{text}")
         commands = f"  python sample.py {out}/ckpt.pt --watch\n  python evaluate.py {out}/ckpt.pt"
         run.say(f"\nNext:\n{commands}")
     return val

@@ -369,6 +369,27 @@ def test_two_processes_train_the_other_losses_like_one(cfg, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe", [dict(muon_lr=0.01), dict(tied=True, ema=0.0), dict(recompute=True, time_cond=True)]
+)
+def test_sharded_training_is_like_one_process_and_each_resumes_the_other(cfg, tmp_path, recipe):
+    """FSDP: losses, weights and average. The 15 windows make unequal shares of validation."""
+    cfg = replace(cfg, micro_batch=2, save_every=10, eval_every=10, eval_windows=15, **recipe)
+    one, two = (replace(cfg, steps=20, out_dir=str(tmp_path / name)) for name in ("one", "two"))
+    train.main(one)
+    torchrun(replace(two, fsdp=True))
+    train.main(replace(two, steps=30), resume=True)
+    torchrun(replace(one, steps=30, fsdp=True), "--resume")
+    assert close(records(one, "loss"), records(two, "loss"))
+    assert close(validation_nats(one), validation_nats(two))
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = weights(one, name), weights(two, name)
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_sigterm_under_torchrun_leaves_a_checkpoint(cfg):
     """Only one of the two processes gets the signal, and both end after the same step."""
     cfg = replace(cfg, steps=100_000, save_every=100_000, eval_every=100_000)
