@@ -195,7 +195,8 @@ def learn(args, cfg):
 
     def rows(i):
         index = i * cfg.batch_size + np.arange(cfg.batch_size)
-        return unpack(training_rows(ids, meta, cfg, index), meta, cfg)[0]
+        x0, _, counted = unpack(training_rows(ids, meta, cfg, index), meta, cfg)
+        return x0, counted.long()
 
     rows(0)  # damaged data fails here
     enter_clone(args.clones / "mdlm")
