@@ -46,7 +46,6 @@ from common import (
     compute_dtype,
     fail,
     local_device,
-    process_group,
     rank_and_world,
 )
 from configs import from_cli
@@ -54,6 +53,7 @@ from data.batches import micro_batches, split_batch
 from data.checkpoints import save_checkpoint
 from data.corpus import folder_of, read_split
 from data.prepare import prepare
+from data.processes import is_ours, process_group
 from data.runs import catch_signals, copy_weights, find_checkpoint, open_log, restore
 from data.tokenizer import tokenizer_of
 from diffusion import LOSSES
@@ -183,6 +183,8 @@ def prepare_run(cfg, resume, overwrite, closing):
     if cfg.short_rows and meta["given"]:
         fail(f"short_rows={cfg.short_rows}: would part prompts from their answers in {cfg.data}")
     tokenizer, canvas = sampling_inputs(cfg, meta)
+    if is_ours(cfg.out_dir):  # torchrun has started this run again
+        resume, overwrite = True, False
     state = find_checkpoint(cfg, meta, resume, overwrite)
 
     model, ema, optimizers = build(cfg, meta, device, "" if state else cfg.init_from)
@@ -358,6 +360,7 @@ def validate(run, windows):
     """The report on `windows` windows of the validation split (0: all), which all ranks share."""
     model, cfg = run.ema.eval(), run.cfg
     options = dict(T=cfg.T, windows=windows, batch_size=run.micro, dtype=cfg.dtype)
+    options["split_tokens"] = run.val and run.val["split_tokens"]  # counted once per run
     result = bound(model, run.val_ids, run.meta, cfg, f"{cfg.data}/val.bin", **options)
     run.model.train()  # with ema=0 the average is the model
     return report(result, run.meta, "val")

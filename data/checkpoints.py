@@ -6,6 +6,7 @@ import contextlib
 import os
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -82,6 +83,34 @@ def check_archive(path):
         fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")
     if damaged:
         fail(f"{path}: damaged: wrong checksum in {damaged}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Partial results beside a checkpoint: records, each with a checksum that starts from its place in
+# the file, so that neither a damaged nor a misplaced record is read
+
+
+def write_record(file, data):
+    file.write(data + checksum(data, file.tell()))
+    file.flush()
+
+
+def read_record(file, size):
+    """The next record, of `size` bytes. If it is missing or damaged, None, and what follows is cut
+    off: this record and all after it are made again."""
+    place, data, found = file.tell(), file.read(size), file.read(4)
+    if len(data) == size and found == checksum(data, place):
+        return data
+    file.seek(place)
+    file.truncate()
+
+
+def checksum(data, place):
+    return zlib.crc32(data, place).to_bytes(4, "little")
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
 
 
 def sibling(ckpt, name):

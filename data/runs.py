@@ -16,6 +16,7 @@ from tqdm import tqdm
 from common import fail, one_line, to_json
 from configs import from_dict
 from data.checkpoints import check_weights, load, read_checkpoint
+from data.processes import take_over
 
 try:
     import fcntl
@@ -135,6 +136,7 @@ def open_folder(cfg, step):
     if not step:
         for name in ("ckpt.pt", "best.pt"):
             (out / name).unlink(missing_ok=True)
+    take_over(out)
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1), encoding="utf-8")
     return log
 

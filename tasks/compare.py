@@ -14,9 +14,10 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from common import check_range, command, fail, local_device, process_group, rank_and_world
+from common import check_range, command, fail, local_device, rank_and_world
 from configs import from_cli
 from data.checkpoints import load
+from data.processes import process_group
 from data.tokenizer import tokenizer_of
 from model import count_parameters
 from sample import generate

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import check_range, command, fail, parser, process_group, rank_and_world, to_json
+from common import check_range, command, fail, parser, rank_and_world, to_json
 from configs import SMDM_SIZES, Config, from_cli
 from data.corpus import read_meta
+from data.processes import process_group
 from model import DiT
 from tasks import report
 
