@@ -66,6 +66,8 @@ def read_checkpoint(path, device="cpu"):
         for key, value in ckpt[name].items():
             if not isinstance(key, str) or not isinstance(value, torch.Tensor):
                 fail(f"{path}: damaged: {name} holds more than named tensors")
+        if sum(tensor.nbytes for tensor in ckpt[name].values()) > path.stat().st_size:
+            fail(f"{path}: damaged: {name} claims more numbers than the file holds")
     return ckpt
 
 
@@ -77,7 +79,7 @@ def check_archive(path):
             members = archive.infolist()
             stored = all(m.compress_type == zipfile.ZIP_STORED for m in members)
             if not stored or sum(m.file_size for m in members) > path.stat().st_size:
-                fail(f"{path}: not a checkpoint of this project: it is compressed")
+                fail(f"{path}: compressed, or with overlapping members: not what torch.save writes")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error) as e:
         fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")

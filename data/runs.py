@@ -42,7 +42,7 @@ def find_checkpoint(cfg, meta, resume, overwrite):
         return None  # new, or stopped before its first checkpoint
     state = read_checkpoint(paths[0])
     check_same_recipe(state, paths[0], cfg, meta)
-    return state
+    return state | dict(path=paths[0])
 
 
 def check_same_recipe(state, path, cfg, meta):
@@ -66,13 +66,24 @@ def check_same_recipe(state, path, cfg, meta):
         fail(f"{path}: already at step {step} of {cfg.steps}; raise --steps to continue")
 
 
-def is_finished(log, step):
+def is_finished(path, step):
     """Whether the log holds the final validation of this step: a run killed during it is not."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        with open(path, encoding="utf-8", errors="replace") as log:
+            return any("final" in r and r.get("step") == step for r in read_log(log))
     except OSError:
         return False
-    return any(f'"step": {step}, "final"' in line for line in lines)
+
+
+def read_log(log):
+    """Yield the records of an open log.jsonl up to the first line that is damaged or cut short."""
+    while (line := log.readline()).endswith("\n"):
+        try:
+            record = json.loads(line)
+            record.get("step", 0) + 0  # a note has no step
+        except (AttributeError, TypeError, ValueError, RecursionError):
+            return
+        yield record
 
 
 def copy_weights(model, path, meta):
@@ -88,7 +99,7 @@ def copy_weights(model, path, meta):
 
 def restore(state, model, ema, optimizers, cfg, rank, world):
     """Copy a checkpoint's weights and moments; returns the losses that it had not logged yet."""
-    where = f"{cfg.out_dir}/ckpt.pt"
+    where = state["path"]
     for network, name in ((model, "model"), (ema, "ema")):
         check_weights(state[name], cfg, where)
         network.load_state_dict(state[name])
@@ -125,11 +136,8 @@ def open_folder(cfg, step):
         fail(f"out_dir={out}: {e.strerror}")
     log.seek(0)
     end = 0
-    while step and (line := log.readline()).endswith("\n"):
-        try:
-            if json.loads(line).get("step", 0) > step:  # a note has no step
-                break
-        except (AttributeError, TypeError, ValueError, RecursionError):
+    for record in read_log(log) if step else ():
+        if record.get("step", 0) > step:
             break
         end = log.tell()
     log.truncate(end)
