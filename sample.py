@@ -252,7 +252,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     check_arguments(args)
     model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
-    tokenizer = tokenizer_of(model.tokenizer)
+    tokenizer = tokenizer_of(model.tokenizer, cfg.vocab_size)
     if args.stop and tokenizer.eos is None:
         fail("--stop: the model's tokenizer has no end-of-text")
     eos = end_id(model, tokenizer, args.stop)

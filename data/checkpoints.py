@@ -17,6 +17,7 @@ from configs import from_dict
 from model import DiT
 
 KIND = "nanoMDLM checkpoint"
+VERSION = 2  # 1 drew rows and noise otherwise: its weights are the same, but it cannot be resumed
 
 
 def save_checkpoint(path, **state):
@@ -25,7 +26,8 @@ def save_checkpoint(path, **state):
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
-            torch.save({"kind": KIND, "torch": str(torch.__version__), **state}, f)
+            about = dict(kind=KIND, version=VERSION, torch=str(torch.__version__))
+            torch.save(state | about, f)
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
@@ -58,6 +60,8 @@ def read_checkpoint(path, device="cpu"):
         fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")
     if not isinstance(ckpt, dict) or ckpt.get("kind") != KIND:
         fail(f"{path}: not a checkpoint of this project")
+    if (version := ckpt.setdefault("version", 1)) not in (1, VERSION):
+        fail(f"{path}: of version {version}, but this program reads versions 1 to {VERSION}")
     for name, kind in FIELDS.items():
         value = ckpt.get(name, None if name in NEEDED else kind())
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from common import fail, one_line, to_json
 from configs import from_dict
-from data.checkpoints import check_weights, load, read_checkpoint
+from data.checkpoints import VERSION, check_weights, load, read_checkpoint
 from data.processes import take_over
 
 try:
@@ -61,6 +61,9 @@ def check_same_recipe(state, path, cfg, meta):
         fail(f"{cfg.data}: made with another tokenizer than {path}")
     if state["data"] != meta["splits"]["train"]["sha256"]:
         fail(f"{cfg.data}: not the data that {path} was trained on")
+    if state["version"] < VERSION:
+        start = f"--init_from={path} --out_dir=NEW starts from its weights"
+        fail(f"{path}: of version {state['version']}, which drew rows and noise otherwise; {start}")
     step = state["step"]
     if step > cfg.steps or step == cfg.steps and is_finished(path.parent / "log.jsonl", step):
         fail(f"{path}: already at step {step} of {cfg.steps}; raise --steps to continue")

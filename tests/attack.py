@@ -118,9 +118,10 @@ def attack_runs(kills, rng, folder):
                     child.join()
                     count["kills"] += child.exitcode == -signal.SIGKILL
                     count["while saving"] += saving and child.exitcode == -signal.SIGKILL
-                time.sleep(0 if in_save else 0.001)
+                time.sleep(0.0005)
         count["runs"] += 1
         count["differ"] += child.exitcode != 0 or digest(out) != want
+        print(dict(count), file=sys.stderr, flush=True)
     return count
 
 
@@ -157,7 +158,7 @@ def attack_restarts(kills, rng, folder):
         agent.kill()
         count["runs"] += 1
         count["differ"] += agent.wait() != 0 or digest(out) != want
-        print(dict(count), flush=True)
+        print(dict(count), file=sys.stderr, flush=True)
     return count
 
 
