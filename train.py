@@ -53,7 +53,7 @@ from data.batches import micro_batches, split_batch
 from data.checkpoints import save_checkpoint
 from data.corpus import folder_of, read_split
 from data.prepare import prepare
-from data.processes import is_ours, process_group
+from data.processes import process_group
 from data.runs import catch_signals, copy_weights, find_checkpoint, open_log, restore
 from data.tokenizer import tokenizer_of
 from diffusion import LOSSES
@@ -183,8 +183,6 @@ def prepare_run(cfg, resume, overwrite, closing):
     if cfg.short_rows and meta["given"]:
         fail(f"short_rows={cfg.short_rows}: would part prompts from their answers in {cfg.data}")
     tokenizer, canvas = sampling_inputs(cfg, meta)
-    if is_ours(cfg.out_dir):  # torchrun has started this run again
-        resume, overwrite = True, False
     state = find_checkpoint(cfg, meta, resume, overwrite)
 
     model, ema, optimizers = build(cfg, meta, device, "" if state else cfg.init_from)
@@ -214,7 +212,7 @@ def prepare_run(cfg, resume, overwrite, closing):
     say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {world} x "
         f"{device.type}, {accumulation} x {micro} rows each in {compute_dtype(device, cfg.dtype)}; "
         f"{work:,.0f} GFLOP a step")  # fmt: skip
-    if resume:
+    if resume or state:
         say(f"resumed at step {step}" if step else f"{out} has no checkpoint: starting at step 0")
     return SimpleNamespace(
         cfg=cfg, rank=rank, world=world, device=device, micro=micro, meta=meta, val_ids=val_ids,

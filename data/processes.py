@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from common import local_device
 
-MEET_WITHIN = 60  # seconds; torch would wait for half an hour
+MEET_WITHIN = 120  # seconds; torch would wait for half an hour
 job = None  # torchrun's key-value store, which outlives the processes; None without torchrun
 
 

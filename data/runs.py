@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common import fail, one_line, to_json
 from configs import from_dict
 from data.checkpoints import VERSION, check_weights, load, read_checkpoint
-from data.processes import take_over
+from data.processes import is_ours, take_over
 
 try:
     import fcntl
@@ -31,8 +31,11 @@ MAY_CHANGE = set(
 
 
 def find_checkpoint(cfg, meta, resume, overwrite):
-    """The checkpoint to resume from, or None for a new run. Changes nothing on disk."""
-    out = Path(cfg.out_dir)
+    """The checkpoint to resume from, or None for a new run. Changes nothing on disk. A run that
+    torchrun starts again resumes, whatever the options say, and also if it was killed at its end."""
+    out, again = Path(cfg.out_dir), is_ours(cfg.out_dir)
+    if again:
+        resume, overwrite = True, False
     paths = [p for p in (out / "ckpt.pt", out / "best.pt") if p.exists()]
     if resume and overwrite:
         fail("--resume and --overwrite exclude each other")
@@ -42,6 +45,9 @@ def find_checkpoint(cfg, meta, resume, overwrite):
         return None  # new, or stopped before its first checkpoint
     state = read_checkpoint(paths[0])
     check_same_recipe(state, paths[0], cfg, meta)
+    step, log = state["step"], out / "log.jsonl"
+    if step > cfg.steps or step == cfg.steps and not again and is_finished(log, step):
+        fail(f"{paths[0]}: already at step {step} of {cfg.steps}; raise --steps to continue")
     return state | dict(path=paths[0])
 
 
@@ -64,9 +70,6 @@ def check_same_recipe(state, path, cfg, meta):
     if state["version"] < VERSION:
         start = f"--init_from={path} --out_dir=NEW starts from its weights"
         fail(f"{path}: of version {state['version']}, which drew rows and noise otherwise; {start}")
-    step = state["step"]
-    if step > cfg.steps or step == cfg.steps and is_finished(path.parent / "log.jsonl", step):
-        fail(f"{path}: already at step {step} of {cfg.steps}; raise --steps to continue")
 
 
 def is_finished(path, step):
@@ -140,7 +143,7 @@ def open_folder(cfg, step):
     log.seek(0)
     end = 0
     for record in read_log(log) if step else ():
-        if record.get("step", 0) > step:
+        if record.get("step", 0) > step or "final" in record:
             break
         end = log.tell()
     log.truncate(end)

@@ -72,8 +72,12 @@ def test_a_restarted_run_resumes_its_own_and_no_other(job, corpus, tmp_path, mon
     (tmp_path / "run" / "best.pt").unlink()
     train.main(replace(cfg, steps=20), overwrite=True)  # started again with the same options
     assert read_checkpoint(tmp_path / "run")["step"] == 20
-    steps = [json.loads(line)["step"] for line in open(tmp_path / "run" / "log.jsonl")]
-    assert steps[-1] == 20 and 12 in steps  # those of the first start are still there
+    log = tmp_path / "run" / "log.jsonl"
+    lines = log.read_text()
+    assert '"step": 12' in lines  # those of the first start are still there
+    assert lines.count("final") == 1 and json.loads(lines.splitlines()[-1])["step"] == 20
+    train.main(replace(cfg, steps=20), overwrite=True)  # killed after its last line
+    assert log.read_text() == lines
 
 
 def test_processes_that_do_not_meet_end():
