@@ -32,7 +32,7 @@ MAY_CHANGE = set(
 
 def find_checkpoint(cfg, meta, resume, overwrite):
     """The checkpoint to resume from, or None for a new run. Changes nothing on disk. A run that
-    torchrun starts again resumes, whatever the options say, and also if it was killed at its end."""
+    torchrun starts again resumes, whatever the options say, also if it was killed at its end."""
     out, again = Path(cfg.out_dir), is_ours(cfg.out_dir)
     if again:
         resume, overwrite = True, False
