@@ -39,7 +39,7 @@ from conftest import ROOT, make_corpus, tiny_run
 
 import data.corpus as corpus
 import train
-from common import UserError
+from common import UserError, command, parser
 from data.checkpoints import load, read_checkpoint
 
 FORK = multiprocessing.get_context("fork")  # a run starts in milliseconds, without its imports
@@ -419,16 +419,20 @@ def is_broken(count):
     return any(n and outcome.startswith(BAD) for outcome, n in count.items())
 
 
-def main(argv):
-    seed = [int(a.split("=")[1]) for a in argv if a.startswith("--seed=")]
-    name, *sizes = [a for a in argv if not a.startswith("--")]
-    rng, sizes = random.Random(seed[0] if seed else 0), [int(n) for n in sizes]
+@command
+def main(argv=None):
+    p = parser(__doc__)
+    p.add_argument("attack", choices="kills restarts damage lines".split())
+    p.add_argument("sizes", type=int, nargs="+")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args(argv)
+    rng, name, sizes = random.Random(args.seed), args.attack, args.sizes
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if name == "damage":
             table = attack_checkpoints(sizes[0], rng, folder)
-            table |= attack_data(sizes[1], rng, folder)
+            table |= attack_data(sizes[-1], rng, folder)
         elif name == "lines":
             table = attack_lines(sizes[0], rng, folder)
         else:
@@ -440,4 +444,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -57,6 +57,7 @@ def test_random_command_lines_have_no_traceback(rng, tmp_path, monkeypatch):
     table = attack.attack_lines(12, rng, tmp_path)
     assert sum(count["refused"] for count in table.values()) > 3
     assert not any(map(attack.is_broken, table.values())), table
+    assert attack.run_line("builtins", "int", ["x"], tmp_path).startswith("traceback: ")
 
 
 # --------------------------------------------------------------------------------------------------
