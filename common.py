@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -85,6 +86,27 @@ def to_json(record):
         return None if value != value else value
 
     return json.dumps(strict(record))
+
+
+def read_json(path, fields, advice="", text=None):
+    """The dict in a JSON file, or in `text` from it. Fails in one line if it is damaged, or if one
+    of the fields {name: type} is missing or of another type."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8") if text is None else text)
+    except (ValueError, RecursionError) as e:
+        fail(f"{path}: damaged ({one_line(e)}){advice}")
+    return check_fields(value, fields, path, advice)
+
+
+def check_fields(value, fields, where, advice=""):
+    """The value, if it is a dict with these fields {name: type}; a bool is no int."""
+    if not isinstance(value, dict):
+        fail(f"{where}: damaged: {type(value).__name__} instead of named fields{advice}")
+    for name, kind in fields.items():
+        found = value.get(name)
+        if not isinstance(found, kind) or isinstance(found, bool) != (kind is bool):
+            fail(f"{where}: damaged: {name} is {type(found).__name__}{advice}")
+    return value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,22 +249,6 @@ def local_device(cfg):
     if dist.is_torchelastic_launched() and on_cuda:
         return pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
     return pick_device(cfg.device)
-
-
-@contextlib.contextmanager
-def process_group(cfg):
-    """The process group of torchrun's processes; without torchrun, nothing."""
-    if not dist.is_torchelastic_launched():
-        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-            fail("srun started several processes that do not know of each other; let it start one"
-                 " torchrun per machine: runs/ has examples")  # fmt: skip
-        yield
-        return
-    if (device := local_device(cfg)).type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    yield
-    dist.destroy_process_group()
 
 
 def rank_and_world():

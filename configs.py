@@ -6,13 +6,12 @@ python train.py text8_d3pm --lr=5e-4 --seed=2     # a config and typed overrides
 
 import argparse
 import inspect
-import json
 import re
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from common import DTYPES, boolean, fail, parser
+from common import DTYPES, boolean, fail, parser, read_json
 from diffusion import LOSSES, SCHEDULES, TIME_DRAWS, TIME_LAWS
 
 LR_DECAYS = ("constant", "cosine", "linear")
@@ -395,15 +394,15 @@ def from_cli(argv=None, doc=None, flags=(), out="out/{}", config="pydocs_mdlm"):
     try:
         cfg = CONFIGS[args.config](**vars(arguments), **shared)
         if getattr(args, "resume", False) and saved.exists():
-            cfg = from_dict(saved.read_text(encoding="utf-8"), saved)
+            cfg = from_dict(read_json(saved, {}), saved)
         return replace(cfg, **given), args
     except ValueError as e:
         fail(f"{args.config}: {e}")
 
 
 def from_dict(values, where):
-    """The Config of a checkpoint's dict or of config.json's text; errors name the file `where`."""
+    """The Config of a checkpoint's dict or of config.json; errors name the file `where`."""
     try:
-        return Config(**(json.loads(values) if isinstance(values, str) else values))
+        return Config(**values)
     except (TypeError, ValueError) as e:
         fail(f"{where}: not a config of this version ({e})")

@@ -34,8 +34,8 @@ from common import (
     rank_and_world,
     to_json,
 )
-from data.checkpoints import load, sibling
-from data.corpus import read_meta, read_split, take, unpack
+from data.checkpoints import load, read_record, sibling, write_record
+from data.corpus import count_tokens, read_meta, read_split, take, unpack
 from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox
 
 # --------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def batch_nats(model, x0, maskable, counted, cfg, T, u, v):
 @torch.no_grad()
 def bound(
     model, ids, meta, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32",
-    quiet=True, partial=None,
+    quiet=True, partial=None, split_tokens=None,
 ):  # fmt: skip
     """The bound on -log p of a split in nats per token: nats, se, tokens, split_tokens
     (counted in the whole split) and forwards.
@@ -130,7 +130,7 @@ def bound(
     See `choose_windows` and `batch_nats`. Padding and given tokens are not counted. Under
     torch.distributed the ranks share the windows, and all return the result of all. partial: a file
     of one process that receives each batch's nats and tokens, 16 bytes per window; after a kill the
-    same call resumes from it, to the same result."""
+    same call resumes from it, to the same result. split_tokens: what an earlier call counted."""
     device, (rank, world) = next(model.parameters()).device, rank_and_world()
     starts, lengths = choose_windows(len(ids), cfg.seq_len, windows)
     W, rng = len(starts), np.random.Generator(np.random.Philox(seed))
@@ -141,12 +141,10 @@ def bound(
     saved = open(partial, "r+b" if Path(partial).exists() else "w+b") if partial else io.BytesIO()
     for turn in tqdm(turns, disable=quiet or rank > 0, unit="batch", leave=False):
         p, b = jobs[turn % len(jobs)]
-        size = 2 * 8 * (b.stop - b.start)
-        if len(before := saved.read(size)) == size:
+        if before := read_record(saved, 2 * 8 * (b.stop - b.start)):
             row = torch.frombuffer(bytearray(before), dtype=torch.float64)
             nats[p, b], tokens[p, b] = row.view(2, -1)
             continue
-        saved.seek(-len(before), io.SEEK_CUR)  # a batch that was cut short
         stored = take(ids, starts[b], int(lengths[b.start]), cfg, where)
         x0, maskable, counted = (a.to(device) for a in unpack(stored, meta, cfg))
         v = window_noise(seed, starts[b], p, cfg.seq_len)[:, : x0.shape[1]]
@@ -154,8 +152,7 @@ def bound(
         tokens[p, b] = counted.sum(-1).double()
         with autocast(device, dtype):
             nats[p, b] = batch_nats(model, x0, maskable, counted, cfg, T, *noise)
-        saved.write(torch.stack((nats[p, b], tokens[p, b])).cpu().numpy().tobytes())
-        saved.flush()
+        write_record(saved, torch.stack((nats[p, b], tokens[p, b])).cpu().numpy().tobytes())
         if turn >= len(jobs):  # another process's batch
             nats[p, b], tokens[p, b] = 0.0, 0.0
     saved.close()
@@ -171,18 +168,9 @@ def bound(
         "nats": float(nats.mean(0).sum() / tokens.sum()),
         "se": standard_error(nats, u, tokens),
         "tokens": int(tokens.sum()),
-        "split_tokens": count_tokens(ids, meta, cfg),
+        "split_tokens": split_tokens or count_tokens(ids, meta, cfg),
         "forwards": passes * W,
     }
-
-
-def count_tokens(ids, meta, cfg):
-    """The number of counted tokens of a whole split in windows of seq_len."""
-    L = cfg.seq_len
-    if meta.get("pad") is None and not meta.get("given"):
-        return len(ids) - cfg.bos * -(-len(ids) // L)  # a given first token per window
-    parts = (ids[i : i + 4096 * L].astype(np.int64) for i in range(0, len(ids), 4096 * L))
-    return sum(int(unpack(part.reshape(-1, L), meta, cfg)[2].sum()) for part in parts)
 
 
 def report(result, meta, split):

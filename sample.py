@@ -3,6 +3,7 @@
 python sample.py out/pydocs_mdlm/ckpt.pt --num 4 --watch
 python sample.py out/owt_mdlm/ckpt.pt --prompt "The meaning of life" --steps 256 --top_p 0.9
 python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12] the end."
+python sample.py out/owt_mdlm/ckpt.pt --infill 'As in \\[1], x = data\\[0] + [3]'   # \\[1] is text
 python sample.py out/pydocs_mdlm/ckpt.pt --semi_ar --length 4096 --stride 128       # any length
 python sample.py out/pydocs_mdlm/ckpt.pt --sampler threshold --threshold 0.7        # fewer calls
 """
@@ -41,7 +42,7 @@ from samplers import (
     with_top_p,
 )
 
-HOLE = re.compile(r"_{4,}|\[\d{1,6}\]")  # ____: a token per underscore; [12]: 12 tokens
+HOLE = re.compile(r"(\\*)(_{4,}|\[\d{1,6}\])")  # ____: a token per underscore; [12]: 12 tokens
 
 
 def start_ids(tokenizer, cfg):
@@ -59,21 +60,38 @@ def prompt_canvas(tokenizer, prompt, length, cfg):
     return torch.tensor(ids + [cfg.mask_id] * (length - len(ids)))
 
 
+def split_holes(text):
+    """(pieces, holes) of a text: pieces[i] comes before the hole of holes[i] tokens, and the last
+    one ends the text. Before a hole two backslashes are one, and one that is left makes it text."""
+    pieces, holes, end = [""], [], 0
+    for found in HOLE.finditer(text):
+        slashes, hole = found.groups()
+        pieces[-1] += text[end : found.start()] + slashes[: len(slashes) // 2]
+        end = found.end()
+        if len(slashes) % 2:
+            pieces[-1] += hole
+            continue
+        holes.append(len(hole) if hole[0] == "_" else int(hole[1:-1]))
+        pieces.append("")
+        if not holes[-1]:
+            raise ValueError(f"{hole} is a hole of no tokens; as text it is \\{hole}")
+    pieces[-1] += text[end:]
+    return pieces, holes
+
+
 def infill_canvas(tokenizer, text, cfg, subword):
     """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so
     for them the space before a hole belongs to the hole. ValueError without a hole."""
-    ids, end = start_ids(tokenizer, cfg), 0
-    for hole in HOLE.finditer(text):
-        piece = text[end : hole.start()]
-        ids += tokenizer.encode(piece.removesuffix(" ") if subword else piece, inside=end > 0)
-        size = len(hole[0]) if hole[0][0] == "_" else int(hole[0][1:-1])
-        ids += [cfg.mask_id] * size
-        end = hole.end()
-    if cfg.mask_id not in ids:
+    (*pieces, last), holes = split_holes(text)
+    if not holes:
         raise ValueError(
             "no hole in the text: write ____ (a token per underscore, 4 or more) or [12]"
         )
-    return torch.tensor(ids + tokenizer.encode(text[end:], inside=True))
+    ids = start_ids(tokenizer, cfg)
+    for i, (piece, size) in enumerate(zip(pieces, holes)):
+        ids += tokenizer.encode(piece.removesuffix(" ") if subword else piece, inside=i > 0)
+        ids += [cfg.mask_id] * size
+    return torch.tensor(ids + tokenizer.encode(last, inside=True))
 
 
 def frames(
@@ -145,7 +163,8 @@ def parse_arguments(argv):
     p = parser(__doc__)
     p.add_argument("ckpt")
     p.add_argument("--prompt", default="", help="text that the sample begins with")
-    p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
+    holes = '"____" (a token per underscore) or "[12]"; a backslash before one makes it text'
+    p.add_argument("--infill", help=f"text with holes: {holes}")
     p.add_argument("--num", type=int, default=1, help="number of samples")
     p.add_argument("--length", type=int, help="tokens; default: the model's")
     add_sampler_options(p)
@@ -233,7 +252,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     check_arguments(args)
     model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
-    tokenizer = tokenizer_of(model.tokenizer)
+    tokenizer = tokenizer_of(model.tokenizer, cfg.vocab_size)
     if args.stop and tokenizer.eos is None:
         fail("--stop: the model's tokenizer has no end-of-text")
     eos = end_id(model, tokenizer, args.stop)

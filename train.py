@@ -47,7 +47,6 @@ from common import (
     compute_dtype,
     fail,
     local_device,
-    process_group,
     rank_and_world,
 )
 from configs import from_cli
@@ -55,6 +54,7 @@ from data.batches import micro_batches, split_batch
 from data.checkpoints import save_checkpoint
 from data.corpus import folder_of, read_split
 from data.prepare import prepare
+from data.processes import process_group
 from data.runs import catch_signals, copy_weights, find_checkpoint, open_log, restore
 from data.tokenizer import tokenizer_of
 from diffusion import LOSSES
@@ -224,7 +224,7 @@ def prepare_run(cfg, resume, overwrite, closing):
     say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {world} x "
         f"{device.type}, {accumulation} x {micro} rows each in {compute_dtype(device, cfg.dtype)}; "
         f"{work:,.0f} GFLOP a step")  # fmt: skip
-    if resume:
+    if resume or state:
         say(f"resumed at step {step}" if step else f"{out} has no checkpoint: starting at step 0")
     return SimpleNamespace(
         cfg=cfg, rank=rank, world=world, device=device, micro=micro, meta=meta, val_ids=val_ids,
@@ -376,6 +376,7 @@ def validate(run, windows):
     """The report on `windows` windows of the validation split (0: all), which all ranks share."""
     model, cfg = run.ema.eval(), run.cfg
     options = dict(T=cfg.T, windows=windows, batch_size=run.micro, dtype=cfg.dtype)
+    options["split_tokens"] = run.val and run.val["split_tokens"]  # counted once per run
     result = bound(model, run.val_ids, run.meta, cfg, f"{cfg.data}/val.bin", **options)
     run.model.train()  # with ema=0 the average is the model
     return report(result, run.meta, "val")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from configs import from_dict
 from model import DiT
 
 KIND = "nanoMDLM checkpoint"
+VERSION = 2  # 1 drew rows and noise otherwise: its weights are the same, but it cannot be resumed
 
 
 def save_checkpoint(path, **state):
@@ -24,7 +26,8 @@ def save_checkpoint(path, **state):
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
-            torch.save({"kind": KIND, "torch": str(torch.__version__), **state}, f)
+            about = dict(kind=KIND, version=VERSION, torch=str(torch.__version__))
+            torch.save(state | about, f)
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
@@ -58,6 +61,8 @@ def read_checkpoint(path, mmap=False):
         fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")
     if not isinstance(ckpt, dict) or ckpt.get("kind") != KIND:
         fail(f"{path}: not a checkpoint of this project")
+    if (version := ckpt.setdefault("version", 1)) not in (1, VERSION):
+        fail(f"{path}: of version {version}, but this program reads versions 1 to {VERSION}")
     for name, kind in FIELDS.items():
         value = ckpt.get(name, None if name in NEEDED else kind())
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
@@ -66,6 +71,8 @@ def read_checkpoint(path, mmap=False):
         for key, value in ckpt[name].items():
             if not isinstance(key, str) or not isinstance(value, torch.Tensor):
                 fail(f"{path}: damaged: {name} holds more than named tensors")
+        if sum(tensor.nbytes for tensor in ckpt[name].values()) > path.stat().st_size:
+            fail(f"{path}: damaged: {name} claims more numbers than the file holds")
     return ckpt
 
 
@@ -77,12 +84,40 @@ def check_archive(path):
             members = archive.infolist()
             stored = all(m.compress_type == zipfile.ZIP_STORED for m in members)
             if not stored or sum(m.file_size for m in members) > path.stat().st_size:
-                fail(f"{path}: not a checkpoint of this project: it is compressed")
+                fail(f"{path}: compressed, or with overlapping members: not what torch.save writes")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error) as e:
         fail(f"{path}: damaged, or not a checkpoint of plain tensors ({type(e).__name__})")
     if damaged:
         fail(f"{path}: damaged: wrong checksum in {damaged}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Partial results beside a checkpoint: records, each with a checksum that starts from its place in
+# the file, so that neither a damaged nor a misplaced record is read
+
+
+def write_record(file, data):
+    file.write(data + checksum(data, file.tell()))
+    file.flush()
+
+
+def read_record(file, size):
+    """The next record, of `size` bytes. If it is missing or damaged, None, and what follows is cut
+    off: this record and all after it are made again."""
+    place, data, found = file.tell(), file.read(size), file.read(4)
+    if len(data) == size and found == checksum(data, place):
+        return data
+    file.seek(place)
+    file.truncate()
+
+
+def checksum(data, place):
+    return zlib.crc32(data, place).to_bytes(4, "little")
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
 
 
 def sibling(ckpt, name):

@@ -11,6 +11,7 @@ python data/prepare.py gsm8k                       # to fine-tune on: questions,
 python data/prepare.py sharegpt                    # to fine-tune on: conversations
 python data/prepare.py text --input a.txt b.txt    # any UTF-8 text; --tokenizer bpe, char or gpt2
 python data/prepare.py text --input a.jsonl b.csv --column content      # a column of such files
+python data/prepare.py verify openwebtext          # compare files of any size with their hashes
 
 A data set is one function; its keyword arguments are the options that apply to it. A killed run of
 a set with --workers resumes when the command is repeated.
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path 
 
 from common import command, fail, one_line, parser
 from configs import CONFIGS
-from data.corpus import default_folder, folder_of, partial_of
+from data.corpus import default_folder, folder_of, partial_of, verify
 from data.finetune import gsm8k, reversal, sharegpt
 from data.pretrain import fineweb, lm1b, openwebtext, slimpajama
 from data.texts import TEXT_KINDS, pydocs, text, text8
@@ -154,6 +155,11 @@ def parse_arguments(argv):
 
 @command
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["verify"]:
+        for name in argv[1:] or fail("verify: needs the name or folder of a prepared data set"):
+            verify(name)
+        return
     options = parse_arguments(argv)
     announce(prepare(**options), **options)
 

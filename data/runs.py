@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from common import fail, one_line, to_json
 from configs import from_dict
-from data.checkpoints import check_weights, load, read_checkpoint
+from data.checkpoints import VERSION, check_weights, load, read_checkpoint
+from data.processes import is_ours, take_over
 
 try:
     import fcntl
@@ -30,9 +31,12 @@ MAY_CHANGE = set(
 
 
 def find_checkpoint(cfg, meta, resume, overwrite):
-    """The checkpoint to resume from, or None for a new run. Changes nothing on disk."""
-    out = Path(cfg.out_dir)
+    """The checkpoint to resume from, or None for a new run. Changes nothing on disk. A run that
+    torchrun starts again resumes, whatever the options say, also if it was killed at its end."""
+    out, again = Path(cfg.out_dir), is_ours(cfg.out_dir)
     path, files = out / "ckpt.pt", ("ckpt.pt", "best.pt", "log.jsonl")
+    if again:
+        resume, overwrite = True, False
     if resume and overwrite:
         fail("--resume and --overwrite exclude each other")
     if not resume and not overwrite and any((out / name).exists() for name in files):
@@ -41,6 +45,9 @@ def find_checkpoint(cfg, meta, resume, overwrite):
         return None  # new, or stopped before its first checkpoint
     state = read_checkpoint(path)
     check_same_recipe(state, path, cfg, meta)
+    step = state["step"]
+    if step > cfg.steps or step == cfg.steps and not again and is_finished(out / "log.jsonl", step):
+        fail(f"{path}: already at step {step} of {cfg.steps}; raise --steps to continue")
     return state
 
 
@@ -60,18 +67,29 @@ def check_same_recipe(state, path, cfg, meta):
         fail(f"{cfg.data}: made with another tokenizer than {path}")
     if state["data"] != meta["splits"]["train"]["sha256"]:
         fail(f"{cfg.data}: not the data that {path} was trained on")
-    step = state["step"]
-    if step > cfg.steps or step == cfg.steps and is_finished(path.parent / "log.jsonl", step):
-        fail(f"{path}: already at step {step} of {cfg.steps}; raise --steps to continue")
+    if state["version"] < VERSION:
+        start = f"--init_from={path} --out_dir=NEW starts from its weights"
+        fail(f"{path}: of version {state['version']}, which drew rows and noise otherwise; {start}")
 
 
-def is_finished(log, step):
+def is_finished(path, step):
     """Whether the log holds the final validation of this step: a run killed during it is not."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        with open(path, encoding="utf-8", errors="replace") as log:
+            return any("final" in r and r.get("step") == step for r in read_log(log))
     except OSError:
         return False
-    return any(f'"step": {step}, "final"' in line for line in lines)
+
+
+def read_log(log):
+    """Yield the records of an open log.jsonl up to the first line that is damaged or cut short."""
+    while (line := log.readline()).endswith("\n"):
+        try:
+            record = json.loads(line)
+            record.get("step", 0) + 0  # a note has no step
+        except (AttributeError, TypeError, ValueError, RecursionError):
+            return
+        yield record
 
 
 def copy_weights(model, path, meta):
@@ -128,17 +146,15 @@ def open_folder(cfg, step):
         fail(f"out_dir={out}: {e.strerror}")
     log.seek(0)
     end = 0
-    while step and (line := log.readline()).endswith("\n"):
-        try:
-            if json.loads(line).get("step", 0) > step:  # a note has no step
-                break
-        except (AttributeError, TypeError, ValueError, RecursionError):
+    for record in read_log(log) if step else ():
+        if record.get("step", 0) > step or "final" in record:
             break
         end = log.tell()
     log.truncate(end)
     if not step:
         for name in ("ckpt.pt", "best.pt"):
             (out / name).unlink(missing_ok=True)
+    take_over(out)
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1), encoding="utf-8")
     return log
 

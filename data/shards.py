@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from common import fail, one_line
+from common import fail, one_line, read_json
 from data.corpus import dtype_of, finish, partial_of
 from data.detokenize import DETOKENIZERS
 from data.readers import read_documents, report
@@ -140,7 +140,7 @@ def tokenize(folder, shards, recipe, workers=None, **plan):
         for target in new:
             sizes.append(np.fromfile(target.with_suffix(".sizes"), np.uint32).reshape(-1, 2))
             have += int(sizes[-1][:, 0].sum(dtype=np.int64))
-    records = [json.loads(t.with_suffix(".json").read_text(encoding="utf-8")) for t in targets]
+    records = [read_record(target) for target in targets]
     for shard, record in zip(shards, records):
         report(name_of(shard), record.get("notes", {}), recipe.column)
     return Documents(
@@ -156,7 +156,7 @@ def tokenize(folder, shards, recipe, workers=None, **plan):
 def begin_or_resume(work, plan):
     """Write the plan of a new run, or check that the run in `work` had the same one."""
     path, plan = work / "plan.json", json.loads(json.dumps(plan))  # turns tuples into lists
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plan:
+    if path.exists() and read_json(path, {}, f"; remove {work.parent}") != plan:
         fail(f"{work.parent}: from a run with other inputs or options; repeat those, or remove it")
     for temporary in work.glob("*.tmp"):
         temporary.unlink()
@@ -216,12 +216,17 @@ def tokenize_shard(shard, target, recipe, threads):
         raise ValueError(f"{name_of(shard)}: {one_line(e)}") from None
 
 
+def read_record(target):
+    fields, path = dict(input=list, sha256=str, bytes=list, notes=dict), target.with_suffix(".json")
+    return read_json(path, fields, f"; remove {path}")
+
+
 def is_complete(target, source):
     """Whether an earlier run completed this shard, from the same source."""
     record_file, *files = (target.with_suffix(suffix) for suffix in (".json", ".bin", ".sizes"))
     if not all(path.exists() for path in (record_file, *files)):
         return False
-    record = json.loads(record_file.read_text(encoding="utf-8"))
+    record = read_record(target)
     sizes = [path.stat().st_size for path in files]
     return record["input"] == source and record["bytes"] == sizes
 

@@ -132,11 +132,14 @@ def text8(folder, input=None):
     if input and len(input) > 1:
         fail(f"{input[1]}: text8 is made of one file, text8.zip or text8")
     path = Path(input[0]) if input else download(TEXT8_URL, partial_of(folder) / "text8.zip")
-    name, text = input[0] if input else TEXT8_URL, path.read_bytes()
-    if path.suffix == ".zip" or text.startswith(b"PK"):
+    name = input[0] if input else TEXT8_URL
+    with open(path, "rb") as f:
+        zipped = path.suffix == ".zip" or f.read(2) == b"PK"
+    if zipped:
         text = unzip_text8(path, name)
-    if len(text) != TEXT8_CHARACTERS:
-        fail(f"{name}: {len(text):,} characters, but text8 has {TEXT8_CHARACTERS:,}")
+    else:
+        check_size(path.stat().st_size, name)
+        text = path.read_bytes()
     characters = " abcdefghijklmnopqrstuvwxyz"
     table = np.full(256, 255, np.uint16)
     table[list(characters.encode())] = np.arange(27)
@@ -152,9 +155,16 @@ def text8(folder, input=None):
     return finish(folder, "text8, " + TEXT8_URL, spec, 27, sizes)
 
 
+def check_size(size, name):
+    """Before anything is read: a zip bomb or another file may be larger than the memory."""
+    if size != TEXT8_CHARACTERS:
+        fail(f"{name}: {size:,} characters, but text8 has {TEXT8_CHARACTERS:,}")
+
+
 def unzip_text8(path, name):
     try:
         with zipfile.ZipFile(path) as z:
+            check_size(z.getinfo("text8").file_size, name)
             return z.read("text8")
     except KeyError:
         fail(f"{name}: has no member named text8")

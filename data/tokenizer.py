@@ -40,10 +40,16 @@ class Tokenizer(NamedTuple):
 
 def load_tokenizer(spec):
     """The Tokenizer that a spec describes; ValueError, one line, if the kind is unknown."""
-    if spec.get("kind") not in KINDS:
+    if str(spec.get("kind")) not in KINDS:
         kinds = ", ".join(KINDS)
         raise ValueError(f"unknown kind of tokenizer {spec.get('kind')!r}; there are {kinds}")
-    kind = KINDS[spec["kind"]](spec)
+    try:
+        kind = KINDS[spec["kind"]](spec)
+    except ValueError:
+        raise
+    except Exception as e:  # a spec lacks its vocabulary; the library raises plain Exceptions
+        reason = f"{type(e).__name__}: {one_line(e)}"
+        raise ValueError(f"a {spec['kind']} tokenizer that cannot be built ({reason})") from None
     table = [*kind["table"], MASK_SHOWN.encode()]  # the bytes of every id
     prefix = kind.get("prefix", "")
 
@@ -69,12 +75,16 @@ def load_tokenizer(spec):
     )
 
 
-def tokenizer_of(spec):
-    """load_tokenizer for the scripts: an error is one line and exit code 2."""
+def tokenizer_of(spec, pieces=None):
+    """load_tokenizer for the scripts: an error is one line and exit code 2. pieces: how many ids
+    the model has that will be decoded."""
     try:
-        return load_tokenizer(spec)
+        tokenizer = load_tokenizer(spec)
     except ValueError as e:
-        fail(e)
+        fail(one_line(e))
+    if pieces not in (None, tokenizer.vocab_size):
+        fail(f"a tokenizer of {tokenizer.vocab_size} pieces, but the model has {pieces}")
+    return tokenizer
 
 
 # --------------------------------------------------------------------------------------------------

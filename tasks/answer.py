@@ -243,7 +243,7 @@ def read_answers(path, numbers):
         try:
             record = json.loads(line)
             found[numbers[record.get("answer_id") or record["id"]]] = record
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             others = "answers of another checkpoint, other options or questions"
             fail(f"{path}: {others}; --out writes elsewhere")
         size += len(line)

@@ -8,15 +8,16 @@ Writes to out/compare_<config>/: a folder per run, table.md, curves.png and samp
 runs are kept; a stopped run is resumed.
 """
 
-import json
 import statistics
 import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from common import check_range, command, fail, local_device, process_group, rank_and_world
+from common import check_range, command, fail, local_device, rank_and_world
 from configs import from_cli
 from data.checkpoints import load
+from data.processes import process_group
+from data.runs import read_log
 from data.tokenizer import tokenizer_of
 from model import count_parameters
 from sample import generate
@@ -39,8 +40,8 @@ COLUMNS = (
 
 def read_curve(cfg):
     """{step: validation bits per character} from the log of a run."""
-    records = map(json.loads, (Path(cfg.out_dir) / "log.jsonl").read_text().splitlines())
-    return {r["step"]: r["val"]["bits_per_char"] for r in records if "val" in r}
+    with open(Path(cfg.out_dir) / "log.jsonl", encoding="utf-8", errors="replace") as log:
+        return {r["step"]: r["val"]["bits_per_char"] for r in read_log(log) if "val" in r}
 
 
 def format_table(runs, results):

@@ -12,7 +12,6 @@ chance is one in ten. Grammar would rule out answers to another wording: "was on
 "the", not with "being". Writes out/reversal/: a folder per run, and table.md.
 """
 
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import autocast, check_range, command, fail, local_device
+from common import autocast, check_range, command, fail, local_device, read_json
 from configs import from_cli
 from data.checkpoints import load
 from data.corpus import folder_of, read_meta
@@ -44,7 +43,9 @@ def make_questions(path, tokenizer, cfg, limit):
 
     A question is a prompt with each of its answers, the true answer first, in rows as in training:
     [BOS] prompt answer [EOS] ...; the answer is counted, all but the prompt is maskable."""
-    items = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    fields = dict(of=str, prompt=str, answer=str)
+    lines = Path(path).read_bytes().decode(errors="replace").splitlines()
+    items = [read_json(path, fields, text=line) for line in lines]
     x0, given, counted, directions, rng = [], [], [], [], np.random.default_rng(0)
     for direction in DIRECTIONS:
         group = [item for item in items if item["of"] == direction]

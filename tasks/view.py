@@ -129,7 +129,7 @@ def parse_arguments(argv):
     p.add_argument("ckpt")
     p.add_argument("--svg", type=Path, required=True, metavar="FILE", help="the picture to write")
     p.add_argument("--prompt", default="", help="text that the sample begins with")
-    p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
+    p.add_argument("--infill", help="text with holes, as in sample.py")
     p.add_argument("--length", type=int, help="tokens; default: the model's")
     p.add_argument("--seconds", type=int, default=8, help="in which the text appears")
     p.add_argument("--seed", type=int, default=0)
@@ -174,7 +174,7 @@ def main(argv=None):
     if args.svg.is_dir() or not args.svg.parent.is_dir():
         fail(f"--svg {args.svg}: must be a file in an existing folder")
     model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
-    tokenizer = tokenizer_of(model.tokenizer)
+    tokenizer = tokenizer_of(model.tokenizer, cfg.vocab_size)
     options = sample.sampling_options(args, cfg, tokenizer)
     canvas = sample.make_canvas(args, cfg, tokenizer, subword=model.tokenizer["kind"] != "char")
     canvases = [x[0].tolist() for x in sample.frames(model, cfg, canvas, [0], **options)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_corpus, refused, tiny_run
+from conftest import ROOT, make_corpus, refused, rewrite_meta, tiny_run
 
 import common
 import evaluate
@@ -109,17 +109,19 @@ def refuses(capsys, cfg, *words, **flags):
 
 
 def edit_meta(**values):
-    def edit(folder):
-        path = folder / "meta.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return edit
+    return lambda folder: rewrite_meta(folder, **values)
 
 
 def write_large_ids(folder):
     ids = np.fromfile(folder / "train.bin", np.uint16)
     ids[:] = 27
     ids.tofile(folder / "train.bin")
+    rewrite_meta(folder)
+
+
+def change_a_byte(folder):
+    whole = (folder / "val.bin").read_bytes()
+    (folder / "val.bin").write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
 
 
 def truncate(folder):
@@ -136,6 +138,7 @@ def overwrite_meta(text):
     [
         (lambda folder: (folder / "train.bin").unlink(), ["train.bin", "0 bytes"]),
         (truncate, ["val.bin", "101 bytes"]),
+        (change_a_byte, ["val.bin: damaged", "sha256", "prepare"]),
         (write_large_ids, ["train.bin", "token id 27", "vocab_size is 27"]),
         (lambda folder: (folder / "meta.json").unlink(), ["meta.json", "prepare"]),
         (overwrite_meta("{"), ["meta.json", "damaged"]),

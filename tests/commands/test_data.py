@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, TRICKY, make, needs_gpt2
+from conftest import ROOT, SHARED, TRICKY, make, needs_gpt2, rewrite_meta
 
 import data.corpus as corpus_module
 import data.prepare as prepare
@@ -896,7 +896,7 @@ def test_damaged_corpora_are_refused(counting, refused):
     )
     text = (folder / "meta.json").read_text()
 
-    (folder / "meta.json").write_text(text.replace('"vocab_size": 103', '"vocab_size": 50'))
+    rewrite_meta(folder, vocab_size=50)
     ids, meta = read(vocab_size=50)
     refused(
         lambda: training_rows(ids, meta, replace(counting, vocab_size=50), range(9)),
@@ -904,9 +904,9 @@ def test_damaged_corpora_are_refused(counting, refused):
         "token id",
         "50",
     )
-    (folder / "meta.json").write_text(text.replace('"wrap": 0', '"wrap": 16'))
+    rewrite_meta(folder, vocab_size=103, wrap=16)
     refused(read, "windows of 16 tokens, but seq_len is 10")
-    for damaged in (text[:40], text.replace('"dtype"', '"type"')):
+    for damaged in (text[:40], text.replace('"dtype"', '"type"'), text.replace("103", "104")):
         (folder / "meta.json").write_text(damaged)
         refused(read, "meta.json: damaged")
     (folder / "meta.json").write_text(text)

@@ -4,10 +4,11 @@ terminal view is live."""
 import io
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LETTERS
+from conftest import LETTERS, refused, save, tiny_run
 
 import common
 import sample
@@ -121,6 +122,37 @@ def test_holes_take_the_space_before_a_subword():
         assert (infill(f"to {hole}") == mask).sum() == size
     with pytest.raises(ValueError, match="no hole"):
         infill("a ___ b [x]")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x = data[0] + [1]", "____ and _____", r"\\server\[3]", r"\____\\[12]", "[0][00][1]", "a\\"],
+)
+def test_escaped_holes_are_text(text):
+    """A backslash makes a hole text; one in front of a hole is written twice."""
+    escape = lambda s: re.sub(r"(\\*)(_{4,}|\[\d{1,6}\])", r"\1\1\\\2", s)
+    assert sample.split_holes(escape(text)) == ([text], [])
+    pieces = sample.split_holes(f"{escape(text)}, [7]{escape(text)}")
+    assert pieces == ([f"{text}, ", text], [7])
+
+
+def test_a_backslash_in_front_of_a_hole_is_written_twice():
+    assert sample.split_holes(r"a\\[3]b\n") == (["a\\", r"b\n"], [3])
+
+
+@pytest.mark.parametrize("hole", ["[0]", "[000]"])
+def test_a_hole_of_no_tokens_is_an_error(hole, checkpoint, capsys):
+    words = f"{hole} is a hole of no tokens", f"as text it is \\{hole}"
+    refused(capsys, lambda: sample.main([str(checkpoint), "--infill", f"a {hole} [3]"]), *words)
+
+
+def test_infilled_text_keeps_its_brackets(corpus, tmp_path, capsys):
+    """From the command line to the text."""
+    letters = " []_0123456789abcdefgh"
+    cfg = replace(tiny_run(corpus), vocab_size=len(letters))
+    path = save(tmp_path / "a.pt", cfg, dict(kind="char", characters=letters))
+    out = run(capsys, path, "--infill", r"a\[0] \[1]\____[2]h", "--steps", 2)
+    assert out.startswith("a[0] [1]____") and len(out.rstrip("\n")) == 15
 
 
 def test_guidance_by_the_prompt(checkpoint, capsys):
