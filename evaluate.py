@@ -2,6 +2,7 @@
 
 python evaluate.py out/pydocs_mdlm/ckpt.pt                      # test split, continuous time
 python evaluate.py out/owt_mdlm/ckpt.pt --split val --json
+torchrun --nproc_per_node=8 evaluate.py out/owt_mdlm/ckpt.pt --windows 2048   # 8 GPUs, part of it
 python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a 1000-step sampler
 python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven sets
 python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --resume
@@ -9,11 +10,9 @@ python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --re
 Generative perplexity of samples is another command: python -m tasks.judge.
 """
 
-import hashlib
 import io
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,11 @@ from common import (
     fail,
     one_line,
     parser,
-    pick_device,
+    process_group,
     rank_and_world,
     to_json,
 )
-from data.checkpoints import load, sibling
+from data.checkpoints import fingerprint, load, sibling
 from data.corpus import read_meta, read_split, take, unpack
 from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox
 
@@ -205,16 +204,6 @@ def figure(result, name, digits=3):
     return f"{result[name]:.{digits}f} ± " + ("?" if math.isnan(error) else f"{error:.{digits}f}")
 
 
-def fingerprint(model, **settings):
-    """A hash of settings and of a network, by up to 64 numbers of each tensor: partial results are
-    resumed only if it matches."""
-    digest = hashlib.sha256(json.dumps([asdict(model.cfg), settings], sort_keys=True).encode())
-    for tensor in model.state_dict().values():
-        sample = tensor.flatten()[:: tensor.numel() // 64 or 1]
-        digest.update(sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 # --------------------------------------------------------------------------------------------------
 # The command: a function per mode, (model, cfg, args) -> (record for JSON, text to print)
 
@@ -239,10 +228,12 @@ def evaluate_split(data, split, model, cfg, args):
     ids, meta = read_split(data, split, cfg)
     dtype, partial = compute_dtype(next(model.parameters()).device, args.dtype), None
     settings = dict(
-        T=args.T, passes=args.passes, batch_size=args.batch_size, seed=args.seed, dtype=dtype
-    )
-    if args.resume:
-        key = fingerprint(model, sha256=meta["splits"][split]["sha256"], **settings)
+        T=args.T, passes=args.passes, windows=args.windows, batch_size=args.batch_size,
+        seed=args.seed, dtype=dtype,
+    )  # fmt: skip
+    if args.resume:  # each process has its own part and file
+        about = dict(sha256=meta["splits"][split]["sha256"], part=rank_and_world())
+        key = fingerprint(model, **about, **settings)
         partial = sibling(args.ckpt, f"evaluate-{key[:16]}.partial")
         args.partials.append(partial)
     where = f"{data}/{split}.bin"
@@ -281,6 +272,7 @@ def parse_arguments(argv):
         "--T", type=int, help="diffusion steps of the bound, 0: continuous time [the model's]"
     )
     p.add_argument("--passes", type=int, default=1, help="forwards per window [1]")
+    p.add_argument("--windows", type=int, default=0, help="of a split, spread evenly [all]")
     p.add_argument(
         "--resume", action="store_true",
         help="keep partial results beside the checkpoint and resume from them after a kill",
@@ -296,17 +288,16 @@ def parse_arguments(argv):
         fail(f"--gen_ppl moved: python -m tasks.judge {args.ckpt} {judge}")
     if unknown:
         fail(f"unrecognized arguments: {' '.join(unknown)}")
-    check_range(args, T=0, passes=1, batch_size=1, seed=0)
+    check_range(args, T=0, passes=1, windows=0, batch_size=1, seed=0)
     for name in ("split", "data"):
         if args.zero_shot is not None and getattr(args, name):
             fail(f"--{name}: not with --zero_shot")
     return args
 
 
-@command
-def main(argv=None):
-    args = parse_arguments(argv)
-    device, args.partials = pick_device(args.device), []
+def run(args, device):
+    """The result of the arguments; one of the processes prints it."""
+    args.partials = []
     model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
     if args.zero_shot is None:
         result, text = evaluate_one(model, cfg, args)
@@ -315,13 +306,22 @@ def main(argv=None):
 
         result, text = evaluate_sets(model, cfg, args)
     result |= {
-        "T": args.T, "passes": args.passes, "ckpt": args.ckpt, "step": model.step,
-        "seed": args.seed, "ema": not args.no_ema, "dtype": compute_dtype(device, args.dtype),
+        "T": args.T, "passes": args.passes, "windows": args.windows, "ckpt": args.ckpt,
+        "step": model.step, "seed": args.seed, "ema": not args.no_ema,
+        "dtype": compute_dtype(device, args.dtype),
     }  # fmt: skip
-    print(to_json(result) if args.json else text, flush=True)
+    if rank_and_world()[0] == 0:
+        print(to_json(result) if args.json else text, flush=True)
     for path in args.partials:
         path.unlink(missing_ok=True)
     return result
+
+
+@command
+def main(argv=None):
+    args = parse_arguments(argv)
+    with process_group(args) as device:
+        return run(args, device)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python sample.py out/owt_mdlm/ckpt.pt --prompt "The meaning of life" --steps 256
 python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12] the end."
 python sample.py out/pydocs_mdlm/ckpt.pt --semi_ar --length 4096 --stride 128       # any length
 python sample.py out/pydocs_mdlm/ckpt.pt --sampler threshold --threshold 0.7        # fewer calls
+torchrun --nproc_per_node=8 -- sample.py out/owt_mdlm/ckpt.pt --num 64     # the same texts
 """
 
 import re
@@ -23,9 +24,12 @@ from common import (
     choose_sampler,
     command,
     fail,
+    gather,
     parser,
-    pick_device,
+    process_group,
+    rank_and_world,
     read_sampler_options,
+    share,
 )
 from data.checkpoints import load
 from data.tokenizer import tokenizer_of
@@ -126,19 +130,28 @@ def generate(
     **options,
 ):  # fmt: skip
     """num texts from `canvas` (L,), by default all MASK, each up to `eos`, by default `end_id`;
-    options: see `frames`."""
+    options: see `frames`. All processes of torchrun share the work and return all texts."""
     eos = end_id(model, tokenizer) if eos is None else eos
     canvas = prompt_canvas(tokenizer, "", cfg.seq_len, cfg) if canvas is None else canvas
-    texts, sampler = [], choose_sampler(cfg, sampler)
-    for first in range(0, num, batch_size):
-        rows = range(first, min(first + batch_size, num))
+    texts, sampler, numbers = [], choose_sampler(cfg, sampler), share(range(num))
+    for first in range(0, len(numbers), batch_size):
+        rows = numbers[first : first + batch_size]
         x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
         texts += [tokenizer.decode(text_ids(ids, canvas, cfg, eos)) for ids in x.tolist()]
-    return texts
+    return gather(texts)
 
 
 # --------------------------------------------------------------------------------------------------
 # The command
+
+
+def add_length_options(p):
+    p.add_argument("--length", type=int, help="tokens; default: the model's")
+    p.add_argument("--semi_ar", action="store_true", help="any length, window by window")
+    p.add_argument("--window", type=int, help="semi_ar: tokens of a window; default: the model's")
+    p.add_argument("--stride", type=int, help="semi_ar: new tokens of a window; default: half")
+    ends = ("sampled", "greedy")
+    p.add_argument("--noise_removal", default="sampled", choices=ends, help="the last step")
 
 
 def parse_arguments(argv):
@@ -147,20 +160,12 @@ def parse_arguments(argv):
     p.add_argument("--prompt", default="", help="text that the sample begins with")
     p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
     p.add_argument("--num", type=int, default=1, help="number of samples")
-    p.add_argument("--length", type=int, help="tokens; default: the model's")
     add_sampler_options(p)
-    p.add_argument(
-        "--noise_removal", default="sampled", choices=("sampled", "greedy"), help="the last step"
-    )
+    add_length_options(p)
     p.add_argument(
         "--guidance", type=float, default=0.0, help="w of classifier-free guidance by the prompt"
     )
-    p.add_argument("--semi_ar", action="store_true", help="any length, window by window")
     p.add_argument("--stop", action="store_true", help="end a text at its first end-of-text")
-    p.add_argument("--window", type=int, help="semi_ar: tokens of a window; default: the model's")
-    p.add_argument(
-        "--stride", type=int, help="semi_ar: new tokens of a window; default: half of it"
-    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--batch_size", type=int, default=16, help="changes memory and speed, not the text"
@@ -218,37 +223,34 @@ def make_canvas(args, cfg, tokenizer, subword):
     return canvas
 
 
-def watch_all(model, tokenizer, cfg, canvas, num, eos, options):
-    """Yield num texts, each shown while it is generated."""
-    from tasks.view import watch
-
-    for row in range(num):
-        header = f"sample {row + 1} of {num} · {options['sampler']}, {options['steps']} steps"
-        ids = watch(tokenizer, frames(model, cfg, canvas, [row], **options), header)
-        yield tokenizer.decode(text_ids(ids, canvas, cfg, eos))
-
-
-@command
-def main(argv=None):
-    args = parse_arguments(argv)
-    check_arguments(args)
-    model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
+def write_texts(args, device):
+    """The texts that the arguments select; --watch shows each while it is generated."""
+    model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
     tokenizer = tokenizer_of(model.tokenizer)
     if args.stop and tokenizer.eos is None:
         fail("--stop: the model's tokenizer has no end-of-text")
     eos = end_id(model, tokenizer, args.stop)
     options = sampling_options(args, cfg, eos)
     canvas = make_canvas(args, cfg, tokenizer, subword=model.tokenizer["kind"] != "char")
-    if args.watch and sys.stdout.isatty():
-        texts = watch_all(model, tokenizer, cfg, canvas, args.num, eos, options)
-    else:
-        texts = generate(
-            model, tokenizer, cfg, args.num, canvas, args.batch_size, eos=eos, **options
-        )
-    for i, text in enumerate(texts):
-        if args.num > 1:
-            print(f"--- sample {i + 1}")
-        print(text)
+    if args.watch and sys.stdout.isatty() and rank_and_world()[1] == 1:
+        from tasks.view import watch_all
+
+        return watch_all(model, tokenizer, cfg, canvas, args.num, eos, options)
+    return generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, eos=eos, **options)
+
+
+@command
+def main(argv=None):
+    args = parse_arguments(argv)
+    check_arguments(args)
+    with process_group(args) as device:
+        texts = write_texts(args, device)
+        if rank_and_world()[0] > 0:
+            return
+        for i, text in enumerate(texts):
+            if args.num > 1:
+                print(f"--- sample {i + 1}")
+            print(text)
 
 
 if __name__ == "__main__":

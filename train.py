@@ -368,13 +368,15 @@ def finish(run):
     cfg, out = run.cfg, run.cfg.out_dir
     val = validate(run, 0) if cfg.eval_windows or not run.val else run.val
     run.log(dict(step=run.step, final=val))
+    texts = []
+    if cfg.samples:
+        texts = generate(run.ema.eval(), run.tokenizer, cfg, cfg.samples, run.canvas)
     if run.rank == 0:
         bits, perplexity = figure(val, "bits_per_char", 3), figure(val, "perplexity", 1)
         run.say(f"\nvalidation: {bits} bits per character, perplexity {perplexity} per token, "
                 f"after {run.seconds:.0f} s of training")  # fmt: skip
-        if cfg.samples:
-            for text in generate(run.ema.eval(), run.tokenizer, cfg, cfg.samples, run.canvas):
-                run.say(f"\n--- sample\n{text}")
+        for text in texts:
+            run.say(f"\n--- sample\n{text}")
         commands = f"  python sample.py {out}/ckpt.pt --watch\n  python evaluate.py {out}/ckpt.pt"
         run.say(f"\nNext:\n{commands}")
     return val

@@ -3,9 +3,12 @@ all, read without executing anything, and turned into a network.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import struct
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -125,3 +128,13 @@ def load(path, ema=True, device="cpu", dtype="float32"):
     if compute_dtype(device, dtype) == "bfloat16":
         head.cast_linears(model, torch.bfloat16)
     return model, cfg
+
+
+def fingerprint(model, **settings):
+    """A hash of settings and of a network, by up to 64 numbers of each tensor: partial results are
+    resumed only if it matches."""
+    digest = hashlib.sha256(json.dumps([asdict(model.cfg), settings], sort_keys=True).encode())
+    for tensor in model.state_dict().values():
+        sample = tensor.flatten()[:: tensor.numel() // 64 or 1]
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -4,16 +4,18 @@ terminal view is live."""
 import io
 import re
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import LETTERS
+from conftest import LETTERS, tiny_run
 
 import common
 import sample
 from configs import Config
-from data.checkpoints import load
+from data.checkpoints import load, save_checkpoint
 from data.tokenizer import load_tokenizer, train_bpe
+from model import DiT
 
 
 def run(capsys, *args):
@@ -164,6 +166,38 @@ def test_a_text_ends_at_the_first_eos_that_was_written():
     assert cut([9, 1, 2, 3, 4], 9) == [9, 1, 2, 3, 4]
     assert cut([9, 1, 2, 9, 9]) == [9, 1, 2, 9, 9]
     assert cut([9, 1, 2, 9, 9], 9, bos=True) == [1, 2]  # a given first token is no text
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_prompt_gets_past_one_window_unless_rows_are_documents(ends, tmp_path, capsys):
+    """A model of packed rows that writes an end-of-text, BOS = EOS, at every third position or so:
+    with --semi_ar it fills the length. A model of documents, or --stop, ends at the first one."""
+    spec = train_bpe(["the cat saw a dog "] * 20, 260) | {"eos": True}
+    tokenizer = load_tokenizer(spec)
+    cfg = replace(tiny_run("none"), vocab_size=tokenizer.vocab_size, seq_len=16)
+    assert tokenizer.bos == tokenizer.eos == cfg.vocab_size - 1
+    model = DiT(cfg)
+    model.head.bias.data[tokenizer.eos] = 5.0
+    weights = model.state_dict()
+    save_checkpoint(
+        tmp_path / "ckpt.pt", model=weights, ema=weights, step=1, config=asdict(cfg),
+        tokenizer=spec, ends=ends,
+    )  # fmt: skip
+    get = lambda *args: run(
+        capsys, tmp_path, "--semi_ar", "--length", 60, "--prompt", "the cat", "--seed", 1, *args
+    )
+    model, cfg = load(tmp_path)
+    canvas = sample.prompt_canvas(tokenizer, "the cat", 60, cfg)
+    semi = dict(window=16, stride=8, eos=sample.end_id(model, tokenizer))
+    ids = sample.generate(
+        model, tokenizer._replace(decode=list), cfg, 8, canvas, semi=semi, steps=64
+    )
+    assert all(tokenizer.decode(text).startswith("the cat") for text in ids)
+    if ends:
+        assert max(map(len, ids)) < 60 and get() == get("--stop")
+    else:
+        assert all(len(text) == 60 and tokenizer.eos in text[:16] for text in ids)
+        assert len(get()) > len(get("--stop"))
 
 
 # --------------------------------------------------------------------------------------------------
