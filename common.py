@@ -226,15 +226,14 @@ def local_device(cfg):
 
 @contextlib.contextmanager
 def process_group(cfg):
-    """The process group of torchrun's processes; without torchrun, none. Yields the device."""
-    device = local_device(cfg)
+    """The process group of torchrun's processes; without torchrun, nothing."""
     if not dist.is_torchelastic_launched():
-        yield device
+        yield
         return
-    if device.type == "cuda":
+    if (device := local_device(cfg)).type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    yield device
+    yield
     dist.destroy_process_group()
 
 

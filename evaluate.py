@@ -27,6 +27,7 @@ from common import (
     command,
     compute_dtype,
     fail,
+    local_device,
     one_line,
     parser,
     process_group,
@@ -320,8 +321,8 @@ def run(args, device):
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    with process_group(args) as device:
-        return run(args, device)
+    with process_group(args):
+        return run(args, local_device(args))
 
 
 if __name__ == "__main__":

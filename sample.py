@@ -25,6 +25,7 @@ from common import (
     command,
     fail,
     gather,
+    local_device,
     parser,
     process_group,
     rank_and_world,
@@ -243,8 +244,8 @@ def write_texts(args, device):
 def main(argv=None):
     args = parse_arguments(argv)
     check_arguments(args)
-    with process_group(args) as device:
-        texts = write_texts(args, device)
+    with process_group(args):
+        texts = write_texts(args, local_device(args))
         if rank_and_world()[0] > 0:
             return
         for i, text in enumerate(texts):

@@ -40,6 +40,7 @@ from common import (
     compute_dtype,
     fail,
     gather,
+    local_device,
     parser,
     process_group,
     rank_and_world,
@@ -407,8 +408,8 @@ def main(argv=None):
         import lm_eval  # noqa: F401
     except ImportError:
         fail("tasks.harness needs the LM Evaluation Harness: pip install lm_eval==0.4.13")
-    with process_group(args) as device:
-        record, text = evaluate_tasks(args, device)
+    with process_group(args):
+        record, text = evaluate_tasks(args, local_device(args))
         if rank_and_world()[0] == 0:
             print(to_json(record) if args.json else text)
         return record

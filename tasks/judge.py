@@ -25,6 +25,7 @@ from common import (
     compute_dtype,
     fail,
     gather,
+    local_device,
     parser,
     process_group,
     rank_and_world,
@@ -279,8 +280,8 @@ def parse_arguments(argv):
 @command
 def main(argv=None):
     args = parse_arguments(argv)
-    with process_group(args) as device:
-        result = sample_and_judge(args, device)
+    with process_group(args):
+        result = sample_and_judge(args, local_device(args))
         if rank_and_world()[0] == 0:
             print(to_json(result) if args.json else describe(result))
         return result
