@@ -90,10 +90,15 @@ class Config:
     compile: bool = True  # torch.compile of the trunk; CUDA only
     eval_every: int = 1000
     eval_windows: int = 256  # windows of the validation split per evaluation; 0: all of it
+    val_data: str = ""  # another prepared corpus of the same tokenizer to validate on too
+    val_samples: int = 0  # texts that every validation logs
+    judge: str = ""  # of these texts: a model of the hub or an AR checkpoint, see tasks/judge.py
     save_every: int = 1000  # steps between checkpoints
+    keep_every: int = 0  # steps between checkpoints that are kept, as step_<n>.pt; 0: none
     samples: int = 4  # printed at the end of a run
     out_dir: str = "out/run"  # the command line makes it out/<config>
     wandb: bool = False  # log to wandb too
+    tensorboard: bool = False  # log to out_dir/tensorboard too
 
     @property
     def mask_id(self):
@@ -137,6 +142,7 @@ class Config:
         return only_d3pm + [
             (self.min_lr > self.lr, "min_lr", f"must be at most lr={self.lr}"),
             (not self.out_dir, "out_dir", "must not be empty"),
+            (self.judge and not self.val_samples, "judge", "needs val_samples, e.g. 16"),
             (self.n_embd % pair, "n_embd", f"must be a multiple of 2 * n_head = {pair} (rotary)"),
             (self.seq_len * self.n_embd // self.n_head > 2**23, "seq_len", "tables above 64 MB"),
             (self.time_cond and not self.cond_dim, "time_cond", "needs cond_dim > 0"),

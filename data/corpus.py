@@ -223,3 +223,16 @@ def unpack(rows, meta, cfg):
     if cfg.bos:
         maskable[:, 0] = False
     return x0, maskable, maskable & ~padding
+
+
+def read_val_sets(cfg, meta):
+    """{name: (ids, meta, corpus, split)}: `val`, and with val_data also that corpus's val or test
+    split."""
+    sets = {"val": (read_split(cfg.data, "val", cfg)[0], meta, cfg.data, "val")}
+    if cfg.val_data:
+        other = read_meta(cfg.val_data)
+        if other["tokenizer"] != meta["tokenizer"]:
+            fail(f"val_data={cfg.val_data}: made with another tokenizer than {cfg.data}")
+        split = "val" if "val" in other["splits"] else "test"
+        sets["val_data"] = (*read_split(cfg.val_data, split, cfg), cfg.val_data, split)
+    return sets
