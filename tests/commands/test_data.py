@@ -712,7 +712,7 @@ def test_options_and_names(tmp_path, refuses):
     refuses(
         ["ptb", "--val_docs", "1"],
         "--val_docs does not apply to ptb",
-        "--input --wrap --no_eot --train",
+        "--wrap --no_eot --train",
     )
     refuses(["openwebtext", "--wrap", "wide"], "--wrap", "wide")
     refuses(["pydocs", "--fast"], "--fast")

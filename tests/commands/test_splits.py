@@ -95,7 +95,8 @@ def test_zero_shot_sets_to_train_on(tmp_path, capsys):
     argv = ["wikitext2", "--train", "--wrap", 16, "--input"]
     meta, ids = make(*argv, *files, "--out", tmp_path / "wiki")
     out = capsys.readouterr().out
-    assert "wiki.valid.raw: val, 40 documents" in out and "--data=wiki" in out
+    assert "wiki.valid.raw: val, 40 documents" in out
+    assert "python train.py owt_mdlm --data=" in out
     gpt2 = load_tokenizer({"kind": "gpt2"})
     for split, name in (("train", "train"), ("val", "valid"), ("test", "test")):
         rows = ids[split].reshape(-1, 16)
