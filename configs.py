@@ -350,6 +350,25 @@ CONFIGS |= {
     for ar in (False, True)
 }
 
+SIZES = {  # MDLM's and SEDD's; a config without a size in its name is small
+    "tiny": dict(n_layer=8, n_head=8, n_embd=512),
+    "small": dict(n_layer=12, n_head=12, n_embd=768),
+    "medium": dict(n_layer=24, n_head=16, n_embd=1024),
+}
+
+
+def with_size(config, size):
+    """A config of the same recipe at one of SIZES."""
+    return replace(config(), **SIZES[size])
+
+
+CONFIGS |= {
+    f"{name}_{size}": partial(with_size, config, size)
+    for name, config in [*CONFIGS.items()]
+    if config().n_embd == SIZES["small"]["n_embd"] and not name.startswith("smdm")
+    for size in SIZES
+}
+
 
 # --------------------------------------------------------------------------------------------------
 

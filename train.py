@@ -30,6 +30,7 @@ import math
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -40,6 +41,7 @@ from tqdm import tqdm
 
 from common import (
     autocast,
+    check_range,
     command,
     fail,
     local_device,
@@ -47,7 +49,7 @@ from common import (
     rank_and_world,
 )
 from configs import from_cli
-from data.batches import micro_batches, split_batch
+from data.batches import micro_batches, split_batch, steps_of
 from data.corpus import folder_of, read_split, read_val_sets
 from data.prepare import prepare
 from data.runs import (
@@ -369,11 +371,14 @@ def finish(run):
 @command
 def command_line(argv=None):
     flags = (
+        ("epochs", "passes over the training rows; sets steps", 0.0),
         ("resume", "continue from ckpt.pt of out_dir, if there is one, with its fields"),
         ("overwrite", "delete the run that is in out_dir"),
     )
     cfg, args = from_cli(argv, doc=__doc__, flags=flags)
+    check_range(args, epochs=0)
     with process_group(cfg):
+        cfg = replace(cfg, steps=steps_of(args.epochs, cfg)) if args.epochs else cfg
         main(cfg, args.resume, args.overwrite)
 
 

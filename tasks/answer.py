@@ -82,12 +82,14 @@ def complete(model, cfg, eos, prompts, rows, new, length, sampler, **options):
     return answers
 
 
-def converse(model, tokenizer, cfg, questions, between, new, length, batch_size=32, **options):
+def converse(
+    model, tokenizer, cfg, questions, between, new, length, guidance=0.0, batch_size=32, **options
+):
     """Yield {number: answers} batch by batch, for questions {number: one or two texts}.
 
     The model answers a text after reading all before it, with the ids `between` after an answer.
-    new: the masks of the first and the second answer, or None. Answers depend on the question and
-    its number only."""
+    new: the masks of the first and the second answer, or None; guidance: a number, or one for each
+    of the two. Answers depend on the question and its number only."""
     numbers = list(questions)
     for batch in (numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)):
         context, answers = {i: [tokenizer.bos] for i in batch}, {i: [] for i in batch}
@@ -98,7 +100,10 @@ def converse(model, tokenizer, cfg, questions, between, new, length, batch_size=
                 context[i] += between * (turn > 0) + text
             prompts, rows = [context[i] for i in active], [2 * i + turn for i in active]
             masks = new[min(turn, len(new) - 1)] if new else length
-            written = complete(model, cfg, tokenizer.eos, prompts, rows, masks, length, **options)
+            w = guidance[min(turn, len(guidance) - 1)] if isinstance(guidance, list) else guidance
+            written = complete(
+                model, cfg, tokenizer.eos, prompts, rows, masks, length, guidance=w, **options
+            )
             for i, ids in zip(active, written):
                 context[i] += ids
                 text = tokenizer.decode([id for id in ids if id != tokenizer.bos])
@@ -269,7 +274,10 @@ def parse_arguments(argv):
         "--new", type=int, nargs="+", metavar="N", help="masks of each answer, or of all"
     )
     add_sampler_options(p, steps=None, temperature=None)
-    p.add_argument("--guidance", type=float, help="w of classifier-free guidance by the prompt")
+    p.add_argument(
+        "--guidance", type=float, nargs="+", metavar="W",
+        help="of classifier-free guidance by the prompt, of each answer or of all",
+    )  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch_size", type=int, default=32, help="for memory and speed only")
     add_model_options(p)
@@ -279,6 +287,8 @@ def parse_arguments(argv):
     check_top_p(args)
     if args.new and (len(args.new) > 2 or not all(0 < n < 2**31 for n in args.new)):
         fail(f"--new {' '.join(map(str, args.new))}: must be one or two numbers, at least 1")
+    if args.guidance and len(args.guidance) > 2:
+        fail(f"--guidance {' '.join(map(str, args.guidance))}: must be one or two numbers")
     for option in ("input", "first_turn") if args.task == "gsm8k" else ("data",):
         if getattr(args, option):
             fail(f"--{option}: not for {args.task}")
@@ -291,8 +301,10 @@ def settle_options(args, cfg, device):
     """The options of `converse` that change the answers: given, the task's, or the model's."""
     if args.length and args.length > cfg.seq_len:
         fail(f"--length {args.length}: must be at most the model's, {cfg.seq_len}")
-    if cfg.causal and args.guidance:
+    if cfg.causal and any(args.guidance or []):
         fail("--guidance: not for an AR model")
+    if args.guidance and len(args.guidance) == 1:
+        args.guidance = args.guidance[0]
     options = DEFAULTS[args.task] | (dict(sampler=None, guidance=0.0) if cfg.causal else {})
     options |= {name: value for name in options if (value := getattr(args, name)) is not None}
     options["sampler"] = choose_sampler(cfg, options["sampler"])

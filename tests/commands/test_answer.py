@@ -419,6 +419,24 @@ def test_thought_and_answer_have_different_random_numbers(checkpoints, monkeypat
     assert seen == [[0, 2], [1, 3], [10], [11]]
 
 
+def test_each_answer_has_its_guidance(checkpoints, run, tmp_path, monkeypatch, capsys):
+    seen, real = [], answer.complete
+
+    def note_guidance(*args, guidance, **options):
+        seen.append(guidance)
+        return real(*args, guidance=guidance, **options)
+
+    monkeypatch.setattr(answer, "complete", note_guidance)
+    jsonl(tmp_path / "test.jsonl", [dict(prompt="Question: 1+1?", answer="2")])
+    argv = ["gsm8k", checkpoints["mdlm"], "--data", tmp_path, "--steps", 2]
+    run(*argv, "--out", tmp_path / "two", "--guidance", 0.1, 0.7)
+    run(*argv, "--out", tmp_path / "one", "--guidance", 0.4)
+    run(*argv, "--out", tmp_path / "none")
+    assert seen == [0.1, 0.7, 0.4, 0.4, 0.1, 0.1]
+    three = [str(word) for word in [*argv, "--guidance", 1, 2, 3]]
+    refused(capsys, lambda: answer.main(three), "--guidance 1.0 2.0 3.0", "one or two numbers")
+
+
 def test_ar_rows_of_one_length_share_the_cache_and_end_early(folders, checkpoints):
     """One call per token until the last row has ended; the texts are those of single rows."""
     model, cfg = load(checkpoints["ar"])

@@ -103,6 +103,7 @@ def test_zero_shot_sets_to_train_on(tmp_path, capsys):
         text = gpt2.decode(np.concatenate(rows[:, 1:-1]).tolist())
         want = "".join(f" = {name} {i} =\n<|endoftext|>" for i in range(40))
         assert len(text) > 200 and want.startswith(text)
+    argv[3] = 8
     meta, ids = make(*argv, files[2], files[0], "--out", tmp_path / "without")
     assert meta["splits"].keys() == {"train", "val", "test"}
     assert "train 38" in gpt2.decode(ids["val"].tolist())

@@ -185,6 +185,14 @@ def test_dropout_is_new_in_every_step(cfg, monkeypatch):
 # Fine-tuning
 
 
+def test_epochs_set_the_steps(cfg, capsys):
+    """4,000 tokens are 125 rows of 32, so 2 epochs of batches of 8 are 31 steps."""
+    argv = command(replace(cfg, eval_every=100, samples=0))[1:]
+    train.command_line([*argv, "--epochs", "2"])
+    assert read_checkpoint(cfg.out_dir)["step"] == 31
+    refused(capsys, lambda: train.command_line([*argv, "--epochs=-1"]), "--epochs -1.0")
+
+
 @pytest.fixture
 def tuned(cfg, tmp_path):
     """One step of fine-tuning, too small to see, from the checkpoint of a run."""
