@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from common import DTYPES, boolean, fail, parser
-from diffusion import LOSSES, SCHEDULES, TIME_DRAWS, TIME_LAWS
+from diffusion import LOSSES, SCHEDULES, SIGMAS, TIME_DRAWS, TIME_LAWS
 
 LR_DECAYS = ("constant", "cosine", "linear")
 TIME_INPUTS = ("sigma", "step")
@@ -54,6 +54,8 @@ class Config:
     # diffusion
     loss: str = "mdlm"  # a key of diffusion.LOSSES
     schedule: str = "linear"  # a key of diffusion.SCHEDULES
+    sigma_min: float = 0.0  # of the schedules geometric and sigma_linear, with sigma_max
+    sigma_max: float = 0.0  # 0: both as published, 1e-4 to 20 and 0 to 10
     T: int = 0  # number of diffusion steps; 0: continuous time
     bos: bool = False  # every row's first token is given: never masked, predicted or counted
     short_rows: float = 0.0  # share of the rows that are cut into rows of a random length (SMDM)
@@ -141,6 +143,12 @@ class Config:
         ]
         return only_d3pm + [
             (self.min_lr > self.lr, "min_lr", f"must be at most lr={self.lr}"),
+            (self.sigma_max and self.schedule not in SIGMAS, "sigma_max",
+             f"only for schedule={' or '.join(SIGMAS)}"),
+            (self.sigma_min and self.sigma_min >= self.sigma_max, "sigma_min",
+             "must be below sigma_max"),
+            (self.sigma_max and self.schedule == "geometric" and not self.sigma_min, "sigma_min",
+             "must be above 0 for schedule=geometric"),
             (not self.out_dir, "out_dir", "must not be empty"),
             (self.judge and not self.val_samples, "judge", "needs val_samples, e.g. 16"),
             (self.n_embd % pair, "n_embd", f"must be a multiple of 2 * n_head = {pair} (rotary)"),

@@ -115,14 +115,14 @@ def batch_nats(model, x0, maskable, counted, cfg, T, u, v):
     loss = "d3pm" if cfg.loss == "d3pm" else "mdlm"
     in_steps = replace(cfg, aux_ce=0.0, T=T, loss=loss, time_draw="stratified")
     t = (torch.floor(u * T) + 1).clamp(max=T) / T
-    xt = mask_tokens(x0, alpha(cfg.schedule, t), maskable, cfg.mask_id, v)
+    xt = mask_tokens(x0, alpha(cfg, t), maskable, cfg.mask_id, v)
     return LOSSES[loss](model, x0, counted, in_steps, t, xt).double().sum(-1)
 
 
 @torch.no_grad()
 def bound(
     model, ids, meta, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32",
-    quiet=True, partial=None,
+    quiet=True, partial=None, span=(0.0, 1.0),
 ):  # fmt: skip
     """The bound on -log p of a split in nats per token: nats, se, tokens, split_tokens
     (counted in the whole split) and forwards.
@@ -130,11 +130,13 @@ def bound(
     See `choose_windows` and `batch_nats`. Padding and given tokens are not counted. Under
     torch.distributed the ranks share the windows, and all return the result of all. partial: a file
     of one process that receives each batch's nats and tokens, 16 bytes per window; after a kill the
-    same call resumes from it, to the same result."""
+    same call resumes from it, to the same result. span: the part of the times [0, 1) that the bound
+    is limited to; the parts of a partition add up to it."""
     device, (rank, world) = next(model.parameters()).device, rank_and_world()
     starts, lengths = choose_windows(len(ids), cfg.seq_len, windows)
     W, rng = len(starts), np.random.Generator(np.random.Philox(seed))
-    u = np.stack([strata(W, rng) for _ in range(passes)])
+    (low, high), u = span, np.stack([strata(W, rng) for _ in range(passes)])
+    u = low + (high - low) * u
     jobs = make_jobs(lengths, cfg.seq_len, passes, batch_size)[rank::world]
     nats, tokens = torch.zeros(2, passes, W, dtype=torch.float64, device=device)
     saved = open(partial, "r+b" if Path(partial).exists() else "w+b") if partial else io.BytesIO()
@@ -162,7 +164,7 @@ def bound(
     kept = tokens > 0  # a window may be all padding
     if not kept.any():
         fail(f"{where}: nothing to predict, only padding or given tokens")
-    nats, tokens, u = nats[:, kept], tokens[kept], u[:, kept]
+    nats, tokens, u = nats[:, kept] * (high - low), tokens[kept], u[:, kept]
     return {
         "nats": float(nats.mean(0).sum() / tokens.sum()),
         "se": standard_error(nats, u, tokens),
@@ -215,6 +217,8 @@ def settle_T(args, cfg):
     args.T = cfg.T if args.T is None else args.T
     if args.T and cfg.causal:
         fail(f"--T {args.T}: an AR model has no diffusion steps")
+    if args.parts and (not args.T or args.resume or not cfg.carry_over):
+        fail("--parts: needs --T above 0 and carry_over=True, and excludes --resume")
     if not args.T and not cfg.zero_masking:
         fail("--T 0: a model that may predict MASK (zero_masking=False) needs steps, e.g. --T 1000")
     if cfg.causal:
@@ -239,7 +243,12 @@ def evaluate_split(data, split, model, cfg, args):
         args.partials.append(partial)
     where = f"{data}/{split}.bin"
     try:
-        result = bound(model, ids, meta, cfg, where, quiet=args.json, partial=partial, **settings)
+        settings |= dict(quiet=args.json, partial=partial)
+        if args.parts:
+            from tasks.parts import bound_in_parts as bound_of
+        else:
+            bound_of = bound
+        result = bound_of(model, ids, meta, cfg, where, **settings)
     except OSError as e:
         fail(one_line(e))
     return report(result, meta, split) | {"data": data}
@@ -251,6 +260,8 @@ def evaluate_one(model, cfg, args):
     result = evaluate_split(args.data or cfg.data, args.split or "test", model, cfg, args)
     names = "bits_per_char", "bits_per_token", "perplexity"
     lines = [f"{name.replace('_', ' '):15} {sign:2} {figure(result, name, 4)}" for name in names]
+    lines += [f"{part:15} {sign:2} {figure(result, part, 4)} bits per token"
+              for part in ("kl", "reconstruction") if part in result]  # fmt: skip
     about = f"{result['tokens']:,} tokens, {kind}, {result['forwards']:,} forwards"
     lines.append(f"{result['split']} split of {result['data']}, {about}")
     return result, "\n".join(lines)
@@ -273,6 +284,7 @@ def parse_arguments(argv):
         "--T", type=int, help="diffusion steps of the bound, 0: continuous time [the model's]"
     )
     p.add_argument("--passes", type=int, default=1, help="forwards per window [1]")
+    p.add_argument("--parts", action="store_true", help="with T: KL and reconstruction apart")
     p.add_argument("--windows", type=int, default=0, help="of a split, spread evenly [all]")
     p.add_argument(
         "--resume", action="store_true",

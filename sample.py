@@ -3,6 +3,7 @@
 python sample.py out/pydocs_mdlm/ckpt.pt --num 4 --watch
 python sample.py out/owt_mdlm/ckpt.pt --prompt "The meaning of life" --steps 256 --top_p 0.9
 python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12] the end."
+python sample.py out/owt_mdlm/ckpt.pt --infill "Hi, my name is[*] and that is why I am late."
 python sample.py out/pydocs_mdlm/ckpt.pt --semi_ar --length 4096 --stride 128       # any length
 python sample.py out/pydocs_mdlm/ckpt.pt --sampler threshold --threshold 0.7        # fewer calls
 torchrun --nproc_per_node=8 -- sample.py out/owt_mdlm/ckpt.pt --num 64     # the same texts
@@ -46,7 +47,8 @@ from samplers import (
     with_top_p,
 )
 
-HOLE = re.compile(r"_{4,}|\[\d{1,6}\]")  # ____: a token per underscore; [12]: 12 tokens
+# ____: a token per underscore; [12]: 12 tokens; [*]: as many as fill the model's length
+HOLE = re.compile(r"_{4,}|\[\d{1,6}\]|\[\*\]")
 
 
 def start_ids(tokenizer, cfg):
@@ -71,14 +73,29 @@ def infill_canvas(tokenizer, text, cfg, subword):
     for hole in HOLE.finditer(text):
         piece = text[end : hole.start()]
         ids += tokenizer.encode(piece.removesuffix(" ") if subword else piece, inside=end > 0)
-        size = len(hole[0]) if hole[0][0] == "_" else int(hole[0][1:-1])
-        ids += [cfg.mask_id] * size
+        if hole[0] == "[*]":
+            ids += [STAR]
+        else:
+            ids += [cfg.mask_id] * (len(hole[0]) if hole[0][0] == "_" else int(hole[0][1:-1]))
         end = hole.end()
-    if cfg.mask_id not in ids:
+    if not {cfg.mask_id, STAR} & {*ids}:
         raise ValueError(
-            "no hole in the text: write ____ (a token per underscore, 4 or more) or [12]"
+            "no hole in the text: write ____ (a token per underscore, 4 or more), [12] or [*]"
         )
-    return torch.tensor(ids + tokenizer.encode(text[end:], inside=True))
+    return torch.tensor(widen_star(ids + tokenizer.encode(text[end:], inside=True), cfg))
+
+
+STAR = -1  # stands for the hole [*]
+
+
+def widen_star(ids, cfg):
+    """ids with the masks of [*]: as SEDD's prefix and suffix, the text then has cfg.seq_len tokens.
+    ValueError if there are two such holes, or if no token is left for one."""
+    n = cfg.seq_len - (len(ids) - ids.count(STAR))
+    if STAR in ids and (ids.count(STAR) > 1 or n < 1):
+        raise ValueError(f"[*] may come once and needs a token: {n} of {cfg.seq_len} are left")
+    i = ids.index(STAR) if STAR in ids else len(ids)
+    return ids[:i] + [cfg.mask_id] * n * (i < len(ids)) + ids[i + 1 :]
 
 
 def frames(
@@ -159,7 +176,9 @@ def parse_arguments(argv):
     p = parser(__doc__)
     p.add_argument("ckpt")
     p.add_argument("--prompt", default="", help="text that the sample begins with")
-    p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
+    p.add_argument(
+        "--infill", help='text with holes: "____" (a token per underscore), "[12]", "[*]"'
+    )
     p.add_argument("--num", type=int, default=1, help="number of samples")
     add_sampler_options(p)
     add_length_options(p)

@@ -115,7 +115,7 @@ def normalized_denoiser(model, cfg, given, w):
 def time_of(x, maskable, cfg):
     """t (B,) at which the schedule masks the fraction of `maskable` (B, L) that x (B, L) masks."""
     masked = (x == cfg.mask_id).sum(-1).double()
-    return time_at(cfg.schedule, masked / maskable.sum(-1))
+    return time_at(cfg, masked / maskable.sum(-1))
 
 
 def sum_log_p(make_rows, rows, model, cfg, requests, w, **batching):
@@ -163,7 +163,7 @@ def mc(model, cfg, requests, w=0.0, samples=128, seed=0, **batching):
         n = target.sum(-1)
         count = draw_count(n, (k + torch.stack([v[0] for v in noise])) / samples)
         x, fraction = mask_exactly(x0, count, target, cfg.mask_id, u)
-        return x, time_at(cfg.schedule, fraction), x == cfg.mask_id, n / count / samples
+        return x, time_at(cfg, fraction), x == cfg.mask_id, n / count / samples
 
     rows = [samples * min(len(r.target), 1) for r in requests]
     return sum_log_p(make_rows, rows, model, cfg, requests, w, **batching)

@@ -129,7 +129,9 @@ def parse_arguments(argv):
     p.add_argument("ckpt")
     p.add_argument("--svg", type=Path, required=True, metavar="FILE", help="the picture to write")
     p.add_argument("--prompt", default="", help="text that the sample begins with")
-    p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
+    p.add_argument(
+        "--infill", help='text with holes: "____" (a token per underscore), "[12]", "[*]"'
+    )
     p.add_argument("--length", type=int, help="tokens; default: the model's")
     p.add_argument("--seconds", type=int, default=8, help="in which the text appears")
     p.add_argument("--seed", type=int, default=0)

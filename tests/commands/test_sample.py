@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import LETTERS, tiny_run
+from conftest import LETTERS, refused, tiny_run
 
 import common
 import sample
@@ -92,6 +92,15 @@ def test_texts_around_holes_are_kept(checkpoint, capsys, sampler):
     options = ["--sampler", sampler, "--steps", 9, *(["--eta", 1] if "remdm" in sampler else [])]
     out = run(capsys, checkpoint, "--infill", "one ____ two [3]end", *options)
     assert re.fullmatch(r"one [a-z ]{4} two [a-z ]{3}end\n", out)
+
+
+def test_a_star_fills_the_models_length(checkpoint, capsys):
+    out = run(capsys, checkpoint, "--infill", "one [*] two [3]end")
+    assert re.fullmatch(r"one [a-z ]{17} two [a-z ]{3}end\n", out) and len(out) == 32 + 1
+    assert re.fullmatch(r"one[a-z ]{29}\n", run(capsys, checkpoint, "--infill", "one[*]"))
+    for text, words in ((f"{'a' * 32}[*]", "0 of 32 are left"), ("a[*]b[*]c", "may come once")):
+        argv = [str(checkpoint), "--infill", text]
+        refused(capsys, lambda argv=argv: sample.main(argv), "--infill: [*]", words)
 
 
 def test_prompts_are_kept(checkpoint, capsys):
