@@ -1,9 +1,10 @@
-"""Answers of a fine-tuned checkpoint: to GSM8K's problems, which are scored, and to MT-Bench's
-questions, for FastChat's judge. Answers are appended to --out batch by batch; the same command
-resumes a killed run.
+"""Answers of a fine-tuned checkpoint: to GSM8K's problems and the reversal test, which are scored,
+and to MT-Bench's questions, for a judge (tasks/mt_judge.py). Answers are appended to --out batch by
+batch; the same command resumes a killed run.
 
 python -m tasks.answer gsm8k out/gsm8k/ckpt.pt             # test.jsonl of its training data
 python -m tasks.answer gsm8k smdm_gsm8k.pt --data gsm8k --length 256 --dtype auto
+python -m tasks.answer reversal out/facts/ckpt.pt          # SMDM's evaluate_reverse.py
 python -m tasks.answer mt_bench out/sharegpt/ckpt.pt --input question.jsonl --out mine.jsonl
 
 Texts are joined as in data/finetune.py. A later text follows the ids that the model wrote, not
@@ -14,17 +15,16 @@ with --new N only N tokens are masked.
 
 Defaults are SMDM's. gsm8k: the sampler confidence, 256 steps, temperature 0.1 and guidance 0.1, for
 thought and answer alike. mt_bench: ancestral sampling, 128 steps, temperature 1 and guidance 0.6.
+reversal: greedy, confidence, 32 steps, guidance 0.8 and rows of 52 tokens with their prompts.
 AR models write from left to right, at the same temperatures and without guidance.
 """
 
 import hashlib
 import json
 import os
-import re
 import sys
 import time
 from collections import defaultdict
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -51,6 +51,7 @@ from data.finetune import format_question
 from data.readers import read_records
 from data.tokenizer import tokenizer_of
 from sample import frames
+from tasks.scoring import character_bleu, contains, is_right, summarise
 
 # --------------------------------------------------------------------------------------------------
 # Writing
@@ -133,45 +134,18 @@ def gsm8k(record, cfg, args):
     return [prompt, begin], make_record
 
 
-def is_right(text, reference):
-    r"""Whether the line after the last #### states the number of the reference.
+def reversal(record, cfg, args):
+    """A prompt of the reversal test; its kind, "of", says whether it asks for a description."""
+    prompt, reference, of = (record[key] + "" for key in ("prompt", "answer", "of"))
 
-    SMDM's evaluate_gsm8k.py reads what follows the first "#### ", with its space, of the last line
-    by sympy's LaTeX parser. The two differ in answers such as these:
+    def make_record(id, answer):
+        made = dict(id=id, prompt=prompt, answer=answer, reference=reference, of=of)
+        made["right"] = contains(answer, reference)
+        if of in ("p2d", "d2p_reverse"):
+            made["bleu"] = character_bleu(answer, reference)
+        return made
 
-        text                    reference  here   SMDM
-        ' #### 0018'            '18'       right  wrong
-        ' #### .5'              '0.5'      right  wrong
-        ' #### 0.5'             '.5'       right  wrong
-        ' #### 18.'             '18'       right  wrong
-        ' #### 18 #### 19'      '19'       right  wrong
-        ' ####18'               '18'       right  wrong
-        ' #### 18\nmore'        '18'       right  wrong
-        ' #### (18)'            '18'       wrong  right
-        ' #### "18"'            '18'       wrong  right
-        ' #### 6*3'             '18'       wrong  right
-        ' #### 18=2*9'          '18'       wrong  right
-        ' #### \\frac{36}{2}'   '18'       wrong  right
-        ' #### \\boxed{18}'     '18'       wrong  right
-    """
-    stated = text.rpartition("####")[2].strip().split("\n")[0]
-    return "####" in text and parse_number(stated) == parse_number(reference)
-
-
-UNITS = (
-    "square|ways|integers|dollars|mph|inches|ft|hours|km|units|points|feet|minutes|digits|cents|"
-    "degrees|cm|gm|pounds|meters|meals|edges|students|multiples"
-)
-
-
-def parse_number(text):
-    """The number that an answer states, as a Fraction, or the rest of the text if it states none.
-
-    As Minerva (arXiv 2206.14858, appendix D) and SMDM do, remove everything up to the last =,
-    articles, spaces, commas, $ and UNITS; also a full stop at the end, which they keep. They read
-    LaTeX and sums too, of which this reads fractions only: 36/2 is 18."""
-    text = re.sub(rf"an? |\\?\$|[\s,]|{UNITS}", "", text.rpartition("=")[2]).removesuffix(".")
-    return Fraction(text) if re.fullmatch(r"[+-]?(\d+(\.\d+|/0*[1-9]\d*)?|\.\d+)", text) else text
+    return [prompt], make_record
 
 
 def mt_bench(record, cfg, args):
@@ -194,13 +168,15 @@ def mt_bench(record, cfg, args):
     return texts[: 1 if args.first_turn else 2], make_record
 
 
-TASKS = {"gsm8k": gsm8k, "mt_bench": mt_bench}
+TASKS = {"gsm8k": gsm8k, "reversal": reversal, "mt_bench": mt_bench}
 FIELDS = {
     "gsm8k": "prompt and answer, texts",
+    "reversal": "prompt, answer and of, texts",
     "mt_bench": "question_id and turns, a list of one or two texts",
 }
 DEFAULTS = {  # SMDM's
     "gsm8k": dict(sampler="confidence", steps=256, temperature=0.1, guidance=0.1),
+    "reversal": dict(sampler="confidence", steps=32, temperature=0.0, guidance=0.8, length=52),
     "mt_bench": dict(sampler=None, steps=128, temperature=1.0, guidance=0.6),
 }
 
@@ -211,8 +187,8 @@ DEFAULTS = {  # SMDM's
 
 def read_questions(path, cfg, tokenizer, args):
     """[(texts, make_record)] of the records of a file of JSON lines, and a key of each record."""
-    if args.task == "gsm8k" and not path.exists():
-        tests = "python data/prepare.py gsm8k makes it of files with test in their names"
+    if args.task != "mt_bench" and not path.exists():
+        tests = f"python data/prepare.py {args.task} makes it of files with test in their names"
         fail(f"{path}: no such file; {tests}")
     try:
         found, questions, seen = [record for _, record in read_records(path)], [], set()
@@ -264,7 +240,7 @@ def parse_arguments(argv):
     p = parser(__doc__)
     p.add_argument("task", choices=TASKS)
     p.add_argument("ckpt")
-    p.add_argument("--data", help="gsm8k: prepared data with a test.jsonl [the training data]")
+    p.add_argument("--data", help="prepared data with a test.jsonl [the training data]")
     p.add_argument("--input", metavar="FILE", help="mt_bench: FastChat's question.jsonl")
     p.add_argument("--first_turn", action="store_true", help="mt_bench: leave the second empty")
     p.add_argument("--out", metavar="FILE", help="JSON lines [<task>.jsonl beside the checkpoint]")
@@ -289,7 +265,7 @@ def parse_arguments(argv):
         fail(f"--new {' '.join(map(str, args.new))}: must be one or two numbers, at least 1")
     if args.guidance and len(args.guidance) > 2:
         fail(f"--guidance {' '.join(map(str, args.guidance))}: must be one or two numbers")
-    for option in ("input", "first_turn") if args.task == "gsm8k" else ("data",):
+    for option in ("data",) if args.task == "mt_bench" else ("input", "first_turn"):
         if getattr(args, option):
             fail(f"--{option}: not for {args.task}")
     if args.task == "mt_bench" and not args.input:
@@ -306,10 +282,11 @@ def settle_options(args, cfg, device):
     if args.guidance and len(args.guidance) == 1:
         args.guidance = args.guidance[0]
     options = DEFAULTS[args.task] | (dict(sampler=None, guidance=0.0) if cfg.causal else {})
+    options.setdefault("length", cfg.seq_len)
     options |= {name: value for name in options if (value := getattr(args, name)) is not None}
     options["sampler"] = choose_sampler(cfg, options["sampler"])
     return options | dict(
-        length=args.length or cfg.seq_len, new=args.new, top_p=args.top_p, seed=args.seed,
+        length=min(options["length"], cfg.seq_len), new=args.new, top_p=args.top_p, seed=args.seed,
         dtype=compute_dtype(device, args.dtype),
         sampler_options=read_sampler_options(args, options["sampler"]),
     )  # fmt: skip
@@ -331,7 +308,7 @@ def answer_questions(model, cfg, tokenizer, questions, ids, options, args):
     done = read_answers(out, {id: i for i, id in enumerate(ids)})
     waiting = {i: questions[i][0] for i in range(n) if i not in done}
     note_untrained_padding(cfg, args)
-    between = [] if args.task == "gsm8k" else [tokenizer.eos]
+    between = [tokenizer.eos] if args.task == "mt_bench" else []
     bar = tqdm(total=n, initial=n - len(waiting), unit="question", leave=False, disable=args.json)
     with open(out, "ab") as f, bar:
         options = options | dict(batch_size=args.batch_size)
@@ -341,26 +318,6 @@ def answer_questions(model, cfg, tokenizer, questions, ids, options, args):
             f.flush()
             bar.update(len(batch))
     return [done[i] for i in range(n)]
-
-
-def summarise(done, questions, args):
-    """The figures of the records, and the same as text."""
-    n, empty = len(done), 0
-    for record, (texts, _) in zip(done, questions):
-        if args.task == "gsm8k":
-            answers = record["thought"], record["answer"]
-        else:
-            answers = record["choices"][0]["turns"]
-        empty += sum(not answer.strip("#") for _, answer in zip(texts, answers))
-    result = dict(task=args.task, questions=n, empty=empty)
-    text = f"{n:,} questions, {empty:,} of their answers empty, in {args.out}"
-    if args.task == "gsm8k":
-        right = sum(record["right"] for record in done)
-        accuracy, error = right / n, (right / n * (1 - right / n) / n) ** 0.5
-        result |= dict(right=right, accuracy=accuracy, accuracy_se=error)
-        share = f"accuracy {100 * accuracy:.2f} ± {100 * error:.2f} %"
-        text = f"{share}, {right:,} of {n:,} problems\n{text}"
-    return result, text
 
 
 @command
@@ -383,7 +340,7 @@ def main(argv=None):
     except OSError as e:
         fail(one_line(e))
 
-    result, text = summarise(done, questions, args)
+    result, text = summarise(done, questions, args.task, args.out)
     options |= options.pop("sampler_options")
     shown = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
     about = dict(out=args.out, ckpt=args.ckpt, step=model.step, ema=not args.no_ema)

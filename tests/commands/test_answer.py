@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import warnings
 from argparse import Namespace
 from dataclasses import replace
 
@@ -26,7 +27,8 @@ from data.prepare import prepare
 from data.tokenizer import load_tokenizer, train_bpe
 from samplers import OPTIONS, SAMPLERS, default_options
 from tasks import answer
-from tasks.answer import complete, converse, is_right
+from tasks.answer import complete, converse
+from tasks.scoring import DIRECTIONS, character_bleu, contains, is_right
 
 REAL_QUESTIONS = SHARED / "data" / "mt_bench" / "question.jsonl"
 
@@ -251,6 +253,77 @@ def test_the_docstring_lists_the_answers_that_smdms_code_reads_differently():
     word = {True: "right", False: "wrong"}
     want = [(text, number, word[here], word[not here]) for text, number, here in DIFFERENT]
     assert [(*map(ast.literal_eval, row[:2]), *row[2:]) for row in rows] == want
+
+
+# --------------------------------------------------------------------------------------------------
+# The reversal test
+
+FACTS = [  # prompt, answer, kind
+    ("Ann Lee, known far and wide for being", "the first to sing on Mars.", "p2d"),
+    ("Known for being the first to fly,", "Bob Ray.", "d2p"),
+    ("Immersed in being the one who runs,", "Cyd Orr.", "p2d_reverse"),
+    ("Dee Fox once was", "the finder of a lost road.", "d2p_reverse"),
+    ("Eve Nye once was", "the maker of blue glass.", "d2p_reverse"),
+]
+
+
+@pytest.fixture
+def facts(checkpoints, tmp_path):
+    records = [dict(prompt=prompt, answer=answer, of=of) for prompt, answer, of in FACTS]
+    jsonl(tmp_path / "test.jsonl", records)
+    return tmp_path
+
+
+def test_smdms_reversal_test(checkpoints, facts, run, capsys, monkeypatch):
+    """Greedy, 32 steps, guidance 0.8, rows of 52 tokens or the model's 48; accuracy by containment
+    of each kind, BLEU of descriptions."""
+    model, _ = load(checkpoints["mdlm"])
+    tokenizer, seen = load_tokenizer(model.tokenizer), []
+    texts = {
+        "Ann": " He is THE FIRST to sing on Mars. Really",
+        "Dee": " the finder of a lost toad.",
+    }
+
+    def write(model, cfg, eos, prompts, rows, new, length, **options):
+        seen.append((length, options["steps"], options["temperature"], options["guidance"]))
+        assert options["sampler"] == "confidence"
+        names = [tokenizer.decode(prompt[1:]).split()[0] for prompt in prompts]
+        return [tokenizer.encode(texts.get(name, " nobody"), inside=True) for name in names]
+
+    monkeypatch.setattr(answer, "complete", write)
+    argv = ["reversal", checkpoints["mdlm"], "--data", facts, "--out", facts / "out"]
+    kinds = run(*argv)["kinds"]
+    assert seen == [(48, 32, 0.0, 0.8)]
+    accuracy = {kind: (kinds[kind]["questions"], kinds[kind]["accuracy"]) for kind in kinds}
+    assert accuracy == {"p2d": (1, 1), "d2p": (1, 0), "p2d_reverse": (1, 0), "d2p_reverse": (2, 0)}
+    assert "bleu" not in kinds["d2p"] and "bleu" not in kinds["p2d_reverse"]
+    near = character_bleu("the finder of a lost toad.", FACTS[3][1])
+    far = character_bleu("nobody", FACTS[4][1])
+    assert kinds["d2p_reverse"]["bleu"] == pytest.approx((near + far) / 2) and near > 0.8
+    answer.main([str(word) for word in argv])
+    out = capsys.readouterr().out
+    assert "who -> what, reversed    accuracy   0.00 ± 0.00 %, BLEU" in out
+    assert set(kinds) == set(DIRECTIONS)
+
+
+def test_the_reversal_test_writes_with_every_kind_of_model(checkpoints, facts, run):
+    for kind in ("mdlm", "ar"):
+        result = run("reversal", checkpoints[kind], "--data", facts, "--out", facts / kind)
+        assert result["questions"] == 5 and result["guidance"] == (0.8 if kind == "mdlm" else 0)
+
+
+def test_containment_and_bleu_are_smdms():
+    assert contains(" so it was Bob ray, ok", " Bob Ray ") and not contains("Bob", "Bob Ray")
+    assert character_bleu("", "a") == character_bleu("b", "a") == 0
+    assert character_bleu("the same text", "the same text") == pytest.approx(1)
+    bleu = pytest.importorskip("nltk.translate.bleu_score")
+    pairs = [("the maker of glass", "the maker of blue glass"), ("blue", "the maker of blue glass"),
+             ("the maker of blue glass and of red glass", "the maker of blue glass"),
+             ("xay", "a"), ("glass of blue", "blue glass")]  # fmt: skip
+    for found, reference in pairs:
+        with warnings.catch_warnings(action="ignore"):
+            want = bleu.sentence_bleu([reference], found)
+        assert character_bleu(found, reference) == pytest.approx(want, abs=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------
