@@ -5,7 +5,8 @@ batch; the same command resumes a killed run.
 python -m tasks.answer gsm8k out/gsm8k/ckpt.pt             # test.jsonl of its training data
 python -m tasks.answer gsm8k smdm_gsm8k.pt --data gsm8k --length 256 --dtype auto
 python -m tasks.answer reversal out/facts/ckpt.pt          # SMDM's evaluate_reverse.py
-python -m tasks.answer mt_bench out/sharegpt/ckpt.pt --input question.jsonl --out mine.jsonl
+python -m tasks.answer mt_bench out/sharegpt/ckpt.pt --input question.jsonl --out mine.jsonl \\
+    --num_choices 4                                           # four answers to each question
 
 Texts are joined as in data/finetune.py. A later text follows the ids that the model wrote, not
 their decoded text. A row has --length tokens: everything after the prompt is masked, and the answer
@@ -157,15 +158,20 @@ def mt_bench(record, cfg, args):
     if not isinstance(question, int | str):
         raise TypeError
     texts = [format_question(turn.strip(), first=i == 0) for i, turn in enumerate(turns)]
+    texts = texts[: 1 if args.first_turn else 2]
 
     def make_record(id, *answers):
-        choice = dict(index=0, turns=[*answers, *[""] * (len(turns) - len(answers))])
+        parts = [answers[i : i + len(texts)] for i in range(0, len(answers), len(texts))]
+        choices = [
+            dict(index=i, turns=[*part, *[""] * (len(turns) - len(part))])
+            for i, part in enumerate(parts)
+        ]
         return dict(
-            question_id=question, answer_id=id, model_id=Path(args.out).stem, choices=[choice],
+            question_id=question, answer_id=id, model_id=Path(args.out).stem, choices=choices,
             tstamp=time.time(),
         )  # fmt: skip
 
-    return texts[: 1 if args.first_turn else 2], make_record
+    return texts, make_record
 
 
 TASKS = {"gsm8k": gsm8k, "reversal": reversal, "mt_bench": mt_bench}
@@ -243,6 +249,7 @@ def parse_arguments(argv):
     p.add_argument("--data", help="prepared data with a test.jsonl [the training data]")
     p.add_argument("--input", metavar="FILE", help="mt_bench: FastChat's question.jsonl")
     p.add_argument("--first_turn", action="store_true", help="mt_bench: leave the second empty")
+    p.add_argument("--num_choices", type=int, default=1, help="mt_bench: answers to a question [1]")
     p.add_argument("--out", metavar="FILE", help="JSON lines [<task>.jsonl beside the checkpoint]")
     p.add_argument("--limit", type=int, help="number of questions, from the first")
     p.add_argument("--length", type=int, help="tokens of a row with its prompt [the model's]")
@@ -259,7 +266,17 @@ def parse_arguments(argv):
     add_model_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else")
     args = p.parse_args(argv)
-    check_range(args, limit=1, length=2, steps=1, temperature=0, guidance=0, seed=0, batch_size=1)
+    check_range(
+        args,
+        num_choices=1,
+        limit=1,
+        length=2,
+        steps=1,
+        temperature=0,
+        guidance=0,
+        seed=0,
+        batch_size=1,
+    )
     check_top_p(args)
     if args.new and (len(args.new) > 2 or not all(0 < n < 2**31 for n in args.new)):
         fail(f"--new {' '.join(map(str, args.new))}: must be one or two numbers, at least 1")
@@ -268,6 +285,8 @@ def parse_arguments(argv):
     for option in ("data",) if args.task == "mt_bench" else ("input", "first_turn"):
         if getattr(args, option):
             fail(f"--{option}: not for {args.task}")
+    if args.task != "mt_bench" and args.num_choices > 1:
+        fail(f"--num_choices: not for {args.task}")
     if args.task == "mt_bench" and not args.input:
         fail("mt_bench: needs --input question.jsonl")
     return args
@@ -306,17 +325,28 @@ def answer_questions(model, cfg, tokenizer, questions, ids, options, args):
     out, n = Path(args.out), min(args.limit or len(ids), len(ids))
     out.parent.mkdir(parents=True, exist_ok=True)
     done = read_answers(out, {id: i for i, id in enumerate(ids)})
-    waiting = {i: questions[i][0] for i in range(n) if i not in done}
+    waiting = {  # choice c of question i has the number i + c N of N questions
+        i + c * len(ids): questions[i][0]
+        for i in range(n)
+        if i not in done
+        for c in range(args.num_choices)
+    }
+    written = defaultdict(list)  # answers to questions that lack some of their choices
     note_untrained_padding(cfg, args)
+    wanted = lambda i: args.num_choices * len(questions[i][0])
     between = [tokenizer.eos] if args.task == "mt_bench" else []
-    bar = tqdm(total=n, initial=n - len(waiting), unit="question", leave=False, disable=args.json)
+    left = len(waiting) // args.num_choices
+    bar = tqdm(total=n, initial=n - left, unit="question", leave=False, disable=args.json)
     with open(out, "ab") as f, bar:
         options = options | dict(batch_size=args.batch_size)
         for batch in converse(model, tokenizer, cfg, waiting, between, **options):
-            done |= {i: questions[i][1](ids[i], *answers) for i, answers in batch.items()}
-            f.write("".join(json.dumps(done[i]) + "\n" for i in batch).encode())
+            for number, answers in batch.items():
+                written[number % len(ids)] += answers
+            whole = [i for i in written if len(written[i]) == wanted(i)]
+            done |= {i: questions[i][1](ids[i], *written.pop(i)) for i in whole}
+            f.write("".join(json.dumps(done[i]) + "\n" for i in whole).encode())
             f.flush()
-            bar.update(len(batch))
+            bar.update(len(whole))
     return [done[i] for i in range(n)]
 
 
@@ -332,7 +362,8 @@ def main(argv=None):
     path = Path(args.input) if args.input else folder_of(args.data or cfg.data) / "test.jsonl"
     args.out = str(args.out or sibling(args.ckpt, f"{args.task}.jsonl"))
     questions, keys = read_questions(path, cfg, tokenizer, args)
-    run = fingerprint(model, task=args.task, first_turn=args.first_turn, **options)
+    about = dict(task=args.task, first_turn=args.first_turn, num_choices=args.num_choices)
+    run = fingerprint(model, **about, **options)
     ids = [hashlib.sha256(f"{run} {key}".encode()).hexdigest()[:24] for key in keys]
 
     try:

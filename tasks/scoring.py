@@ -128,10 +128,11 @@ def summarise(done, questions, task, out):
     n, empty = len(done), 0
     for record, (texts, _) in zip(done, questions):
         if task == "mt_bench":
-            answers = record["choices"][0]["turns"]
+            groups = [choice["turns"] for choice in record["choices"]]
         else:
-            answers = [record[key] for key in ("thought", "answer") if key in record]
-        empty += sum(not answer.strip("#") for _, answer in zip(texts, answers))
+            groups = [[record[key] for key in ("thought", "answer") if key in record]]
+        for answers in groups:
+            empty += sum(not answer.strip("#") for _, answer in zip(texts, answers))
     result, text = dict(task=task, questions=n, empty=empty), ""
     if task in SUMMARIES:
         figures, text = SUMMARIES[task](done)

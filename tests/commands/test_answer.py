@@ -384,6 +384,29 @@ def test_both_turns_as_the_judge_reads_them(chat, run, tmp_path, capsys):
     refused(capsys, lambda: run("mt_bench", model, *argv), "first.jsonl: answers of another")
 
 
+def test_several_choices_differ_and_the_first_stays(chat, run, tmp_path, capsys, monkeypatch):
+    """Choice 0 is that of a single answer; each choice has its own random numbers."""
+    model, questions = chat
+    seen, real = [], answer.complete
+
+    def note_rows(model, cfg, eos, prompts, rows, *args, **options):
+        seen.append(rows)
+        return real(model, cfg, eos, prompts, rows, *args, **options)
+
+    monkeypatch.setattr(answer, "complete", note_rows)
+    argv = ["--input", questions, "--num_choices", 3, "--batch_size", 2]
+    result = run("mt_bench", model, *argv, "--out", tmp_path / "mine.jsonl")
+    assert result["questions"] == 3 and result["empty"] == 0
+    lines = lines_of(tmp_path / "mine.jsonl")
+    assert [[choice["index"] for choice in line["choices"]] for line in lines] == [[0, 1, 2]] * 3
+    want = {81: ["one", "two, 2"], 90: ["11", "no"], 99: ["once"]}  # of this exact network
+    for line in lines:
+        assert [choice["turns"] for choice in line["choices"]] == [want[line["question_id"]]] * 3
+    numbers = [row for rows in seen for row in rows]
+    assert sorted(numbers) == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16]
+    refused(capsys, lambda: run("gsm8k", model, "--num_choices", 2), "--num_choices: not for gsm8k")
+
+
 def test_the_template_is_vicunas(chat, monkeypatch):
     """The prompts: BOS, the system's line, the first question; its answer, EOS, the second one."""
     model, tokenizer, shown = chat[0], load_tokenizer(chat[0].tokenizer), []
