@@ -50,6 +50,7 @@ from common import (
 )
 from configs import from_cli
 from data.batches import micro_batches, split_batch, steps_of
+from data.canvas import prompt_canvas
 from data.corpus import folder_of, read_split, read_val_sets
 from data.prepare import prepare
 from data.runs import (
@@ -68,7 +69,7 @@ from diffusion import LOSSES
 from evaluate import bound, figure, report
 from head import keep_freed_memory
 from model import DiT
-from sample import generate, prompt_canvas
+from sample import generate
 
 LOG_EVERY = 10  # steps
 

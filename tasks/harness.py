@@ -48,10 +48,11 @@ from common import (
     share,
     to_json,
 )
+from data.canvas import start_ids
 from data.checkpoints import load
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, draw_count, mask_exactly, scatter, time_at
-from sample import frames, start_ids
+from sample import frames
 from samplers import with_guidance
 
 

@@ -32,6 +32,7 @@ from common import (
     share,
     to_json,
 )
+from data.canvas import start_ids
 from data.checkpoints import load
 from data.tokenizer import tokenizer_of
 from diffusion import ar
@@ -43,7 +44,6 @@ from sample import (
     generate,
     make_canvas,
     sampling_options,
-    start_ids,
 )
 from samplers import SAMPLERS, STEPLESS, default_options
 

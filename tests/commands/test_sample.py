@@ -13,6 +13,7 @@ from conftest import LETTERS, refused, tiny_run
 import common
 import sample
 from configs import Config
+from data.canvas import infill_canvas, prompt_canvas
 from data.checkpoints import load, save_checkpoint
 from data.tokenizer import load_tokenizer, train_bpe
 from model import DiT
@@ -124,7 +125,7 @@ def test_holes_take_the_space_before_a_subword():
     spec = train_bpe(["to be or not to be that is the question " * 40], 300)
     tokenizer = load_tokenizer(spec)
     mask, cfg = tokenizer.vocab_size, Config(vocab_size=tokenizer.vocab_size)
-    infill = lambda text: sample.infill_canvas(tokenizer, text, cfg, subword=True)
+    infill = lambda text: infill_canvas(tokenizer, text, cfg, subword=True)
     ids = infill("to be [2] not to").tolist()
     assert ids == [*tokenizer.encode("to be"), mask, mask, *tokenizer.encode(" not to")]
     assert ids.count(mask) == 2 and tokenizer.decode(ids) == "to be██ not to"
@@ -196,7 +197,7 @@ def test_a_prompt_gets_past_one_window_unless_rows_are_documents(ends, tmp_path,
         capsys, tmp_path, "--semi_ar", "--length", 60, "--prompt", "the cat", "--seed", 1, *args
     )
     model, cfg = load(tmp_path)
-    canvas = sample.prompt_canvas(tokenizer, "the cat", 60, cfg)
+    canvas = prompt_canvas(tokenizer, "the cat", 60, cfg)
     semi = dict(window=16, stride=8, eos=sample.end_id(model, tokenizer))
     ids = sample.generate(
         model, tokenizer._replace(decode=list), cfg, 8, canvas, semi=semi, steps=64
