@@ -254,3 +254,20 @@ def local_device(cfg):
 def rank_and_world():
     """(rank, number of processes); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(items):
+    """This process's part of the items: every world-th, from its rank on."""
+    rank, world = rank_and_world()
+    return items[rank::world]
+
+
+def gather(part):
+    """The inverse of `share`, on all processes: a list of the items of all in their order."""
+    if (world := rank_and_world()[1]) == 1:
+        return list(part)
+    dist.all_gather_object(parts := [None] * world, list(part))
+    items = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        items[rank::world] = part
+    return items

@@ -2,6 +2,7 @@
 
 python evaluate.py out/pydocs_mdlm/ckpt.pt                      # test split, continuous time
 python evaluate.py out/owt_mdlm/ckpt.pt --split val --json
+torchrun --nproc_per_node=8 evaluate.py out/owt_mdlm/ckpt.pt --windows 2048   # 8 GPUs, part of it
 python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a 1000-step sampler
 python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven sets
 python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --resume
@@ -9,11 +10,9 @@ python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --re
 Generative perplexity of samples is another command: python -m tasks.judge.
 """
 
-import hashlib
 import io
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +27,15 @@ from common import (
     command,
     compute_dtype,
     fail,
+    local_device,
     one_line,
     parser,
-    pick_device,
     rank_and_world,
     to_json,
 )
-from data.checkpoints import load, read_record, sibling, write_record
+from data.checkpoints import fingerprint, load, read_record, sibling, write_record
 from data.corpus import count_tokens, read_meta, read_split, take, unpack
+from data.processes import process_group
 from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox
 
 # --------------------------------------------------------------------------------------------------
@@ -115,14 +115,14 @@ def batch_nats(model, x0, maskable, counted, cfg, T, u, v):
     loss = "d3pm" if cfg.loss == "d3pm" else "mdlm"
     in_steps = replace(cfg, aux_ce=0.0, T=T, loss=loss, time_draw="stratified")
     t = (torch.floor(u * T) + 1).clamp(max=T) / T
-    xt = mask_tokens(x0, alpha(cfg.schedule, t), maskable, cfg.mask_id, v)
+    xt = mask_tokens(x0, alpha(cfg, t), maskable, cfg.mask_id, v)
     return LOSSES[loss](model, x0, counted, in_steps, t, xt).double().sum(-1)
 
 
 @torch.no_grad()
 def bound(
     model, ids, meta, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32",
-    quiet=True, partial=None, split_tokens=None,
+    quiet=True, partial=None, split_tokens=None, span=(0.0, 1.0),
 ):  # fmt: skip
     """The bound on -log p of a split in nats per token: nats, se, tokens, split_tokens
     (counted in the whole split) and forwards.
@@ -130,11 +130,13 @@ def bound(
     See `choose_windows` and `batch_nats`. Padding and given tokens are not counted. Under
     torch.distributed the ranks share the windows, and all return the result of all. partial: a file
     of one process that receives each batch's nats and tokens, 16 bytes per window; after a kill the
-    same call resumes from it, to the same result. split_tokens: what an earlier call counted."""
+    same call resumes from it, to the same result. split_tokens: what an earlier call counted. span:
+    the part of the times [0, 1) that the bound is limited to; a partition's parts add up to it."""
     device, (rank, world) = next(model.parameters()).device, rank_and_world()
     starts, lengths = choose_windows(len(ids), cfg.seq_len, windows)
     W, rng = len(starts), np.random.Generator(np.random.Philox(seed))
-    u = np.stack([strata(W, rng) for _ in range(passes)])
+    (low, high), u = span, np.stack([strata(W, rng) for _ in range(passes)])
+    u = low + (high - low) * u
     jobs = make_jobs(lengths, cfg.seq_len, passes, batch_size)
     turns = range(rank, -(-len(jobs) // world) * world, world)  # equally many: see extra/fsdp.py
     nats, tokens = torch.zeros(2, passes, W, dtype=torch.float64, device=device)
@@ -163,7 +165,7 @@ def bound(
     kept = tokens > 0  # a window may be all padding
     if not kept.any():
         fail(f"{where}: nothing to predict, only padding or given tokens")
-    nats, tokens, u = nats[:, kept], tokens[kept], u[:, kept]
+    nats, tokens, u = nats[:, kept] * (high - low), tokens[kept], u[:, kept]
     return {
         "nats": float(nats.mean(0).sum() / tokens.sum()),
         "se": standard_error(nats, u, tokens),
@@ -197,16 +199,6 @@ def figure(result, name, digits=3):
     return f"{result[name]:.{digits}f} ± " + ("?" if math.isnan(error) else f"{error:.{digits}f}")
 
 
-def fingerprint(model, **settings):
-    """A hash of settings and of a network, by up to 64 numbers of each tensor: partial results are
-    resumed only if it matches."""
-    digest = hashlib.sha256(json.dumps([asdict(model.cfg), settings], sort_keys=True).encode())
-    for tensor in model.state_dict().values():
-        sample = tensor.flatten()[:: tensor.numel() // 64 or 1]
-        digest.update(sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 # --------------------------------------------------------------------------------------------------
 # The command: a function per mode, (model, cfg, args) -> (record for JSON, text to print)
 
@@ -217,6 +209,8 @@ def settle_T(args, cfg):
     args.T = cfg.T if args.T is None else args.T
     if args.T and cfg.causal:
         fail(f"--T {args.T}: an AR model has no diffusion steps")
+    if args.parts and (not args.T or args.resume or not cfg.carry_over):
+        fail("--parts: needs --T above 0 and carry_over=True, and excludes --resume")
     if not args.T and not cfg.zero_masking:
         fail("--T 0: a model that may predict MASK (zero_masking=False) needs steps, e.g. --T 1000")
     if cfg.causal:
@@ -231,15 +225,22 @@ def evaluate_split(data, split, model, cfg, args):
     ids, meta = read_split(data, split, cfg)
     dtype, partial = compute_dtype(next(model.parameters()).device, args.dtype), None
     settings = dict(
-        T=args.T, passes=args.passes, batch_size=args.batch_size, seed=args.seed, dtype=dtype
-    )
-    if args.resume:
-        key = fingerprint(model, sha256=meta["splits"][split]["sha256"], **settings)
+        T=args.T, passes=args.passes, windows=args.windows, batch_size=args.batch_size,
+        seed=args.seed, dtype=dtype,
+    )  # fmt: skip
+    if args.resume:  # each process has its own part and file
+        about = dict(sha256=meta["splits"][split]["sha256"], part=rank_and_world())
+        key = fingerprint(model, **about, **settings)
         partial = sibling(args.ckpt, f"evaluate-{key[:16]}.partial")
         args.partials.append(partial)
     where = f"{data}/{split}.bin"
     try:
-        result = bound(model, ids, meta, cfg, where, quiet=args.json, partial=partial, **settings)
+        settings |= dict(quiet=args.json, partial=partial)
+        if args.parts:
+            from tasks.parts import bound_in_parts as bound_of
+        else:
+            bound_of = bound
+        result = bound_of(model, ids, meta, cfg, where, **settings)
     except OSError as e:
         fail(one_line(e))
     return report(result, meta, split) | {"data": data}
@@ -251,6 +252,8 @@ def evaluate_one(model, cfg, args):
     result = evaluate_split(args.data or cfg.data, args.split or "test", model, cfg, args)
     names = "bits_per_char", "bits_per_token", "perplexity"
     lines = [f"{name.replace('_', ' '):15} {sign:2} {figure(result, name, 4)}" for name in names]
+    lines += [f"{part:15} {sign:2} {figure(result, part, 4)} bits per token"
+              for part in ("kl", "reconstruction") if part in result]  # fmt: skip
     about = f"{result['tokens']:,} tokens, {kind}, {result['forwards']:,} forwards"
     lines.append(f"{result['split']} split of {result['data']}, {about}")
     return result, "\n".join(lines)
@@ -273,6 +276,8 @@ def parse_arguments(argv):
         "--T", type=int, help="diffusion steps of the bound, 0: continuous time [the model's]"
     )
     p.add_argument("--passes", type=int, default=1, help="forwards per window [1]")
+    p.add_argument("--parts", action="store_true", help="with T: KL and reconstruction apart")
+    p.add_argument("--windows", type=int, default=0, help="of a split, spread evenly [all]")
     p.add_argument(
         "--resume", action="store_true",
         help="keep partial results beside the checkpoint and resume from them after a kill",
@@ -288,17 +293,16 @@ def parse_arguments(argv):
         fail(f"--gen_ppl moved: python -m tasks.judge {args.ckpt} {judge}")
     if unknown:
         fail(f"unrecognized arguments: {' '.join(unknown)}")
-    check_range(args, T=0, passes=1, batch_size=1, seed=0)
+    check_range(args, T=0, passes=1, windows=0, batch_size=1, seed=0)
     for name in ("split", "data"):
         if args.zero_shot is not None and getattr(args, name):
             fail(f"--{name}: not with --zero_shot")
     return args
 
 
-@command
-def main(argv=None):
-    args = parse_arguments(argv)
-    device, args.partials = pick_device(args.device), []
+def run(args, device):
+    """The result of the arguments; one of the processes prints it."""
+    args.partials = []
     model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
     if args.zero_shot is None:
         result, text = evaluate_one(model, cfg, args)
@@ -307,13 +311,22 @@ def main(argv=None):
 
         result, text = evaluate_sets(model, cfg, args)
     result |= {
-        "T": args.T, "passes": args.passes, "ckpt": args.ckpt, "step": model.step,
-        "seed": args.seed, "ema": not args.no_ema, "dtype": compute_dtype(device, args.dtype),
+        "T": args.T, "passes": args.passes, "windows": args.windows, "ckpt": args.ckpt,
+        "step": model.step, "seed": args.seed, "ema": not args.no_ema,
+        "dtype": compute_dtype(device, args.dtype),
     }  # fmt: skip
-    print(to_json(result) if args.json else text, flush=True)
+    if rank_and_world()[0] == 0:
+        print(to_json(result) if args.json else text, flush=True)
     for path in args.partials:
         path.unlink(missing_ok=True)
     return result
+
+
+@command
+def main(argv=None):
+    args = parse_arguments(argv)
+    with process_group(args):
+        return run(args, local_device(args))
 
 
 if __name__ == "__main__":

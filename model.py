@@ -189,7 +189,7 @@ class DiT(nn.Module):
             return torch.zeros(1, device=t.device)
         if self.cfg.time_input == "step":
             return 1000 * t
-        return -torch.log(1e-3 + (1 - 1e-3) * alpha(self.cfg.schedule, t))
+        return -torch.log(1e-3 + (1 - 1e-3) * alpha(self.cfg, t))
 
     def trunk(self, x, t, pick=None, past=None):
         """ids (B, L), t (B,) -> (B, L, d). pick (B, m): only these positions of the last

@@ -4,16 +4,15 @@ python sample.py out/pydocs_mdlm/ckpt.pt --num 4 --watch
 python sample.py out/owt_mdlm/ckpt.pt --prompt "The meaning of life" --steps 256 --top_p 0.9
 python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12] the end."
 python sample.py out/owt_mdlm/ckpt.pt --infill 'As in \\[1], x = data\\[0] + [3]'   # \\[1] is text
+python sample.py out/owt_mdlm/ckpt.pt --infill "Hi, my name is[*] and that is why I am late."
 python sample.py out/pydocs_mdlm/ckpt.pt --semi_ar --length 4096 --stride 128       # any length
 python sample.py out/pydocs_mdlm/ckpt.pt --sampler threshold --threshold 0.7        # fewer calls
+torchrun --nproc_per_node=8 -- sample.py out/owt_mdlm/ckpt.pt --num 64     # the same texts
 """
 
-import re
 import sys
 from collections import deque
 from functools import partial
-
-import torch
 
 from common import (
     add_model_options,
@@ -24,11 +23,16 @@ from common import (
     choose_sampler,
     command,
     fail,
+    gather,
+    local_device,
     parser,
-    pick_device,
+    rank_and_world,
     read_sampler_options,
+    share,
 )
+from data.canvas import infill_canvas, prompt_canvas
 from data.checkpoints import load
+from data.processes import process_group
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, row_generators
 from samplers import (
@@ -41,57 +45,6 @@ from samplers import (
     with_temperature,
     with_top_p,
 )
-
-HOLE = re.compile(r"(\\*)(_{4,}|\[\d{1,6}\])")  # ____: a token per underscore; [12]: 12 tokens
-
-
-def start_ids(tokenizer, cfg):
-    """The ids that every text begins with: the first token, if the model always gets it."""
-    if cfg.bos and tokenizer.bos is None:
-        raise ValueError("bos=True, but the tokenizer has no token that begins a text")
-    return [tokenizer.bos] if cfg.bos else []
-
-
-def prompt_canvas(tokenizer, prompt, length, cfg):
-    """(length,) ids: the prompt's tokens, then MASK. ValueError if it does not fit."""
-    ids = start_ids(tokenizer, cfg) + tokenizer.encode(prompt)
-    if len(ids) > length:
-        raise ValueError(f"the prompt has {len(ids)} tokens, but the length is {length}")
-    return torch.tensor(ids + [cfg.mask_id] * (length - len(ids)))
-
-
-def split_holes(text):
-    """(pieces, holes) of a text: pieces[i] comes before the hole of holes[i] tokens, and the last
-    one ends the text. Before a hole two backslashes are one, and one that is left makes it text."""
-    pieces, holes, end = [""], [], 0
-    for found in HOLE.finditer(text):
-        slashes, hole = found.groups()
-        pieces[-1] += text[end : found.start()] + slashes[: len(slashes) // 2]
-        end = found.end()
-        if len(slashes) % 2:
-            pieces[-1] += hole
-            continue
-        holes.append(len(hole) if hole[0] == "_" else int(hole[1:-1]))
-        pieces.append("")
-        if not holes[-1]:
-            raise ValueError(f"{hole} is a hole of no tokens; as text it is \\{hole}")
-    pieces[-1] += text[end:]
-    return pieces, holes
-
-
-def infill_canvas(tokenizer, text, cfg, subword):
-    """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so
-    for them the space before a hole belongs to the hole. ValueError without a hole."""
-    (*pieces, last), holes = split_holes(text)
-    if not holes:
-        raise ValueError(
-            "no hole in the text: write ____ (a token per underscore, 4 or more) or [12]"
-        )
-    ids = start_ids(tokenizer, cfg)
-    for i, (piece, size) in enumerate(zip(pieces, holes)):
-        ids += tokenizer.encode(piece.removesuffix(" ") if subword else piece, inside=i > 0)
-        ids += [cfg.mask_id] * size
-    return torch.tensor(ids + tokenizer.encode(last, inside=True))
 
 
 def frames(
@@ -144,42 +97,45 @@ def generate(
     **options,
 ):  # fmt: skip
     """num texts from `canvas` (L,), by default all MASK, each up to `eos`, by default `end_id`;
-    options: see `frames`."""
+    options: see `frames`. All processes of torchrun share the work and return all texts."""
     eos = end_id(model, tokenizer) if eos is None else eos
     canvas = prompt_canvas(tokenizer, "", cfg.seq_len, cfg) if canvas is None else canvas
     texts, sampler = [], choose_sampler(cfg, sampler)
-    for first in range(0, num, batch_size):
-        rows = range(first, min(first + batch_size, num))
+    numbers = range(num) if cfg.fsdp else share(range(num))  # FSDP: all call it equally often
+    for first in range(0, len(numbers), batch_size):
+        rows = numbers[first : first + batch_size]
         x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
         texts += [tokenizer.decode(text_ids(ids, canvas, cfg, eos)) for ids in x.tolist()]
-    return texts
+    return texts if cfg.fsdp else gather(texts)
 
 
 # --------------------------------------------------------------------------------------------------
 # The command
 
 
+def add_length_options(p):
+    p.add_argument("--length", type=int, help="tokens; default: the model's")
+    p.add_argument("--semi_ar", action="store_true", help="any length, window by window")
+    p.add_argument("--window", type=int, help="semi_ar: tokens of a window; default: the model's")
+    p.add_argument("--stride", type=int, help="semi_ar: new tokens of a window; default: half")
+    ends = ("sampled", "greedy")
+    p.add_argument("--noise_removal", default="sampled", choices=ends, help="the last step")
+
+
 def parse_arguments(argv):
     p = parser(__doc__)
     p.add_argument("ckpt")
     p.add_argument("--prompt", default="", help="text that the sample begins with")
-    holes = '"____" (a token per underscore) or "[12]"; a backslash before one makes it text'
-    p.add_argument("--infill", help=f"text with holes: {holes}")
-    p.add_argument("--num", type=int, default=1, help="number of samples")
-    p.add_argument("--length", type=int, help="tokens; default: the model's")
-    add_sampler_options(p)
     p.add_argument(
-        "--noise_removal", default="sampled", choices=("sampled", "greedy"), help="the last step"
+        "--infill", help='text with holes: "____" (a token per underscore), "[12]", "[*]"'
     )
+    p.add_argument("--num", type=int, default=1, help="number of samples")
+    add_sampler_options(p)
+    add_length_options(p)
     p.add_argument(
         "--guidance", type=float, default=0.0, help="w of classifier-free guidance by the prompt"
     )
-    p.add_argument("--semi_ar", action="store_true", help="any length, window by window")
     p.add_argument("--stop", action="store_true", help="end a text at its first end-of-text")
-    p.add_argument("--window", type=int, help="semi_ar: tokens of a window; default: the model's")
-    p.add_argument(
-        "--stride", type=int, help="semi_ar: new tokens of a window; default: half of it"
-    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--batch_size", type=int, default=16, help="changes memory and speed, not the text"
@@ -237,37 +193,34 @@ def make_canvas(args, cfg, tokenizer, subword):
     return canvas
 
 
-def watch_all(model, tokenizer, cfg, canvas, num, eos, options):
-    """Yield num texts, each shown while it is generated."""
-    from tasks.view import watch
-
-    for row in range(num):
-        header = f"sample {row + 1} of {num} · {options['sampler']}, {options['steps']} steps"
-        ids = watch(tokenizer, frames(model, cfg, canvas, [row], **options), header)
-        yield tokenizer.decode(text_ids(ids, canvas, cfg, eos))
-
-
-@command
-def main(argv=None):
-    args = parse_arguments(argv)
-    check_arguments(args)
-    model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
+def write_texts(args, device):
+    """The texts that the arguments select; --watch shows each while it is generated."""
+    model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
     tokenizer = tokenizer_of(model.tokenizer, cfg.vocab_size)
     if args.stop and tokenizer.eos is None:
         fail("--stop: the model's tokenizer has no end-of-text")
     eos = end_id(model, tokenizer, args.stop)
     options = sampling_options(args, cfg, eos)
     canvas = make_canvas(args, cfg, tokenizer, subword=model.tokenizer["kind"] != "char")
-    if args.watch and sys.stdout.isatty():
-        texts = watch_all(model, tokenizer, cfg, canvas, args.num, eos, options)
-    else:
-        texts = generate(
-            model, tokenizer, cfg, args.num, canvas, args.batch_size, eos=eos, **options
-        )
-    for i, text in enumerate(texts):
-        if args.num > 1:
-            print(f"--- sample {i + 1}")
-        print(text)
+    if args.watch and sys.stdout.isatty() and rank_and_world()[1] == 1:
+        from tasks.view import watch_all
+
+        return watch_all(model, tokenizer, cfg, canvas, args.num, eos, options)
+    return generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, eos=eos, **options)
+
+
+@command
+def main(argv=None):
+    args = parse_arguments(argv)
+    check_arguments(args)
+    with process_group(args):
+        texts = write_texts(args, local_device(args))
+        if rank_and_world()[0] > 0:
+            return
+        for i, text in enumerate(texts):
+            if args.num > 1:
+                print(f"--- sample {i + 1}")
+            print(text)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def left_to_right(denoise, x, steps, cfg, gen=None):
     right."""
     masked = x == cfg.mask_id
     left = masked.flip(-1).cumsum(-1).flip(-1)  # masks from here on
-    time = time_at(cfg.schedule, left.double() / masked.sum(-1, keepdim=True).clamp(min=1))
+    time = time_at(cfg, left.double() / masked.sum(-1, keepdim=True).clamp(min=1))
     yield from reveal_at(denoise, x, time, cfg, gen)
 
 
@@ -170,7 +170,7 @@ def remdm(sigma, default):
         writable = x == cfg.mask_id
         for n in range(steps, 0, -1):
             t, s = torch.tensor([n, n - 1], dtype=torch.float64) / steps
-            alpha_t, alpha_s = alpha(cfg.schedule, t).item(), alpha(cfg.schedule, s).item()
+            alpha_t, alpha_s = alpha(cfg, t).item(), alpha(cfg, s).item()
             again = sigma(eta, min(1.0, (1 - alpha_s) / max(alpha_t, 1e-12)))
             masked, u = x == cfg.mask_id, uniform(writable, gen)
             reveal = masked & (u < (alpha_s - (1 - again) * alpha_t) / (1 - alpha_t))
@@ -226,7 +226,7 @@ def by_confidence(score):
 
     def sampler(denoise, x, steps, cfg, gen=None):
         total = (x == cfg.mask_id).sum(-1)
-        left = 1 - alpha(cfg.schedule, torch.arange(steps, dtype=torch.float64) / steps)
+        left = 1 - alpha(cfg, torch.arange(steps, dtype=torch.float64) / steps)
         for n in range(steps, 0, -1):
             masked = x == cfg.mask_id
             reveal = masked.sum(-1) - torch.ceil(total * left[n - 1].item() - 1e-9).long()  # (B,)
@@ -245,7 +245,7 @@ def reveal_while_sure(denoise, x, cfg, gen, score, count):
     the schedule has the same fraction of the row's masks left. Takes no number of steps."""
     total = (x == cfg.mask_id).sum(-1).clamp(min=1)
     while (masked := x == cfg.mask_id).any():
-        t = time_at(cfg.schedule, masked.sum(-1).double() / total)
+        t = time_at(cfg, masked.sum(-1).double() / total)
         at_least_one = lambda value: count(value).clamp(min=1)
         x = reveal_surest(denoise, x, t, masked, gen, score, at_least_one)
         yield x

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from common import fail
-from data.corpus import training_rows, unpack
+from data.corpus import read_meta, training_rows, unpack
 from diffusion import TIME_DRAWS, philox
 
 
@@ -63,6 +63,14 @@ def split_batch(cfg, world):
     if rows % micro:
         fail(f"batch_size={cfg.batch_size}: micro_batch={micro} does not divide {rows} rows each")
     return rows // micro, micro
+
+
+def steps_of(epochs, cfg):
+    """The optimiser steps in which a run sees its training rows so many times, at least one."""
+    sizes = read_meta(cfg.data)["splits"]
+    if "train" not in sizes:
+        fail(f"{cfg.data}: has no split train")
+    return max(1, round(epochs * (sizes["train"]["tokens"] // cfg.seq_len) / cfg.batch_size))
 
 
 def micro_batches(ids, meta, cfg, step, rank=0, world=1, pin=False):

@@ -3,10 +3,13 @@ all, read without executing anything, and turned into a network.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import struct
 import zipfile
 import zlib
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -149,7 +152,8 @@ def load(path, ema=True, device="cpu", dtype="float32"):
     steps, model.ends whether its rows are documents that end. dtype is that of the `autocast` in
     which the model will be called."""
     ckpt, device = read_checkpoint(path, mmap=True), torch.device(device)
-    cfg, weights = from_dict(ckpt["config"], path), ckpt["ema" if ema else "model"]
+    cfg = replace(from_dict(ckpt["config"], path), fsdp=False)  # this network is whole
+    weights = ckpt["ema" if ema else "model"]
     check_weights(weights, cfg, path)
     model = DiT(cfg).to(device)
     model.load_state_dict(weights)
@@ -163,3 +167,13 @@ def load(path, ema=True, device="cpu", dtype="float32"):
     if compute_dtype(device, dtype) == "bfloat16":
         head.cast_linears(model, torch.bfloat16)
     return model, cfg
+
+
+def fingerprint(model, **settings):
+    """A hash of settings and of a network, by up to 64 numbers of each tensor: partial results are
+    resumed only if it matches."""
+    digest = hashlib.sha256(json.dumps([asdict(model.cfg), settings], sort_keys=True).encode())
+    for tensor in model.state_dict().values():
+        sample = tensor.flatten()[:: tensor.numel() // 64 or 1]
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -45,39 +45,41 @@ def dtype_of(vocab_size):
 
 
 # --------------------------------------------------------------------------------------------------
-# Folder names: name[_<dump>][_packed][_no_eot][_wrap<n>], of the options those not at their default
+# Folder names: name[_<dump>][_packed][_train][_no_eot][_wrap<n>], of options not at their default
 
 DUMP = r"CC-MAIN-\d{4}-\d\d"
 ZERO_SHOT_SETS = "ptb wikitext2 wikitext103 lm1b_gpt2 lambada ag_news pubmed arxiv".split()
 NAMES = {  # data set: {option in the folder's name: default of the data set's function}
     "pydocs": {}, "text8": {}, "slimpajama": {}, "text": {},
     "openwebtext": dict(wrap=0), "lm1b": dict(packed=False, wrap=128),
-    **dict.fromkeys(ZERO_SHOT_SETS, dict(no_eot=False, wrap=1024)),
+    **dict.fromkeys(ZERO_SHOT_SETS, dict(train=False, no_eot=False, wrap=1024)),
     "fineweb": dict(dump="CC-MAIN-2024-10"),
     "gsm8k": dict(wrap=256), "sharegpt": dict(wrap=2048), "reversal": dict(wrap=64),
 }  # fmt: skip
 
 
-def default_folder(name, packed=False, no_eot=False, wrap=None, dump=None, **options):
+def default_folder(name, packed=False, train=False, no_eot=False, wrap=None, dump=None, **options):
     """The folder of a data set prepared with these options; a dump is always in the name."""
     dump = dump or NAMES[name].get("dump")
     if dump and not re.fullmatch(DUMP, dump):
         fail(f"--dump={dump}: must be named like CC-MAIN-2024-10")
     wrap = None if wrap == NAMES[name].get("wrap") else wrap
-    parts = [name, dump, packed and "packed", no_eot and "no_eot"]
+    parts = [name, dump, packed and "packed", train and "train", no_eot and "no_eot"]
     return "_".join(filter(None, parts)) + (f"_wrap{wrap}" if wrap is not None else "")
 
 
 def command_for(folder):
     """The inverse: the arguments of prepare.py that make a folder of this name, or None."""
     names = "|".join(NAMES)
-    found = re.fullmatch(rf"({names})(?:_({DUMP}))?(_packed)?(_no_eot)?(?:_wrap(\d+))?", folder)
+    flags = "(_packed)?(_train)?(_no_eot)?"
+    found = re.fullmatch(rf"({names})(?:_({DUMP}))?{flags}(?:_wrap(\d+))?", folder)
     if not found or found[1] == "text":
         return None
-    name, dump, packed, no_eot, wrap = found.groups()
+    name, dump, packed, train, no_eot, wrap = found.groups()
     options = dict(
-        dump=dump, packed=packed and True, no_eot=no_eot and True, wrap=wrap and int(wrap)
-    )
+        dump=dump, packed=packed and True, train=train and True, no_eot=no_eot and True,
+        wrap=wrap and int(wrap),
+    )  # fmt: skip
     options = {option: value for option, value in options.items() if value is not None}
     if options.keys() - NAMES[name] or default_folder(name, **options) != folder:
         return None
@@ -290,3 +292,16 @@ def unpack(rows, meta, cfg):
     if cfg.bos:
         maskable[:, 0] = False
     return x0, maskable, maskable & ~padding
+
+
+def read_val_sets(cfg, meta):
+    """{name: (ids, meta, corpus, split)}: `val`, and with val_data also that corpus's val or test
+    split."""
+    sets = {"val": (read_split(cfg.data, "val", cfg)[0], meta, cfg.data, "val")}
+    if cfg.val_data:
+        other = read_meta(cfg.val_data)
+        if other["tokenizer"] != meta["tokenizer"]:
+            fail(f"val_data={cfg.val_data}: made with another tokenizer than {cfg.data}")
+        split = "val" if "val" in other["splits"] else "test"
+        sets["val_data"] = (*read_split(cfg.val_data, split, cfg), cfg.val_data, split)
+    return sets

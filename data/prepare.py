@@ -5,6 +5,7 @@ python data/prepare.py text8                       # or --input text8.zip
 python data/prepare.py openwebtext --wrap 1024     # parquet from the hub, or --input FILE...
 python data/prepare.py lm1b                        # a sentence per row, or --packed; WordPiece
 python data/prepare.py ptb                         # or another zero-shot set, in GPT-2's BPE
+python data/prepare.py wikitext103 --train         # all its splits, to train on
 python data/prepare.py slimpajama                  # in Llama-2's pieces, as in SMDM
 python data/prepare.py fineweb --dump CC-MAIN-2024-18   # start of a dump, a newer text to test on
 python data/prepare.py gsm8k                       # to fine-tune on: questions, thoughts, answers
@@ -119,7 +120,8 @@ def closest_config(name, folder, example, given):
         made_for = CONFIGS[config]().data
         same_text = made_for.partition("_")[0] == name
         alike = same_text and ("_wrap" in made_for) == ("_wrap" in folder)
-        return made_for == folder, alike, same_text, (same_text or given) and config == example
+        in_kind = config == example and (same_text or given or name in ZERO_SHOT)
+        return made_for == folder, alike, same_text, in_kind
 
     return max(CONFIGS, key=rank)
 
@@ -142,6 +144,7 @@ def parse_arguments(argv):
     add("--tokens", type=int, help="fineweb: size of test [209715200]")
     add("--packed", help="lm1b: rows of many sentences", **flag)
     add("--wrap", type=int, help="rows of this length; openwebtext: [0], uncut")
+    add("--train", help="zero-shot sets: with the splits to train on", **flag)
     add("--no_eot", help="zero-shot sets: no EOT after documents", **flag)
     add(
         "--train_padding", help="gsm8k, sharegpt, reversal: train the EOS that fill rows up", **flag

@@ -52,6 +52,7 @@ class Documents(NamedTuple):
     characters: np.ndarray  # (N,) characters of text that they stand for
     counts: list  # documents of each shard
     sha256: list  # of each shard
+    names: list  # of the shards
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,6 +90,45 @@ def name_of(shard):
         return shard
     _, repo, commit, name, _ = shard.split(":")
     return f"{repo}@{commit}/{name}"
+
+
+SPLITS = {  # words of file names
+    "test": ("test", "heldout"), "val": ("val", "valid", "validation", "dev"),
+    "train": ("train", "training"),
+}  # fmt: skip
+
+
+def split_of(shard):
+    """The split that the name of a file says, or else that of its folder, by default train: test
+    for test-00000-of-00001.parquet, val for validation/chunk1/a_holdout_0.jsonl.zst. A file with
+    test anywhere in its name, such as gtest.jsonl, is never train unless its name says so too."""
+    *folders, file = Path(name_of(shard)).parts[-3:]
+    file = file.lower()
+    folders = [folder.removeprefix("partial-") for folder in folders[::-1]]
+    for words in (re.split("[^a-z]+", file), ["test" if "test" in file else ""], *zip(folders)):
+        for split, names in SPLITS.items():
+            if any(word in names for word in words):
+                return split
+    return "train"
+
+
+def refuse_held_out(shards, data):
+    """Fail if the name of a file says that it is no training text; `data` would train on it."""
+    for shard in shards:
+        if (split := split_of(shard)) != "train":
+            fail(f"{name_of(shard)}: {split} by its name, but {data} trains on every file")
+
+
+def announce(names, splits, counts, most=20):
+    """Print what became of each file, or of more than `most` files, of how many what."""
+    rows = [(name, split, count) for name, split, count in zip(names, splits, counts)]
+    if len(rows) > most:
+        rows = [
+            (f"{splits.count(s)} files", s, sum(n for _, split, n in rows if split == s))
+            for s in dict.fromkeys(splits)
+        ]
+    for name, split, count in rows:
+        print(f"{name}: {split}, {count:,} documents")
 
 
 def fingerprint(shard):
@@ -150,6 +190,7 @@ def tokenize(folder, shards, recipe, workers=None, **plan):
         characters=np.concatenate([s[:, 1] for s in sizes]),
         counts=[len(s) for s in sizes],
         sha256=[record["sha256"] for record in records],
+        names=[name_of(shard) for shard in shards[: len(sizes)]],
     )
 
 
@@ -263,6 +304,9 @@ def write_splits(folder, source, documents, borders, spec, wrap=0, pad=None, tok
     wrap: cut the stream of documents into rows [BOS] wrap-2 ids [EOS]; with pad: a row per
     document, filled up. tokens: write only the first ids of each split."""
     tokenizer, characters = tokenizer_of(spec), {}
+    ends = np.cumsum(documents.counts).tolist()
+    spans = list(zip([0, *ends], ends))
+    announce(documents.names, [name_splits(*span, borders) for span in spans], documents.counts)
     for split, (first, last) in borders.items():
         path, part = partial_of(folder) / f"{split}.bin", slice(first, last)
         characters[split] = int(documents.characters[part].sum(dtype=np.int64))
@@ -280,6 +324,12 @@ def write_splits(folder, source, documents, borders, spec, wrap=0, pad=None, tok
             row = f"one row of --wrap={wrap}" if wrap else "one token"
             fail(f"{source}: too little text in {split} for {row}")
     return finish(folder, source, spec, tokenizer.vocab_size, characters, wrap, pad)
+
+
+def name_splits(first, last, borders):
+    """The splits that have some of the documents [first, last), as text."""
+    names = [split for split, (a, b) in borders.items() if max(a, first) < min(b, last)]
+    return " and ".join(names) or "left out"
 
 
 def read_ids(documents, start, stop):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from common import fail, one_line
 from data.corpus import dtype_of, finish, partial_of
 from data.readers import COLUMN_FILES, kind_of, open_bytes, read_documents, report
+from data.shards import refuse_held_out
 from data.tokenizer import KINDS, Progress, tokenizer_of, train_bpe
 
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
@@ -203,11 +204,14 @@ def text(folder, input=(), tokenizer="bpe", vocab_size=None, column=None):
         fail(f"--vocab_size={vocab_size}: only for --tokenizer=bpe, 257 to {2**16}")
     if column and all(kind_of(path) == "plain" for path in input):
         fail(f"--column={column}: needs a {COLUMN_FILES}")
+    if len(input) > 1:  # of one file the user surely means to cut all splits
+        refuse_held_out(input, "text")
     parts = []
     for path in input:
         if parts and not parts[-1].endswith("\n"):
             parts.append("\n")
         parts.append(read_file(path, column or "text"))
+        print(f"{path}: {len(parts[-1]):,} characters, for train, val and test")
     whole = "".join(parts)
     if len(whole) < 20:
         fail(f"{input[0]}: {len(whole)} characters are too few to cut into train, val and test")

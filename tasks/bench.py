@@ -142,7 +142,7 @@ def estimate_by_time(model, cfg, x0, maskable, counted, draw, args):
         for rows in torch.randperm(len(x0)).split(args.batch_size):
             x, m, c = (a[rows.to(x0.device)] for a in (x0, maskable, counted))
             t = training_time(draw(len(x)), cfg).to(x0.device)
-            xt = mask_tokens(x, alpha(cfg.schedule, t), m, cfg.mask_id)
+            xt = mask_tokens(x, alpha(cfg, t), m, cfg.mask_id)
             nats += LOSSES[loss](model, x, c, cfg, t, xt).double().sum().item()
     return nats / counted.sum().item()
 

@@ -112,9 +112,10 @@ def main(cfg, seeds, passes):
         for run in same_seed:
             train_if_missing(run)
     results = {name: [evaluate_final(run, passes) for run in runs[name]] for name in runs}
+    texts = generate_samples(runs)
     if rank_and_world()[0] == 0:
         out = Path(cfg.out_dir)
-        table, samples = format_table(runs, results), join_columns(generate_samples(runs))
+        table, samples = format_table(runs, results), join_columns(texts)
         (out / "table.md").write_text(table)
         (out / "samples.txt").write_text(samples)
         plot_curves(runs, out / "curves.png")

@@ -39,15 +39,20 @@ from common import (
     command,
     compute_dtype,
     fail,
+    gather,
+    local_device,
     parser,
-    pick_device,
+    rank_and_world,
     read_sampler_options,
+    share,
     to_json,
 )
+from data.canvas import start_ids
 from data.checkpoints import load
+from data.processes import process_group
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, draw_count, mask_exactly, scatter, time_at
-from sample import frames, start_ids
+from sample import frames
 from samplers import with_guidance
 
 
@@ -111,7 +116,7 @@ def normalized_denoiser(model, cfg, given, w):
 def time_of(x, maskable, cfg):
     """t (B,) at which the schedule masks the fraction of `maskable` (B, L) that x (B, L) masks."""
     masked = (x == cfg.mask_id).sum(-1).double()
-    return time_at(cfg.schedule, masked / maskable.sum(-1))
+    return time_at(cfg, masked / maskable.sum(-1))
 
 
 def sum_log_p(make_rows, rows, model, cfg, requests, w, **batching):
@@ -159,7 +164,7 @@ def mc(model, cfg, requests, w=0.0, samples=128, seed=0, **batching):
         n = target.sum(-1)
         count = draw_count(n, (k + torch.stack([v[0] for v in noise])) / samples)
         x, fraction = mask_exactly(x0, count, target, cfg.mask_id, u)
-        return x, time_at(cfg.schedule, fraction), x == cfg.mask_id, n / count / samples
+        return x, time_at(cfg, fraction), x == cfg.mask_id, n / count / samples
 
     rows = [samples * min(len(r.target), 1) for r in requests]
     return sum_log_p(make_rows, rows, model, cfg, requests, w, **batching)
@@ -249,7 +254,8 @@ def text_after(prompt, ids, until, tokenizer):
 
 def make_adapter(model, cfg, tokenizer, estimator, w, dtype, overrides, writing, **batching):
     """The harness's LM of a checkpoint. estimator: `chain` or `mc`; overrides: temperature, top_p
-    that replace the task's; writing: options of `fill`; batching: batch_size and quiet."""
+    that replace the task's; writing: options of `fill`; batching: batch_size and quiet. Under
+    torchrun every process runs the harness, on answers of which it computes its share."""
     from lm_eval.api.model import LM
 
     start = start_ids(tokenizer, cfg)
@@ -264,34 +270,36 @@ def make_adapter(model, cfg, tokenizer, estimator, w, dtype, overrides, writing,
     class Checkpoint(LM):
         def loglikelihood(self, requests):
             parts = [split_text(encode, *r.args, (r.doc_id or 0,)) for r in requests]
-            parts = truncate(parts, start, cfg)
+            parts = share(truncate(parts, start, cfg))
             with autocast(device, dtype):
                 log_p = estimator(model, cfg, parts, w=w, **batching)
-                return list(zip(log_p, is_greedy(model, cfg, parts, w=w, **batching)))
+                greedy = is_greedy(model, cfg, parts, w=w, **batching)
+            return gather(zip(log_p, greedy))
 
         def loglikelihood_rolling(self, requests):
             """In disjoint windows, as evaluate.py: each token is counted once."""
             room, windows, counts = cfg.seq_len - len(start), [], []
-            for r in requests:
+            for r in share(requests):
                 ids = encode(r.args[0])
                 parts = [(first, ids[first : first + room]) for first in range(0, len(ids), room)]
                 windows += [Request(start, part, (r.doc_id or 0, first)) for first, part in parts]
                 counts.append(len(parts))
             with autocast(device, dtype):
                 log_p = iter(estimator(model, cfg, windows, w=w, **batching))
-            return [sum(islice(log_p, count), 0.0) for count in counts]
+            return gather(sum(islice(log_p, count), 0.0) for count in counts)
 
         def generate_until(self, requests):
-            texts = [""] * len(requests)
+            texts, mine = [""] * len(requests), set(share(range(len(requests))))
             groups = group_prompts(requests, encode, start, cfg, overrides)
             for (_, temperature, top_p), group in groups.items():
-                options, group = dict(temperature=temperature, top_p=top_p, **writing), iter(group)
+                options = dict(temperature=temperature, top_p=top_p, **writing)
+                group = (item for item in group if item[0] in mine)
                 while part := list(islice(group, batching["batch_size"])):
                     x = torch.tensor([prompt + [cfg.mask_id] * new for _, prompt, new, _ in part])
                     x = fill(model, cfg, x.to(device), [i for i, *_ in part], w, dtype, **options)
                     for (i, prompt, _, until), ids in zip(part, x.tolist()):
                         texts[i] = text_after(prompt, ids, until, tokenizer)
-            return texts
+            return gather(share(texts))
 
     return Checkpoint()
 
@@ -359,14 +367,10 @@ def parse_arguments(argv):
     return args
 
 
-@command
-def main(argv=None):
-    args = parse_arguments(argv)
-    try:
-        import lm_eval.utils
-    except ImportError:
-        fail("tasks.harness needs the LM Evaluation Harness: pip install lm_eval==0.4.13")
-    device = pick_device(args.device)
+def evaluate_tasks(args, device):
+    """The harness's results with all that they depend on, and the same as text."""
+    import lm_eval.utils
+
     model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
     given = read_sampler_options(args, choose_sampler(cfg, args.sampler))
     if cfg.causal and args.guidance:
@@ -377,9 +381,10 @@ def main(argv=None):
 
     writing = dict(sampler=args.sampler, steps=args.steps, seed=args.seed)
     overrides = {k: v for k in ("temperature", "top_p") if (v := getattr(args, k)) is not None}
+    quiet = args.json or rank_and_world()[0] > 0
     lm = make_adapter(
         model, cfg, tokenizer_of(model.tokenizer), estimator, args.guidance, args.dtype, overrides,
-        writing | dict(sampler_options=given), batch_size=args.batch_size, quiet=args.json,
+        writing | dict(sampler_options=given), batch_size=args.batch_size, quiet=quiet,
     )  # fmt: skip
     with packages_only(), redirect_stdout(sys.stderr):  # the harness prints to stdout
         results = run_tasks(lm, args)
@@ -394,8 +399,21 @@ def main(argv=None):
     make_table = partial(lm_eval.utils.make_table, results)
     tables = [make_table(part) for part in ("results", "groups") if part in parts]
     footer = f"likelihood: {kind}; guidance {args.guidance:g}, seed {args.seed}, {record['dtype']}"
-    print(to_json(record) if args.json else "\n".join([*tables, footer]))
-    return record
+    return record, "\n".join([*tables, footer])
+
+
+@command
+def main(argv=None):
+    args = parse_arguments(argv)
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        fail("tasks.harness needs the LM Evaluation Harness: pip install lm_eval==0.4.13")
+    with process_group(args):
+        record, text = evaluate_tasks(args, local_device(args))
+        if rank_and_world()[0] == 0:
+            print(to_json(record) if args.json else text)
+        return record
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ scores every test prompt, in a wording that training did not have, with its true
 nine answers of other facts to the same wording, and counts how often the true one is the likeliest;
 chance is one in ten. Grammar would rule out answers to another wording: "was once" continues with
 "the", not with "being". Writes out/reversal/: a folder per run, and table.md.
+
+SMDM's own test, in which a fine-tuned model writes the answer, is python -m tasks.answer reversal.
 """
 
 import statistics
@@ -27,15 +29,10 @@ from data.corpus import folder_of, read_meta
 from data.tokenizer import tokenizer_of
 from diffusion import ar, draw_count, exact_count_bound
 from tasks.report import format_mean, make_runs, to_markdown, train_if_missing
+from tasks.scoring import DIRECTIONS
 
 CHOICES = 10
 WORDINGS = 10  # of a question about a fact; they are neighbours in the file, always in one order
-DIRECTIONS = {  # of the test files: what the prompt gives and the answer states
-    "p2d": "who -> what, as trained",
-    "d2p": "what -> who, as trained",
-    "d2p_reverse": "who -> what, reversed",
-    "p2d_reverse": "what -> who, reversed",
-}
 
 
 def make_questions(path, tokenizer, cfg, limit):

@@ -166,6 +166,14 @@ def watch(tokenizer, xs, header):
     return ids
 
 
+def watch_all(model, tokenizer, cfg, canvas, num, eos, options):
+    """Yield num texts, each shown while it is generated."""
+    for row in range(num):
+        header = f"sample {row + 1} of {num} · {options['sampler']}, {options['steps']} steps"
+        ids = watch(tokenizer, sample.frames(model, cfg, canvas, [row], **options), header)
+        yield tokenizer.decode(sample.text_ids(ids, canvas, cfg, eos))
+
+
 @command
 def main(argv=None):
     args = parse_arguments(argv)
@@ -175,7 +183,7 @@ def main(argv=None):
         fail(f"--svg {args.svg}: must be a file in an existing folder")
     model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
     tokenizer = tokenizer_of(model.tokenizer, cfg.vocab_size)
-    options = sample.sampling_options(args, cfg, tokenizer)
+    options = sample.sampling_options(args, cfg, eos=None)
     canvas = sample.make_canvas(args, cfg, tokenizer, subword=model.tokenizer["kind"] != "char")
     canvases = [x[0].tolist() for x in sample.frames(model, cfg, canvas, [0], **options)]
     args.svg.write_text(to_svg(canvases, tokenizer, args.seconds), encoding="utf-8")

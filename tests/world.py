@@ -233,7 +233,7 @@ def expected_loss(loss, model, text, cfg, nodes=400):
     else:
         x, w = np.polynomial.legendre.leggauss(nodes)
         t, dt = torch.from_numpy((x + 1) / 2), torch.from_numpy(w / 2)
-    mass = 1 - alpha(cfg.schedule, t)[:, None]  # (n, 1)
+    mass = 1 - alpha(cfg, t)[:, None]  # (n, 1)
     probability = mass ** SUBSETS.sum(-1) * (1 - mass) ** (~SUBSETS).sum(-1)  # (n, 8)
     x0 = text.repeat(len(t) * len(SUBSETS), 1)
     xt = x0.masked_fill(SUBSETS.repeat(len(t), 1), MASK)

@@ -21,6 +21,7 @@ import train
 from configs import CONFIGS, Config, from_cli
 from data import runs
 from data.checkpoints import read_checkpoint
+from model import count_parameters
 
 # --------------------------------------------------------------------------------------------------
 # Configs from the command line
@@ -76,6 +77,23 @@ def test_baselines_differ_from_mdlm_as_in_its_paper(data, bos):
     mdlm, sedd, ar = (CONFIGS[f"{data}_{loss}"]() for loss in ("mdlm", "sedd", "ar"))
     assert 2 * ar.steps == mdlm.steps and ar.bos == bos and ar.causal and not ar.cond_dim
     assert sedd == replace(mdlm, loss="sedd", time_cond=True)
+
+
+@pytest.mark.parametrize("size, upstream", [
+    ("tiny", 80_061_266), ("small", 169_627_218), ("medium", 424_477_010),
+])  # fmt: skip
+def test_named_sizes_are_upstreams(size, upstream):
+    """MDLM's counts, which for small and medium are SEDD's too: they have a row and a bias more in
+    the head, for MASK. A size changes nothing but the size."""
+    for base in ("owt_mdlm", "owt_sedd"):
+        cfg = CONFIGS[f"{base}_{size}"]()
+        assert count_parameters(cfg) == upstream - cfg.n_embd - 1
+        shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd")}
+        assert cfg == replace(CONFIGS[base](), **shape)
+    families = [f"{data}_{loss}" for data in ("owt", "lm1b", "text8")
+                for loss in ("mdlm", "sedd", "d3pm", "ar")]  # fmt: skip
+    assert all(f"{name}_{size}" in CONFIGS for name in families)
+    assert CONFIGS["lm1b_ar_small"]() == CONFIGS["lm1b_ar"]()
 
 
 def test_lm1bs_d3pm_differs_from_mdlm_as_in_its_paper():

@@ -710,14 +710,17 @@ def test_options_and_names(tmp_path, refuses):
     refuses(["openwebtext", "--packed"], "--packed does not apply to openwebtext")
     refuses(["lm1b", "--no_eot"], "--no_eot does not apply to lm1b")
     refuses(
-        ["ptb", "--val_docs", "1"], "--val_docs does not apply to ptb", "--input --wrap --no_eot"
+        ["ptb", "--val_docs", "1"],
+        "--val_docs does not apply to ptb",
+        "--wrap --no_eot --train",
     )
     refuses(["openwebtext", "--wrap", "wide"], "--wrap", "wide")
     refuses(["pydocs", "--fast"], "--fast")
 
 
 NAMED_OPTIONS = {
-    "dump": ["CC-MAIN-2023-50", "CC-MAIN-2024-10"], "packed": [True], "no_eot": [True],
+    "dump": ["CC-MAIN-2023-50", "CC-MAIN-2024-10"], "packed": [True], "train": [True],
+    "no_eot": [True],
     "wrap": [0, 3, 64, 128, 256, 1024, 2048],
 }  # fmt: skip
 
@@ -763,6 +766,7 @@ def test_other_folders_are_own_texts(tmp_path, monkeypatch, refused):
 def test_modules_do_not_import_in_circles():
     """Nor from the folders of commands; in functions they import packages that are optional."""
     optional = {"tokenizers", "tiktoken", "pyarrow", "huggingface_hub", "pydoc_data", "wandb"}
+    optional |= {"torch"}  # torch.utils.tensorboard
     others = {path.stem for path in ROOT.glob("*.py")} | {"tasks", "extra", "tests"}
     graph = {}
     for path in (ROOT / "data").glob("*.py"):

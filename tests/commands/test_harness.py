@@ -663,6 +663,41 @@ def test_the_ar_twin_end_to_end(tasks, tmp_path, capsys):
         refused(capsys, lambda command=command: harness.main(command), option[0])
 
 
+def test_two_processes_share_the_answers(checkpoint, monkeypatch):
+    """Each of two processes computes every second answer; together they are those of one."""
+    pytest.importorskip("lm_eval", reason="the LM Evaluation Harness is not installed")
+    from lm_eval.api.instance import Instance
+
+    model, cfg = load(checkpoint)
+    tokenizer, words = load_tokenizer(model.tokenizer), WORDS.split()
+    adapter = harness.make_adapter(
+        model, cfg, tokenizer, partial(mc, samples=4), 0.0, "float32", {}, {"seed": 0}, batch_size=2
+    )
+    settings = {"max_gen_toks": 5, "temperature": 1.0, "do_sample": True}
+    kinds = {  # method: its requests
+        "loglikelihood": [(word, f" {other}") for word in words for other in words[:2]],
+        "loglikelihood_rolling": [(" ".join(words[:n]),) for n in range(1, 6)],
+        "generate_until": [(word, settings) for word in words],
+    }
+    make = lambda kind: [
+        Instance(kind, {}, request, 0, ("task", i, 1)) for i, request in enumerate(kinds[kind])
+    ]
+    for kind in kinds:
+        whole, parts = getattr(adapter, kind)(make(kind)), []
+        for rank in (0, 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(harness, "share", lambda items, rank=rank: items[rank::2])
+                patch.setattr(harness, "gather", list)
+                parts.append(getattr(adapter, kind)(make(kind)))
+        both = [None] * len(whole)
+        both[::2], both[1::2] = parts
+        assert len(parts[0]) - len(parts[1]) in (0, 1)
+        if kind == "generate_until":
+            assert both == whole and len(set(whole)) > 1
+        else:
+            assert np.allclose(both, whole, rtol=1e-5)
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--tasks", "nosuchtask"], "--tasks nosuchtask: "),
     (["--tasks", "choose", "--include_path", "gone"], "--include_path gone: no such folder"),

@@ -4,7 +4,7 @@ terminal view is live."""
 import io
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,8 +13,10 @@ from conftest import LETTERS, refused, save, tiny_run
 import common
 import sample
 from configs import Config
-from data.checkpoints import load
+from data.canvas import infill_canvas, prompt_canvas
+from data.checkpoints import load, save_checkpoint
 from data.tokenizer import load_tokenizer, train_bpe
+from model import DiT
 
 
 def run(capsys, *args):
@@ -93,6 +95,15 @@ def test_texts_around_holes_are_kept(checkpoint, capsys, sampler):
     assert re.fullmatch(r"one [a-z ]{4} two [a-z ]{3}end\n", out)
 
 
+def test_a_star_fills_the_models_length(checkpoint, capsys):
+    out = run(capsys, checkpoint, "--infill", "one [*] two [3]end")
+    assert re.fullmatch(r"one [a-z ]{17} two [a-z ]{3}end\n", out) and len(out) == 32 + 1
+    assert re.fullmatch(r"one[a-z ]{29}\n", run(capsys, checkpoint, "--infill", "one[*]"))
+    for text, words in ((f"{'a' * 32}[*]", "0 of 32 are left"), ("a[*]b[*]c", "may come once")):
+        argv = [str(checkpoint), "--infill", text]
+        refused(capsys, lambda argv=argv: sample.main(argv), "--infill: [*]", words)
+
+
 def test_prompts_are_kept(checkpoint, capsys):
     assert re.fullmatch(r"the cat [a-z ]{24}\n", run(capsys, checkpoint, "--prompt", "the cat "))
     assert run(capsys, checkpoint, "--prompt", "abc", "--length", 3) == "abc\n"
@@ -114,7 +125,7 @@ def test_holes_take_the_space_before_a_subword():
     spec = train_bpe(["to be or not to be that is the question " * 40], 300)
     tokenizer = load_tokenizer(spec)
     mask, cfg = tokenizer.vocab_size, Config(vocab_size=tokenizer.vocab_size)
-    infill = lambda text: sample.infill_canvas(tokenizer, text, cfg, subword=True)
+    infill = lambda text: infill_canvas(tokenizer, text, cfg, subword=True)
     ids = infill("to be [2] not to").tolist()
     assert ids == [*tokenizer.encode("to be"), mask, mask, *tokenizer.encode(" not to")]
     assert ids.count(mask) == 2 and tokenizer.decode(ids) == "to be██ not to"
@@ -196,6 +207,38 @@ def test_a_text_ends_at_the_first_eos_that_was_written():
     assert cut([9, 1, 2, 3, 4], 9) == [9, 1, 2, 3, 4]
     assert cut([9, 1, 2, 9, 9]) == [9, 1, 2, 9, 9]
     assert cut([9, 1, 2, 9, 9], 9, bos=True) == [1, 2]  # a given first token is no text
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_prompt_gets_past_one_window_unless_rows_are_documents(ends, tmp_path, capsys):
+    """A model of packed rows that writes an end-of-text, BOS = EOS, at every third position or so:
+    with --semi_ar it fills the length. A model of documents, or --stop, ends at the first one."""
+    spec = train_bpe(["the cat saw a dog "] * 20, 260) | {"eos": True}
+    tokenizer = load_tokenizer(spec)
+    cfg = replace(tiny_run("none"), vocab_size=tokenizer.vocab_size, seq_len=16)
+    assert tokenizer.bos == tokenizer.eos == cfg.vocab_size - 1
+    model = DiT(cfg)
+    model.head.bias.data[tokenizer.eos] = 5.0
+    weights = model.state_dict()
+    save_checkpoint(
+        tmp_path / "ckpt.pt", model=weights, ema=weights, step=1, config=asdict(cfg),
+        tokenizer=spec, ends=ends,
+    )  # fmt: skip
+    get = lambda *args: run(
+        capsys, tmp_path, "--semi_ar", "--length", 60, "--prompt", "the cat", "--seed", 1, *args
+    )
+    model, cfg = load(tmp_path)
+    canvas = prompt_canvas(tokenizer, "the cat", 60, cfg)
+    semi = dict(window=16, stride=8, eos=sample.end_id(model, tokenizer))
+    ids = sample.generate(
+        model, tokenizer._replace(decode=list), cfg, 8, canvas, semi=semi, steps=64
+    )
+    assert all(tokenizer.decode(text).startswith("the cat") for text in ids)
+    if ends:
+        assert max(map(len, ids)) < 60 and get() == get("--stop")
+    else:
+        assert all(len(text) == 60 and tokenizer.eos in text[:16] for text in ids)
+        assert len(get()) > len(get("--stop"))
 
 
 # --------------------------------------------------------------------------------------------------

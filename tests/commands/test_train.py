@@ -185,6 +185,14 @@ def test_dropout_is_new_in_every_step(cfg, monkeypatch):
 # Fine-tuning
 
 
+def test_epochs_set_the_steps(cfg, capsys):
+    """4,000 tokens are 125 rows of 32, so 2 epochs of batches of 8 are 31 steps."""
+    argv = command(replace(cfg, eval_every=100, samples=0))[1:]
+    train.command_line([*argv, "--epochs", "2"])
+    assert read_checkpoint(cfg.out_dir)["step"] == 31
+    refused(capsys, lambda: train.command_line([*argv, "--epochs=-1"]), "--epochs -1.0")
+
+
 @pytest.fixture
 def tuned(cfg, tmp_path):
     """One step of fine-tuning, too small to see, from the checkpoint of a run."""
@@ -579,15 +587,15 @@ def test_the_time_left_counts_steps_and_validations_to_come(cfg, monkeypatch):
     a window of it costs a third of a row of training: 6 / 8 / 3 s."""
     clock = Clock(monkeypatch)
     bar = Bar(clock)
-    monkeypatch.setattr(train, "tqdm", bar)
+    monkeypatch.setattr(runs, "tqdm", bar)
     cfg = replace(cfg, steps=20, eval_every=6, eval_windows=8)  # validates at 6, 12, 18 and 20
-    val_ids = np.zeros(25 * 32 - 5)  # 25 windows, the last of them shorter
-    run = SimpleNamespace(cfg=cfg, val_ids=val_ids, bar=bar, first=0, timed=0.0, per_window=0.0)
+    sets = {"val": (np.zeros(25 * 32 - 5),)}  # 25 windows, the last of them shorter
+    run = SimpleNamespace(cfg=cfg, val_sets=sets, bar=bar, first=0, timed=0.0, per_window=0.0)
     run.status = ""
 
     def left(step, seconds):
         run.step, clock.seconds = step, seconds
-        train.show_progress(run)
+        runs.show_progress(run)
         return bar.shown[-1][1]
 
     left(1, 100)
@@ -596,6 +604,8 @@ def test_the_time_left_counts_steps_and_validations_to_come(cfg, monkeypatch):
     assert left(7, 136) == 13 * 6 + (3 * 8 + 25) * 0.5
     run.cfg = replace(cfg, eval_windows=0)  # all windows each time, and none after the last step
     assert left(8, 142) == 12 * 6 + 3 * 25 * 0.5
+    sets["val_data"] = (np.zeros(4 * 32),)  # a second set
+    assert left(9, 148) == 11 * 6 + 3 * (25 + 4) * 0.5
 
 
 @pytest.fixture(params=[(0, 8), (0, 0), (12, 8)], ids=["new", "all windows", "resumed"])
@@ -611,6 +621,7 @@ def progress(request, cfg, monkeypatch):
     bar = Bar(clock)
     bar.write = lambda text, file: None
     monkeypatch.setattr(train, "tqdm", bar)
+    monkeypatch.setattr(runs, "tqdm", bar)
 
     def step(*args):
         clock.advance(24 if started else 1000)

@@ -327,7 +327,7 @@ def test_rows_are_padded_in_several_pieces(tmp_path):
     ids = rng.integers(1, 99, tokens.sum()).astype(np.uint16)
     ids[:31].tofile(files[0])
     ids[31:].tofile(files[1])
-    documents = Documents(files, ids.dtype, tokens, tokens, [20], [])
+    documents = Documents(files, ids.dtype, tokens, tokens, [20], [], [])
     for rows in (3, 100):
         write_padded(tmp_path / "out", documents, 2, 19, 8, 0, rows)
         ends = np.cumsum(tokens)

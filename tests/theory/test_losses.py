@@ -1,11 +1,13 @@
 """The losses against their definitions: every mask of a tiny world, exact integrals over t."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from world import (
     MASK,
     SUBSETS,
@@ -71,6 +73,33 @@ def test_schedules_run_from_one_to_zero_with_the_right_slope(schedule):
     inner = t.detach()[1:-1]
     inverted = time_at(schedule, 1 - alpha(schedule, inner))
     torch.testing.assert_close(inverted, inner, rtol=0, atol=1e-9)
+
+
+def test_parameters_of_a_schedule_are_fields():
+    """sigma from sigma_min to sigma_max, stretched so that alpha runs from 1 to 0; losses and
+    samplers take them from the config."""
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    cfg = tiny(schedule="geometric", sigma_min=1e-3, sigma_max=5.0)
+    sigma = 1e-3 ** (1 - t) * 5.0**t
+    want = ((-sigma).exp() - math.exp(-5)) / (math.exp(-1e-3) - math.exp(-5))
+    torch.testing.assert_close(alpha(cfg, t), want, rtol=0, atol=1e-12)
+    same = tiny(schedule="geometric", sigma_min=1e-4, sigma_max=20.0)
+    assert torch.equal(alpha(same, t), alpha("geometric", t)) and not cfg == same
+    straight = tiny(schedule="sigma_linear", sigma_min=1e-3, sigma_max=7.0)
+    want = ((-(1e-3 + 6.999 * t)).exp() - math.exp(-7)) / (math.exp(-1e-3) - math.exp(-7))
+    torch.testing.assert_close(alpha(straight, t), want, rtol=0, atol=1e-12)
+    joint = random_joint()
+    bound = expected_loss("mdlm", exact_model(joint), TEXT, cfg)
+    assert bound == pytest.approx(-joint[tuple(TEXT)].log().item(), abs=1e-5)
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tasks/*.py")]:  # a name has no parameters
+        assert not re.search(r"(alpha|time_at)\(cfg\.schedule", path.read_text()), path
+    for fields, words in (
+        (dict(sigma_max=5.0), "sigma_max=5.0: only for schedule=geometric or sigma_linear"),
+        (dict(schedule="geometric", sigma_max=5.0), "sigma_min=0.0: must be above 0"),
+        (dict(schedule="sigma_linear", sigma_min=5.0), "sigma_min=5.0: must be below sigma_max"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            tiny(**fields)
 
 
 # --------------------------------------------------------------------------------------------------

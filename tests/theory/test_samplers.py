@@ -3,6 +3,7 @@
 import itertools
 import math
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ from diffusion import (
     uniform,
 )
 from model import DiT
+from sample import end_id
 from samplers import (
     OPTIONS,
     SAMPLERS,
@@ -690,6 +692,29 @@ def test_semi_ar_has_the_law_of_its_windows(sampler, window, stride, starts):
         expected[(torch.tensor(text) * weights).sum()] = p * N
     assert counts[expected == 0].sum() == 0 and expected.sum().item() == pytest.approx(N)
     assert pooled_p(counts, expected) > 1e-4
+
+
+def test_semi_ar_of_packed_rows_writes_on_behind_separators():
+    """Rows [2] ... [2] packed from documents, BOS = EOS = 2: `end_id` gives no end, every window is
+    filled, and the law is that of the windows. With 2 as an end, the law would be another."""
+    tilt = torch.tensor([1.0, 1, 30], dtype=torch.float64)
+    joint = random_joint() * tilt[:, None, None] * tilt
+    cfg, model = tiny(), exact_model(joint / joint.sum())
+    packed, tokenizer = SimpleNamespace(ends=False), SimpleNamespace(bos=2, eos=2)
+    canvas, weights = torch.tensor([MASK] * 5), (V + 1) ** torch.arange(4, -1, -1)
+    law = window_law(lambda part: ancestral_law(model, part, "linear", 4), canvas, (0, 2), 3)
+    expected = torch.zeros(4**5, dtype=torch.float64)
+    for text, p in law.items():
+        expected[(torch.tensor(text) * weights).sum()] = p * N
+
+    def p_value(stop):
+        eos = end_id(packed, tokenizer, stop)
+        x = canvas.repeat(N, 1)
+        texts = last(semi_ar(denoiser(model, cfg), x, 4, cfg, None, window=3, stride=2, eos=eos))
+        counts = torch.bincount((texts * weights).sum(-1), minlength=4**5)
+        return pooled_p(counts, expected)
+
+    assert p_value(stop=False) > 1e-4 > p_value(stop=True)
 
 
 def test_semi_ar_stops_rows_that_have_ended():
