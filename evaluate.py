@@ -3,6 +3,7 @@
 python evaluate.py out/pydocs_mdlm/ckpt.pt                      # test split, continuous time
 python evaluate.py out/owt_mdlm/ckpt.pt --split val --json
 python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a 1000-step sampler
+python evaluate.py out/owt_mdlm/ckpt.pt --order margin --per_call 4  # exact, for that sampler
 python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven sets
 python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --resume
 
@@ -37,6 +38,7 @@ from common import (
 from data.checkpoints import load, sibling
 from data.corpus import read_meta, read_split, take, unpack
 from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox
+from samplers import ORDERS
 
 # --------------------------------------------------------------------------------------------------
 # The bound
@@ -102,12 +104,16 @@ def window_noise(seed, starts, p, L):
     return np.stack([philox(seed, start // L, stream=3, step=p).random(L) for start in starts])
 
 
-def batch_nats(model, x0, maskable, counted, cfg, T, u, v):
+def batch_nats(model, x0, maskable, counted, cfg, T, u, v, order=None):
     """One estimate of the bound per row, (B,) float64 nats, from uniforms u (B,) for the time and
     v (B, L) for the masks: exact mask counts in continuous time (T = 0), else one step of D3PM's
-    T-step bound. An AR model's likelihood is exact."""
+    T-step bound. An AR model's likelihood is exact, as is that of an order: {sampler, options}."""
     if cfg.causal:
         return ar(model, x0, counted, cfg).double().sum(-1)
+    if order:
+        from tasks.orders import row_nats
+
+        return row_nats(model, x0, maskable, counted, cfg, order)[0]
     if not T:
         count = draw_count(maskable.sum(-1), u)
         return exact_count_bound(model, x0, maskable, cfg, count, None, v, counted).double()
@@ -122,7 +128,7 @@ def batch_nats(model, x0, maskable, counted, cfg, T, u, v):
 @torch.no_grad()
 def bound(
     model, ids, meta, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32",
-    quiet=True, partial=None,
+    quiet=True, partial=None, order=None,
 ):  # fmt: skip
     """The bound on -log p of a split in nats per token: nats, se, tokens, split_tokens
     (counted in the whole split) and forwards.
@@ -151,7 +157,7 @@ def bound(
         noise = (torch.from_numpy(a).to(device) for a in (u[p, b], v))
         tokens[p, b] = counted.sum(-1).double()
         with autocast(device, dtype):
-            nats[p, b] = batch_nats(model, x0, maskable, counted, cfg, T, *noise)
+            nats[p, b] = batch_nats(model, x0, maskable, counted, cfg, T, *noise, order)
         saved.write(torch.stack((nats[p, b], tokens[p, b])).cpu().numpy().tobytes())
         saved.flush()
     saved.close()
@@ -222,6 +228,10 @@ def fingerprint(model, **settings):
 def settle_T(args, cfg):
     """Set args.T, by default the model's; returns the sign before a figure
     and the figure's kind."""
+    if args.order:
+        from tasks.orders import settle_order
+
+        return "=", settle_order(args, cfg)
     args.T = cfg.T if args.T is None else args.T
     if args.T and cfg.causal:
         fail(f"--T {args.T}: an AR model has no diffusion steps")
@@ -239,8 +249,9 @@ def evaluate_split(data, split, model, cfg, args):
     ids, meta = read_split(data, split, cfg)
     dtype, partial = compute_dtype(next(model.parameters()).device, args.dtype), None
     settings = dict(
-        T=args.T, passes=args.passes, batch_size=args.batch_size, seed=args.seed, dtype=dtype
-    )
+        T=args.T, passes=args.passes, batch_size=args.batch_size, seed=args.seed, dtype=dtype,
+        order=args.order,
+    )  # fmt: skip
     if args.resume:
         key = fingerprint(model, sha256=meta["splits"][split]["sha256"], **settings)
         partial = sibling(args.ckpt, f"evaluate-{key[:16]}.partial")
@@ -281,6 +292,8 @@ def parse_arguments(argv):
         "--T", type=int, help="diffusion steps of the bound, 0: continuous time [the model's]"
     )
     p.add_argument("--passes", type=int, default=1, help="forwards per window [1]")
+    p.add_argument("--order", choices=ORDERS, help="the exact likelihood of this sampler instead")
+    p.add_argument("--per_call", type=int, help="tokens per call of --order [1]")
     p.add_argument(
         "--resume", action="store_true",
         help="keep partial results beside the checkpoint and resume from them after a kill",
@@ -296,7 +309,9 @@ def parse_arguments(argv):
         fail(f"--gen_ppl moved: python -m tasks.judge {args.ckpt} {judge}")
     if unknown:
         fail(f"unrecognized arguments: {' '.join(unknown)}")
-    check_range(args, T=0, passes=1, batch_size=1, seed=0)
+    check_range(args, T=0, passes=1, per_call=1, batch_size=1, seed=0)
+    if args.per_call and not args.order:
+        fail(f"--per_call {args.per_call}: only with --order")
     for name in ("split", "data"):
         if args.zero_shot is not None and getattr(args, name):
             fail(f"--{name}: not with --zero_shot")

@@ -196,7 +196,7 @@ FIELDS = {
     "mt_bench": "question_id and turns, a list of one or two texts",
 }
 DEFAULTS = {  # SMDM's
-    "gsm8k": dict(sampler="confidence", steps=256, temperature=0.1, guidance=0.1),
+    "gsm8k": dict(sampler="llada", steps=256, temperature=0.1, guidance=0.1),
     "mt_bench": dict(sampler=None, steps=128, temperature=1.0, guidance=0.6),
 }
 
@@ -297,10 +297,13 @@ def settle_options(args, cfg, device):
     options = DEFAULTS[args.task] | (dict(sampler=None, guidance=0.0) if cfg.causal else {})
     options |= {name: value for name in options if (value := getattr(args, name)) is not None}
     options["sampler"] = choose_sampler(cfg, options["sampler"])
+    given = read_sampler_options(args, options["sampler"], cfg)
+    if args.sampler is None and options["sampler"] == "llada":
+        given = dict(lucky=1) | given  # SMDM's rule, at its temperature
     return options | dict(
         length=args.length or cfg.seq_len, new=args.new, top_p=args.top_p, seed=args.seed,
         dtype=compute_dtype(device, args.dtype),
-        sampler_options=read_sampler_options(args, options["sampler"]),
+        sampler_options=given,
     )  # fmt: skip
 
 

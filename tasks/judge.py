@@ -184,7 +184,7 @@ def judge_rows(rows, tokenizer, score):
 def sample_and_judge(model, cfg, args):
     """The figures of samples under the judge, and all that they depend on, as one dict."""
     sampler = choose_sampler(cfg, args.sampler)
-    given = read_sampler_options(args, sampler)
+    given = read_sampler_options(args, sampler, cfg)
     device, tokenizer = next(model.parameters()).device, tokenizer_of(model.tokenizer)
     score = load_judge(args.judge, device)
     law = "steps", "temperature", "top_p"
