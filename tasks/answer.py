@@ -12,7 +12,7 @@ ends at the first end-of-text. A model has seen such rows if it was fine-tuned w
 as SMDM's are. Without --train_padding the model always saw where answers end, so pass the length:
 with --new N only N tokens are masked.
 
-Defaults are SMDM's. gsm8k: the sampler confidence, 256 steps, temperature 0.1 and guidance 0.1, for
+Defaults are SMDM's. gsm8k: the sampler llada, 256 steps, temperature 0.1 and guidance 0.1, for
 thought and answer alike. mt_bench: ancestral sampling, 128 steps, temperature 1 and guidance 0.6.
 AR models write from left to right, at the same temperatures and without guidance.
 """

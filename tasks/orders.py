@@ -75,19 +75,32 @@ def row_nats(model, x0, maskable, counted, cfg, order):
     return nats.masked_fill(~counted, 0).sum(-1), calls
 
 
+def order_arguments(order, given):
+    """The arguments of `order_nats` for an order and its options that were given, by default one
+    token per call."""
+    option = default_options(SAMPLERS[order]) | given
+    if "per_call" in option:
+        option["per_call"] = option["per_call"] or 1
+    return dict(sampler=order, **option)
+
+
+def describe(order):
+    """What its likelihood is, from {sampler, its option}."""
+    name, *option = order.items()
+    return f"exact for the order {name[1]}, " + ", ".join(f"{k} {v:g}" for k, v in option)
+
+
 def settle_order(args, cfg):
-    """Make args.order {sampler, its option}, by default one token per call; returns its name."""
+    """Turn --order and --per_call into args.order = {sampler, its option}; returns what it is."""
     if cfg.causal:
         fail(f"--order {args.order}: an AR model is exact from left to right, without --order")
     if args.T is not None or args.passes != 1:
         fail(f"--order {args.order}: is exact, so --T and --passes do not apply")
-    option = default_options(SAMPLERS[args.order])
-    if "per_call" in option:
-        option["per_call"] = args.per_call or 1
-    elif args.per_call:
+    if args.per_call and "per_call" not in default_options(SAMPLERS[args.order]):
         fail(f"--per_call {args.per_call}: the order {args.order} chooses the number of tokens")
-    args.T, args.order = 0, dict(sampler=args.order, **option)
-    return "exact for the order " + ", ".join(f"{v}" for v in args.order.values())
+    given = dict(per_call=args.per_call) if args.per_call else {}
+    args.T, args.order = 0, order_arguments(args.order, given)
+    return describe(args.order)
 
 
 # --------------------------------------------------------------------------------------------------
