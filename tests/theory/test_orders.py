@@ -1,11 +1,15 @@
 """The exact likelihood of an order, against enumeration and against samples."""
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 import torch
 from world import (
     MASK,
     SCORES,
+    SUBSETS,
     TEXTS,
     L,
     V,
@@ -20,7 +24,7 @@ from world import (
     tiny,
 )
 
-from diffusion import denoiser
+from diffusion import denoiser, exact_count_bound, nll
 from samplers import ORDERS, SAMPLERS, with_temperature
 from tasks.orders import average, list_settings, make_rows, order_nats, row_nats
 
@@ -102,6 +106,27 @@ def test_one_token_per_call_of_the_exact_network_is_the_truth():
         assert (
             law_by(order, dict(per_call=3), exact_model(joint.view(V, V, V))) - joint
         ).abs().max() > 0.01
+
+
+def test_the_bound_is_the_mean_over_all_orders():
+    """Any-order AR: the mean over all L! orders of the chain rule's nats is the bound over counts,
+    for a network that ignores the time."""
+    hostile = hostile_model()
+    model = lambda x, t, at: hostile(x, 0 * t, at)
+    x0, total = TEXTS, 0
+    for order in itertools.permutations(range(L)):
+        for k, i in enumerate(order):
+            hidden = torch.isin(torch.arange(L), torch.tensor(order[k:])).expand(x0.shape)
+            at = torch.arange(L).expand(x0.shape) == i
+            xt = x0.masked_fill(hidden, MASK)
+            total = total + nll(model, x0, xt, torch.zeros(len(x0)), at).double().sum(-1)
+    bound = 0
+    for masks in SUBSETS[1:]:  # each count has weight 1 / L, each subset of it 1 / C(L, count)
+        count = masks.sum().expand(len(x0))
+        xt = x0.masked_fill(masks, MASK)
+        part = exact_count_bound(model, x0, ones(x0), tiny(), count, xt).double()
+        bound = bound + part / L / math.comb(L, int(count[0]))
+    torch.testing.assert_close(total / math.factorial(L), bound, rtol=1e-5, atol=1e-5)
 
 
 def test_scores_are_normalised():
