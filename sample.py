@@ -197,8 +197,7 @@ def sampling_options(args, cfg, eos):
     if args.stride and args.stride >= window:
         fail(f"--stride {args.stride}: must be below the window, {window}")
     sampler = choose_sampler(cfg, args.sampler)
-    in_order = sampler in (*ORDERS, "llada")
-    if args.noise_removal == "greedy" and (sampler in STEPLESS or in_order):
+    if args.noise_removal == "greedy" and sampler in (*STEPLESS, *ORDERS, "llada"):
         fail(f"--noise_removal greedy: the sampler {sampler} has no steps in time, so no last one")
     semi = dict(window=window, stride=args.stride, eos=eos) if args.semi_ar else None
     return dict(

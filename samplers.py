@@ -310,9 +310,7 @@ SAMPLERS = {
 }
 ORDERS = ("ar", "confidence", "margin", "entropy", "threshold", "entropy_bound")
 STEPLESS = ("first_hitting", "threshold", "entropy_bound", "ar")  # these ignore `steps`
-OPTIONS = {  # name: maximum; the minimum is 0
-    "eta": 1.0, "threshold": 1.0, "gamma": math.inf, "per_call": 2**31, "lucky": 1,
-}  # fmt: skip
+OPTIONS = dict(eta=1.0, threshold=1.0, gamma=math.inf, per_call=2**31, lucky=1)  # maxima
 
 
 def default_options(sampler):
