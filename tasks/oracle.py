@@ -208,6 +208,7 @@ def plot(rows, path, title):
     labels = {"tv": "total variation of n-grams", "nats": "nats per token under the truth"}
     for panel, (key, label) in zip(panels, labels.items()):
         panel.axhline(rows[0][key], color="black", linestyle=":", label=EXACT)
+        panel.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for name in dict.fromkeys(row["sampler"] for row in rows[1:]):
             same = sorted((r for r in rows if r["sampler"] == name), key=lambda row: row["calls"])
             x, y, error = ([row[k] for row in same] for k in ("calls", key, f"{key}_se"))
