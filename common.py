@@ -161,11 +161,11 @@ def add_sampler_options(p, steps=1000, temperature=1.0):
     p.add_argument("--temperature", type=float, default=temperature, help="0: greedy")
     p.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling")
     for name in OPTIONS:
-        defaults = {s: default_options(f).get(name) for s, f in SAMPLERS.items()}
-        users = ", ".join(
-            f"{s} [{default}]" for s, default in defaults.items() if default is not None
-        )
-        p.add_argument(f"--{name}", type=float, help=f"of the sampler {users}")
+        users = {s: default_options(f).get(name) for s, f in SAMPLERS.items()}
+        users = {s: default for s, default in users.items() if default is not None}
+        about = ", ".join(f"{s} [{default}]" for s, default in users.items())
+        kind = type(max(users.values()))
+        p.add_argument(f"--{name}", type=kind, help=f"of the sampler {about}")
 
 
 def choose_sampler(cfg, name=None):
@@ -180,7 +180,7 @@ def check_top_p(args):
         fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
 
 
-def read_sampler_options(args, sampler):
+def read_sampler_options(args, sampler, cfg):
     """{name: value} of the sampler's own options that were given, each in its range."""
     given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     for name, value in given.items():
@@ -189,6 +189,8 @@ def read_sampler_options(args, sampler):
             fail(f"--{name} {value}: an option of {users}, not of {sampler}; choose with --sampler")
         if not 0 <= value <= OPTIONS[name]:
             fail(f"--{name} {value}: must be from 0 to {OPTIONS[name]:g}")
+    if cfg.causal and given.get("per_call", 1) != 1:
+        fail(f"--per_call {given['per_call']}: an AR model writes one token per call")
     return given
 
 

@@ -4,6 +4,7 @@ python evaluate.py out/pydocs_mdlm/ckpt.pt                      # test split, co
 python evaluate.py out/owt_mdlm/ckpt.pt --split val --json
 torchrun --nproc_per_node=8 evaluate.py out/owt_mdlm/ckpt.pt --windows 2048   # 8 GPUs, part of it
 python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a 1000-step sampler
+python evaluate.py out/owt_mdlm/ckpt.pt --order margin --per_call 4  # exact, for that sampler
 python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven sets
 python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --resume
 
@@ -37,6 +38,7 @@ from data.checkpoints import fingerprint, load, read_record, sibling, write_reco
 from data.corpus import count_tokens, read_meta, read_split, take, unpack
 from data.processes import process_group
 from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox
+from samplers import ORDERS
 
 # --------------------------------------------------------------------------------------------------
 # The bound
@@ -102,12 +104,16 @@ def window_noise(seed, starts, p, L):
     return np.stack([philox(seed, start // L, stream=3, step=p).random(L) for start in starts])
 
 
-def batch_nats(model, x0, maskable, counted, cfg, T, u, v):
+def batch_nats(model, x0, maskable, counted, cfg, T, u, v, order=None):
     """One estimate of the bound per row, (B,) float64 nats, from uniforms u (B,) for the time and
     v (B, L) for the masks: exact mask counts in continuous time (T = 0), else one step of D3PM's
-    T-step bound. An AR model's likelihood is exact."""
+    T-step bound. An AR model's likelihood is exact, as is that of an order: {sampler, options}."""
     if cfg.causal:
         return ar(model, x0, counted, cfg).double().sum(-1)
+    if order:
+        from tasks.orders import row_nats
+
+        return row_nats(model, x0, maskable, counted, cfg, order)[0]
     if not T:
         count = draw_count(maskable.sum(-1), u)
         return exact_count_bound(model, x0, maskable, cfg, count, None, v, counted).double()
@@ -122,7 +128,7 @@ def batch_nats(model, x0, maskable, counted, cfg, T, u, v):
 @torch.no_grad()
 def bound(
     model, ids, meta, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32",
-    quiet=True, partial=None, split_tokens=None, span=(0.0, 1.0),
+    quiet=True, partial=None, split_tokens=None, span=(0.0, 1.0), order=None,
 ):  # fmt: skip
     """The bound on -log p of a split in nats per token: nats, se, tokens, split_tokens
     (counted in the whole split) and forwards.
@@ -153,7 +159,7 @@ def bound(
         noise = (torch.from_numpy(a).to(device) for a in (u[p, b], v))
         tokens[p, b] = counted.sum(-1).double()
         with autocast(device, dtype):
-            nats[p, b] = batch_nats(model, x0, maskable, counted, cfg, T, *noise)
+            nats[p, b] = batch_nats(model, x0, maskable, counted, cfg, T, *noise, order)
         write_record(saved, torch.stack((nats[p, b], tokens[p, b])).cpu().numpy().tobytes())
         if turn >= len(jobs):  # another process's batch
             nats[p, b], tokens[p, b] = 0.0, 0.0
@@ -206,6 +212,10 @@ def figure(result, name, digits=3):
 def settle_T(args, cfg):
     """Set args.T, by default the model's; returns the sign before a figure
     and the figure's kind."""
+    if args.order:
+        from tasks.orders import settle_order
+
+        return "=", settle_order(args, cfg)
     args.T = cfg.T if args.T is None else args.T
     if args.T and cfg.causal:
         fail(f"--T {args.T}: an AR model has no diffusion steps")
@@ -226,7 +236,7 @@ def evaluate_split(data, split, model, cfg, args):
     dtype, partial = compute_dtype(next(model.parameters()).device, args.dtype), None
     settings = dict(
         T=args.T, passes=args.passes, windows=args.windows, batch_size=args.batch_size,
-        seed=args.seed, dtype=dtype,
+        seed=args.seed, dtype=dtype, order=args.order,
     )  # fmt: skip
     if args.resume:  # each process has its own part and file
         about = dict(sha256=meta["splits"][split]["sha256"], part=rank_and_world())
@@ -278,6 +288,8 @@ def parse_arguments(argv):
     p.add_argument("--passes", type=int, default=1, help="forwards per window [1]")
     p.add_argument("--parts", action="store_true", help="with T: KL and reconstruction apart")
     p.add_argument("--windows", type=int, default=0, help="of a split, spread evenly [all]")
+    p.add_argument("--order", choices=ORDERS, help="the exact likelihood of this sampler instead")
+    p.add_argument("--per_call", type=int, help="tokens per call of --order [1]")
     p.add_argument(
         "--resume", action="store_true",
         help="keep partial results beside the checkpoint and resume from them after a kill",
@@ -293,7 +305,9 @@ def parse_arguments(argv):
         fail(f"--gen_ppl moved: python -m tasks.judge {args.ckpt} {judge}")
     if unknown:
         fail(f"unrecognized arguments: {' '.join(unknown)}")
-    check_range(args, T=0, passes=1, windows=0, batch_size=1, seed=0)
+    check_range(args, T=0, passes=1, windows=0, per_call=1, batch_size=1, seed=0)
+    if args.per_call and not args.order:
+        fail(f"--per_call {args.per_call}: only with --order")
     for name in ("split", "data"):
         if args.zero_shot is not None and getattr(args, name):
             fail(f"--{name}: not with --zero_shot")

@@ -36,6 +36,7 @@ from data.processes import process_group
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, row_generators
 from samplers import (
+    ORDERS,
     SAMPLERS,
     STEPLESS,
     cached_denoiser,
@@ -54,6 +55,9 @@ def frames(
     """Yield (N, L) canvases from the masked one, (L,) or (N, L), to the text. Row number rows[i]
     has its own random numbers, so its text does not depend on the batch. sampler_options:
     parameters of that sampler only. semi: {window, stride, eos} of `semi_ar`, or None."""
+    if sampler == "llada" and temperature and not (sampler_options or {}).get("lucky"):
+        fail("--sampler llada: keeps the luckiest draws above --temperature 0, no law of the model;"
+             " use --sampler confidence, or insist with --lucky 1")  # fmt: skip
     denoise = (cached_denoiser if cfg.causal else denoiser)(model, cfg)
     device = next(model.parameters()).device
     x = canvas.to(device).expand(len(rows), -1)
@@ -168,13 +172,13 @@ def sampling_options(args, cfg, eos):
     if args.stride and args.stride >= window:
         fail(f"--stride {args.stride}: must be below the window, {window}")
     sampler = choose_sampler(cfg, args.sampler)
-    if args.noise_removal == "greedy" and sampler in STEPLESS:
-        fail(f"--noise_removal greedy: the sampler {sampler} has no steps, and so no last one")
+    if args.noise_removal == "greedy" and sampler in (*STEPLESS, *ORDERS, "llada"):
+        fail(f"--noise_removal greedy: the sampler {sampler} has no steps in time, so no last one")
     semi = dict(window=window, stride=args.stride, eos=eos) if args.semi_ar else None
     return dict(
         steps=args.steps, sampler=sampler, guidance=args.guidance, temperature=args.temperature,
         top_p=args.top_p, noise_removal=args.noise_removal, seed=args.seed, dtype=args.dtype,
-        sampler_options=read_sampler_options(args, sampler), semi=semi,
+        sampler_options=read_sampler_options(args, sampler, cfg), semi=semi,
     )  # fmt: skip
 
 

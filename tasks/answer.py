@@ -14,9 +14,9 @@ ends at the first end-of-text. A model has seen such rows if it was fine-tuned w
 as SMDM's are. Without --train_padding the model always saw where answers end, so pass the length:
 with --new N only N tokens are masked.
 
-Defaults are SMDM's. gsm8k: the sampler confidence, 256 steps, temperature 0.1 and guidance 0.1, for
+Defaults are SMDM's. gsm8k: the sampler llada, 256 steps, temperature 0.1 and guidance 0.1, for
 thought and answer alike. mt_bench: ancestral sampling, 128 steps, temperature 1 and guidance 0.6.
-reversal: greedy, confidence, 32 steps, guidance 0.8 and rows of 52 tokens with their prompts.
+reversal: greedy, llada, 32 steps, guidance 0.8 and rows of 52 tokens with their prompts.
 AR models write from left to right, at the same temperatures and without guidance.
 """
 
@@ -181,8 +181,8 @@ FIELDS = {
     "mt_bench": "question_id and turns, a list of one or two texts",
 }
 DEFAULTS = {  # SMDM's
-    "gsm8k": dict(sampler="confidence", steps=256, temperature=0.1, guidance=0.1),
-    "reversal": dict(sampler="confidence", steps=32, temperature=0.0, guidance=0.8, length=52),
+    "gsm8k": dict(sampler="llada", steps=256, temperature=0.1, guidance=0.1),
+    "reversal": dict(sampler="llada", steps=32, temperature=0.0, guidance=0.8, length=52),
     "mt_bench": dict(sampler=None, steps=128, temperature=1.0, guidance=0.6),
 }
 
@@ -304,10 +304,13 @@ def settle_options(args, cfg, device):
     options.setdefault("length", cfg.seq_len)
     options |= {name: value for name in options if (value := getattr(args, name)) is not None}
     options["sampler"] = choose_sampler(cfg, options["sampler"])
+    given = read_sampler_options(args, options["sampler"], cfg)
+    if args.sampler is None and options["sampler"] == "llada":
+        given = dict(lucky=1) | given  # SMDM's rule, at its temperature
     return options | dict(
         length=min(options["length"], cfg.seq_len), new=args.new, top_p=args.top_p, seed=args.seed,
         dtype=compute_dtype(device, args.dtype),
-        sampler_options=read_sampler_options(args, options["sampler"]),
+        sampler_options=given,
     )  # fmt: skip
 
 

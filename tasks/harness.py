@@ -6,8 +6,9 @@ python -m tasks.harness smdm_1028.pt --tasks openbookqa --estimator chain --guid
 python -m tasks.harness out/pydocs_mdlm/ckpt.pt --tasks mine --include_path my_tasks   # YAML files
 python -m tasks.harness out/gsm8k/ckpt.pt --tasks gsm8k --sampler threshold --threshold 0.7
 
-The likelihood of a target given its prefix is a Monte Carlo bound (mc) or exact for the order from
-left to right (chain); an AR model's is exact. Free text is greedy, the surest token first, or, with
+The likelihood of a target given its prefix is a Monte Carlo bound (mc), exact for the order from
+left to right (chain), or exact for another order, one or --per_call tokens per call (tasks/orders);
+an AR model's is exact. Free text is greedy, the surest token first, or, with
 a temperature or --sampler, sampled; --temperature and --top_p replace the task's and --gen_kwargs'.
 
 A time-conditioned network gets t by the masked fraction of the target, since the prefix is never
@@ -53,7 +54,8 @@ from data.processes import process_group
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, draw_count, mask_exactly, scatter, time_at
 from sample import frames
-from samplers import with_guidance
+from samplers import ORDERS, with_guidance
+from tasks.orders import describe, order_arguments, order_nats
 
 
 class Request(NamedTuple):
@@ -143,6 +145,16 @@ def chain(model, cfg, requests, w=0.0, **batching):
 
     rows = [min(len(r.target), 1) if cfg.causal else len(r.target) for r in requests]
     return sum_log_p(make_rows, rows, model, cfg, requests, w, **batching)
+
+
+def by_order(model, cfg, requests, w=0.0, order=None, **batching):
+    """Exact for an order, {sampler, its option}: `order_nats` of the target."""
+    total, rows = torch.zeros(len(requests)).double(), [min(len(r.target), 1) for r in requests]
+    for i, _, x0, offset in batches(requests, rows, **batching):
+        denoise = normalized_denoiser(model, cfg, offset < 0, w)
+        nats, _ = order_nats(denoise, x0, offset >= 0, cfg, **order)
+        total[i.cpu()] = -nats.sum(-1).cpu()
+    return total.tolist()
 
 
 def draw_noise(request, k, seed):
@@ -343,7 +355,8 @@ def parse_arguments(argv):
     p = parser(__doc__)
     p.add_argument("ckpt")
     p.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="any of lm-eval's")
-    p.add_argument("--estimator", default="mc", choices=("mc", "chain"), help="of likelihoods [mc]")
+    estimators = "mc", "chain", *ORDERS
+    p.add_argument("--estimator", default="mc", choices=estimators, help="of likelihoods [mc]")
     p.add_argument("--mc", type=int, default=128, help="masked copies of a text [128]")
     p.add_argument("--guidance", type=float, default=0.0, help="w, classifier-free, by the prompt")
     p.add_argument("--limit", type=float, help="documents of a task; below 1: a share of them")
@@ -372,10 +385,18 @@ def evaluate_tasks(args, device):
     import lm_eval.utils
 
     model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
-    given = read_sampler_options(args, choose_sampler(cfg, args.sampler))
+    in_order = args.estimator in ORDERS  # then the own options are those of the estimator
+    given = read_sampler_options(
+        args, args.estimator if in_order else choose_sampler(cfg, args.sampler), cfg
+    )
     if cfg.causal and args.guidance:
         fail("--guidance: not for an AR model")
+    if cfg.causal and in_order:
+        fail(f"--estimator {args.estimator}: an AR model has one order, and is exact without it")
     estimator, kind = chain, "exact" if cfg.causal else "chain rule"
+    if in_order:
+        order = order_arguments(args.estimator, given)
+        estimator, kind = partial(by_order, order=order), describe(order)
     if args.estimator == "mc" and not cfg.causal:
         estimator, kind = partial(mc, samples=args.mc, seed=args.seed), f"bound, {args.mc} samples"
 
@@ -384,7 +405,8 @@ def evaluate_tasks(args, device):
     quiet = args.json or rank_and_world()[0] > 0
     lm = make_adapter(
         model, cfg, tokenizer_of(model.tokenizer), estimator, args.guidance, args.dtype, overrides,
-        writing | dict(sampler_options=given), batch_size=args.batch_size, quiet=quiet,
+        writing | dict(sampler_options={} if in_order else given),
+        batch_size=args.batch_size, quiet=quiet,
     )  # fmt: skip
     with packages_only(), redirect_stdout(sys.stderr):  # the harness prints to stdout
         results = run_tasks(lm, args)

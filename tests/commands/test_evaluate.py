@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from data.tokenizer import LLAMA
 from diffusion import mdlm
 from evaluate import bound
 from tasks import zero_shot
+from tasks.orders import row_nats
 
 GPT2 = {"kind": "gpt2"}
 
@@ -66,6 +68,35 @@ def test_the_command_reports_the_whole_split(checkpoint, corpus, capsys):
     assert out["perplexity_se"] == pytest.approx(math.exp(out["nats"]) * out["se"])
     text = run(capsys, checkpoint)
     assert re.search(r"bits per char +<= \d\.\d{4} ± 0\.\d{4}\n", text) and "test split" in text
+
+
+def test_an_order_is_exact_and_the_same_for_every_batch_size(checkpoint, corpus, capsys, tmp_path):
+    get = lambda *args: result_of(capsys, checkpoint, "--split", "val", *args)
+    model, cfg = load(checkpoint)
+    ids = torch.from_numpy(np.asarray(read_split(str(corpus), "val", cfg)[0][:800], np.int64))
+    x0 = ids[: 25 * 32].view(25, 32)
+    order = get("--order", "margin", "--per_call", 3)
+    assert get("--order", "margin", "--per_call", 3, "--batch_size", 7)["nats"] == pytest.approx(
+        order["nats"], rel=1e-5
+    )
+    assert order["T"] == 0 and order["se"] > 0
+    want, _ = row_nats(model, x0, x0 >= 0, x0 >= 0, cfg, dict(sampler="margin", per_call=3))
+    assert order["tokens"] == 800 and order["nats"] == pytest.approx(
+        want.sum().item() / 800, rel=1e-5
+    )
+    assert get("--order", "margin")["nats"] != order["nats"] != get()["nats"]
+    text = run(capsys, checkpoint, "--order", "margin", "--per_call", 3)
+    assert "bits per char   =  " in text and "exact for the order margin, per_call 3" in text
+    shutil.copy(checkpoint, tmp_path / "ckpt.pt")  # an interrupted order is no interrupted bound
+    again = lambda *args: result_of(
+        capsys, tmp_path / "ckpt.pt", "--split", "val", "--resume", *args
+    )
+    assert again("--order", "ar")["nats"] != again()["nats"] == pytest.approx(get()["nats"])
+
+
+def test_an_ar_model_needs_no_order(corpus, capsys, tmp_path):
+    path = save(tmp_path / "ar.pt", as_ar(tiny_run(corpus)))
+    refused(capsys, lambda: evaluate.main([str(path), "--order", "ar"]), "--order ar", "AR model")
 
 
 def test_every_option_reaches_the_bound(checkpoint, corpus, capsys):

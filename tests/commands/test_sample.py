@@ -43,9 +43,22 @@ def test_a_seed_is_a_text(checkpoint, capsys):
     assert three() == first != three("--seed", 1)
 
 
+def lucky(sampler):
+    """The options that choose a sampler at temperature 1."""
+    return ["--sampler", sampler, *(["--lucky", 1] if sampler == "llada" else [])]
+
+
+def test_llada_is_for_temperature_0_or_insisted_on(checkpoint, capsys):
+    command = [str(checkpoint), "--sampler", "llada", "--steps", "5"]
+    refused(capsys, lambda: sample.main(command), "--sampler llada", "confidence", "--lucky 1")
+    greedy = run(capsys, *command, "--temperature", 0)
+    assert greedy == run(capsys, *command[:2], "confidence", *command[3:], "--temperature", 0)
+    assert run(capsys, *command, "--lucky", 1) != greedy
+
+
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
 def test_a_row_does_not_depend_on_its_batch(checkpoint, capsys, sampler):
-    get = lambda *args: run(capsys, checkpoint, "--sampler", sampler, "--steps", 20, *args)
+    get = lambda *args: run(capsys, checkpoint, *lucky(sampler), "--steps", 20, *args)
     texts = get("--num", 6)
     assert get("--num", 6, "--batch_size", 1) == get("--num", 6, "--batch_size", 4) == texts
     assert get("--num", 2) == texts[: 2 * len(texts) // 6]
@@ -57,6 +70,7 @@ def test_a_row_does_not_depend_on_its_batch(checkpoint, capsys, sampler):
     [
         ("threshold", "threshold", 0, 1), ("entropy_bound", "gamma", 0, 999),
         ("remdm_cap", "eta", 0, 1), ("remdm_rescale", "eta", 0, 1),
+        ("margin", "per_call", 1, 9), ("ar", "per_call", 1, 9),
     ],
 )  # fmt: skip
 def test_a_samplers_option_reaches_it(checkpoint, capsys, monkeypatch, sampler, option, low, high):
@@ -72,7 +86,9 @@ def test_a_samplers_option_reaches_it(checkpoint, capsys, monkeypatch, sampler, 
     default, value = get(), common.default_options(real)[option]
     assert get(f"--{option}", value) == default
     assert get(f"--{option}", low) != get(f"--{option}", high)
-    monkeypatch.setattr(common, "default_options", lambda f: {option: value})
+    defaults = common.default_options
+    known = lambda f: {option: value} if f is spy else defaults(f)
+    monkeypatch.setattr(common, "default_options", known)
     monkeypatch.setitem(sample.SAMPLERS, sampler, spy)
     get(f"--{option}", low, "--semi_ar", "--length", 40)
     assert len(seen) == 2 and all(options == {option: low} for options in seen)
@@ -86,11 +102,13 @@ def test_help_names_the_samplers_of_every_option(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "--eta ETA of the sampler remdm_cap [0.008], remdm_rescale [0.015]" in shown
     assert "--gamma GAMMA of the sampler entropy_bound [0.1]" in shown
+    users = "ar [1], confidence [0], margin [0], entropy [0], llada [0]"
+    assert f"--per_call PER_CALL of the sampler {users}" in shown
 
 
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
 def test_texts_around_holes_are_kept(checkpoint, capsys, sampler):
-    options = ["--sampler", sampler, "--steps", 9, *(["--eta", 1] if "remdm" in sampler else [])]
+    options = [*lucky(sampler), "--steps", 9, *(["--eta", 1] if "remdm" in sampler else [])]
     out = run(capsys, checkpoint, "--infill", "one ____ two [3]end", *options)
     assert re.fullmatch(r"one [a-z ]{4} two [a-z ]{3}end\n", out)
 

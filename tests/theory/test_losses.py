@@ -135,6 +135,22 @@ def test_score_entropy_is_that_of_the_paper():
     assert_close(nats_of("sedd", model, x0, cfg, t, xt), dsigma * entropy * (xt == MASK))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("loss", ["mdlm", "sedd"])
+def test_continuous_losses_are_a_poisson_kl_of_reverse_rates(loss, schedule):
+    """Dense: the sum over all tokens y of r^ - r + r log(r / r^), where r and r^ are the true and
+    the model's rates at which a masked position becomes y."""
+    model = hostile_scores() if loss == "sedd" else hostile_model()
+    x0, t = TEXTS, torch.linspace(0.05, 0.95, len(TEXTS), dtype=torch.float64)
+    xt = x0.masked_fill(SUBSETS[torch.arange(len(x0)) % len(SUBSETS)], MASK)
+    rate = (-dalpha(schedule, t) / (1 - alpha(schedule, t)))[:, None, None]
+    r = rate * F.one_hot(x0, V)
+    g = model(xt, t, ones(xt)).exp().view(*x0.shape, V) / (V if loss == "sedd" else 1)
+    terms = rate * g - r + torch.special.xlogy(r, r / (rate * g))
+    want = terms.sum(-1) * (xt == MASK)
+    assert_close(nats_of(loss, model, x0, tiny(schedule=schedule, loss=loss), t, xt), want)
+
+
 def test_score_entropy_costs_more_than_mdlm_unless_scores_are_normalised():
     model, cfg = hostile_scores(), tiny(loss="sedd", schedule="cosine")
     x0, t = torch.randint(0, V, (300, L)), torch.rand(300, dtype=torch.float64)
@@ -197,7 +213,7 @@ def dense_d3pm(model, x0, xt, t, cfg):
     absorb, eye = torch.zeros(K, K, dtype=torch.float64), torch.eye(K, dtype=torch.float64)
     absorb[:, MASK] = 1
     for b in range(len(x0)):
-        a_t, a_s = alpha(cfg.schedule, t[b]).item(), alpha(cfg.schedule, t[b] - 1 / cfg.T).item()
+        a_t, a_s = alpha(cfg, t[b]).item(), alpha(cfg, t[b] - 1 / cfg.T).item()
         qbar_s = a_s * eye + (1 - a_s) * absorb
         q_st = (a_t / a_s) * eye + (1 - a_t / a_s) * absorb
         row = xt[b : b + 1]
