@@ -8,6 +8,7 @@ python sample.py out/owt_mdlm/ckpt.pt --infill "Hi, my name is[*] and that is wh
 python sample.py out/pydocs_mdlm/ckpt.pt --semi_ar --length 4096 --stride 128       # any length
 python sample.py out/pydocs_mdlm/ckpt.pt --sampler threshold --threshold 0.7        # fewer calls
 torchrun --nproc_per_node=8 -- sample.py out/owt_mdlm/ckpt.pt --num 64     # the same texts
+python sample.py out/pydocs_mdlm/ckpt.pt --serve                                    # in a browser
 """
 
 import sys
@@ -50,11 +51,12 @@ from samplers import (
 
 def frames(
     model, cfg, canvas, rows, steps, sampler, guidance=0.0, temperature=1.0, top_p=1.0,
-    noise_removal="sampled", seed=0, dtype="float32", sampler_options=None, semi=None,
+    noise_removal="sampled", seed=0, dtype="float32", sampler_options=None, semi=None, listen=None,
 ):  # fmt: skip
     """Yield (N, L) canvases from the masked one, (L,) or (N, L), to the text. Row number rows[i]
     has its own random numbers, so its text does not depend on the batch. sampler_options:
-    parameters of that sampler only. semi: {window, stride, eos} of `semi_ar`, or None."""
+    parameters of that sampler only. semi: {window, stride, eos} of `semi_ar`, or None. listen:
+    a wrapper of `denoise`, inside temperature and top-p, for callers that show predictions."""
     if sampler == "llada" and temperature and not (sampler_options or {}).get("lucky"):
         fail("--sampler llada: keeps the luckiest draws above --temperature 0, no law of the model;"
              " use --sampler confidence, or insist with --lucky 1")  # fmt: skip
@@ -63,6 +65,8 @@ def frames(
     x = canvas.to(device).expand(len(rows), -1)
     if guidance:
         denoise = with_guidance(denoise, x != cfg.mask_id, guidance, cfg)
+    if listen:
+        denoise = listen(denoise)
     if temperature != 1:
         denoise = with_temperature(denoise, temperature)
     if top_p != 1:
@@ -126,9 +130,8 @@ def add_length_options(p):
     p.add_argument("--noise_removal", default="sampled", choices=ends, help="the last step")
 
 
-def parse_arguments(argv):
-    p = parser(__doc__)
-    p.add_argument("ckpt")
+def add_options(p):
+    """The options of every command that writes texts; `check_arguments` reads them."""
     p.add_argument("--prompt", default="", help="text that the sample begins with")
     p.add_argument(
         "--infill", help='text with holes: "____" (a token per underscore), "[12]", "[*]"'
@@ -141,20 +144,32 @@ def parse_arguments(argv):
     )
     p.add_argument("--stop", action="store_true", help="end a text at its first end-of-text")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--fps", type=float, help="of the live view; default: 4 seconds or more a text")
+    add_model_options(p)
+
+
+def parse_arguments(argv):
+    p = parser(__doc__)
+    p.add_argument("ckpt")
+    add_options(p)
     p.add_argument(
         "--batch_size", type=int, default=16, help="changes memory and speed, not the text"
     )
     p.add_argument(
         "--watch", action="store_true", help="see the text appear; plain output when piped"
     )
-    add_model_options(p)
-    return p.parse_args(argv)
+    p.add_argument(
+        "--serve", nargs="?", const="8000", metavar="PORT", help="a page to type in [port 8000]"
+    )
+    args = p.parse_args(argv)
+    check_range(args, batch_size=1)
+    return args
 
 
 def check_arguments(args):
     """What can be checked without the model."""
     check_range(args, num=1, steps=1, length=1, temperature=0, guidance=0, seed=0)
-    check_range(args, batch_size=1, window=2, stride=1)
+    check_range(args, window=2, stride=1, fps=0.1)
     check_top_p(args)
     if args.infill is not None and (args.prompt or args.length):
         fail("--infill sets the whole text and its length; it excludes --prompt and --length")
@@ -197,28 +212,34 @@ def make_canvas(args, cfg, tokenizer, subword):
     return canvas
 
 
-def write_texts(args, device):
-    """The texts that the arguments select; --watch shows each while it is generated."""
-    model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
-    tokenizer = tokenizer_of(model.tokenizer, cfg.vocab_size)
+def read_arguments(args, model, cfg, tokenizer):
+    """The canvas (L,), the options of `frames`, and the id that ends a text, or None."""
     if args.stop and tokenizer.eos is None:
         fail("--stop: the model's tokenizer has no end-of-text")
     eos = end_id(model, tokenizer, args.stop)
     options = sampling_options(args, cfg, eos)
     canvas = make_canvas(args, cfg, tokenizer, subword=model.tokenizer["kind"] != "char")
-    if args.watch and sys.stdout.isatty() and rank_and_world()[1] == 1:
-        from tasks.view import watch_all
-
-        return watch_all(model, tokenizer, cfg, canvas, args.num, eos, options)
-    return generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, eos=eos, **options)
+    return canvas, options, eos
 
 
 @command
 def main(argv=None):
     args = parse_arguments(argv)
     check_arguments(args)
+    if args.serve:
+        from tasks.serve import serve
+
+        return serve(args)
+    if args.watch and sys.stdout.isatty():
+        from tasks.view import watch
+
+        return watch(args, [args.ckpt], [args.sampler])
     with process_group(args):
-        texts = write_texts(args, local_device(args))
+        model, cfg = load(args.ckpt, not args.no_ema, local_device(args), args.dtype)
+        tokenizer = tokenizer_of(model.tokenizer, cfg.vocab_size)
+        canvas, options, eos = read_arguments(args, model, cfg, tokenizer)
+        options |= dict(batch_size=args.batch_size, eos=eos)
+        texts = generate(model, tokenizer, cfg, args.num, canvas, **options)
         if rank_and_world()[0] > 0:
             return
         for i, text in enumerate(texts):

@@ -34,6 +34,7 @@ class Tokenizer(NamedTuple):
     encode_batch: Callable  # texts, threads -> lists of ids; prefix="" is inside=True for all texts
     decode: Callable  # ids -> text; bytes that are not UTF-8 become U+FFFD
     pieces: Callable  # ids -> list of strings, one per id, for a view of the canvas token by token
+    table: list  # the bytes of every id, those of MASK last
     bos: int | None = None  # the id that begins a row, if the vocabulary has one
     eos: int | None = None  # the id that ends a document or a row
 
@@ -70,6 +71,7 @@ def load_tokenizer(spec):
         encode_batch=encode_batch,
         decode=decode,
         pieces=lambda ids: [table[i].decode(errors="replace") for i in ids],
+        table=table,
         bos=kind.get("bos"),
         eos=kind.get("eos"),
     )

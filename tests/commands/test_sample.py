@@ -284,32 +284,34 @@ def test_watch_is_plain_output_in_a_pipe(checkpoint, capsys):
 
 
 def test_watch_redraws_a_terminal(checkpoint, capsys, monkeypatch):
-    """In its second screen, one frame per event; the first screen shows the texts afterwards."""
-    plain = run(capsys, checkpoint, "--seed", 5, "--steps", 8)
-    shown = watch(monkeypatch, checkpoint, "--seed", 5, "--steps", 8, "--num", 2)
-    assert shown.count("\x1b[?1049h") == shown.count("\x1b[?1049l") == 2
-    views = [part.split("\x1b[?1049l")[0] for part in shown.split("\x1b[?1049h")[1:]]
-    for i, view in enumerate(views):
-        frames = view.split("\x1b[H")[1:]
-        assert f"sample {i + 1} of 2" in frames[0]
-        masks = [frame.count("█") for frame in frames]
-        assert masks[0] == 32 and masks[-1] == 0 and masks == sorted(masks, reverse=True)
-        assert 3 < len(frames) <= 9  # the canvas and at most 8 events
-        bright = [frame.count("\x1b[1;32m") for frame in frames]
-        assert bright == [0, *(-b for b in torch.tensor(masks).diff().tolist())]
+    """In its second screen, one frame per event, both texts side by side; the first screen keeps
+    the last frame."""
+    plain = run(capsys, checkpoint, "--seed", 5, "--steps", 8, "--num", 2)
+    shown = watch(monkeypatch, checkpoint, "--seed", 5, "--steps", 8, "--num", 2, "--fps", 999)
+    assert shown.count("\x1b[?1049h") == shown.count("\x1b[?1049l") == 1
+    view = shown.split("\x1b[?1049h")[1].split("\x1b[?1049l")[0]
+    frames = view.split("\x1b[1;1H")[1:]
+    assert "sample 1" in frames[0] and "sample 2" in frames[0]
+    masks = [frame.count("█") for frame in frames]
+    assert masks[0] == 64 and masks[-1] == 0 and masks == sorted(masks, reverse=True)
+    assert 3 < len(frames) <= 9  # the canvas and at most 8 events
+    new = [sum(map(len, re.findall(r"\x1b\[0;7m([^\x1b]*)", frame))) for frame in frames]
+    assert new == [0, *(-b for b in torch.tensor(masks).diff().tolist())]
     left = re.sub(r"\x1b\[\?1049h.*?\x1b\[\?1049l", "", shown, flags=re.DOTALL)
-    assert left.startswith(f"--- sample 1\n{plain}--- sample 2\n") and "\x1b" not in left
+    left = re.sub(r"\x1b\[[0-9;]*m", "", left).replace("--- ddpm_cache · ", "--- ")
+    assert left.startswith(plain) and "\x1b" not in left
 
 
 def test_watch_fits_the_terminal(checkpoint, monkeypatch):
     """Long lines wrap, what is too tall is cut, and no frame scrolls."""
     monkeypatch.setenv("COLUMNS", "10")
     monkeypatch.setenv("LINES", "5")
-    view = watch(monkeypatch, checkpoint, "--steps", 3).split("\x1b[?1049l")[0]
-    for frame in view.split("\x1b[H")[1:]:
-        lines = re.sub(r"\x1b\[[0-9;]*[a-zA-Z]", "", frame).split("\n")
-        assert len(lines) == 4 and max(map(len, lines)) == 10
-        assert len(lines[2]) == len(lines[3]) == 10
+    view = watch(monkeypatch, checkpoint, "--steps", 3, "--fps", 999).split("\x1b[?1049l")[0]
+    for frame in view.split("\x1b[1;1H")[1:]:
+        lines = re.split(r"\x1b\[\d+;1H", frame)
+        lines = [re.sub(r"\x1b\[[0-9;]*[a-zA-Z]|\x1b\[\?25h", "", line) for line in lines]
+        assert len(lines) == 4 and max(map(len, lines)) <= 10
+        assert "".join(lines[1:]).count("█") == 30 or "█" not in lines[0]
 
 
 def test_the_callers_work_between_frames_is_not_autocast(checkpoint):
