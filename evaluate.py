@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -293,9 +294,9 @@ def parse_arguments(argv):
     args, unknown = p.parse_known_args(argv)
     if args.gen_ppl is not None:
         judge = " ".join(args.gen_ppl) or "JUDGE"
-        fail(f"--gen_ppl moved: python -m tasks.judge {args.ckpt} {judge}")
+        fail(f"--gen_ppl moved: python -m tasks.judge {shlex.quote(args.ckpt)} {judge}")
     if unknown:
-        fail(f"unrecognized arguments: {' '.join(unknown)}")
+        p.error(f"unrecognized arguments: {' '.join(unknown)}")
     check_range(args, T=0, passes=1, batch_size=1, seed=0)
     for name in ("split", "data"):
         if args.zero_shot is not None and getattr(args, name):

@@ -27,6 +27,7 @@ except ModuleNotFoundError as e:
 import contextlib
 import copy
 import math
+import shlex
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -49,9 +50,10 @@ from common import (
     process_group,
     rank_and_world,
 )
-from configs import from_cli
+from configs import Config
 from data.batches import micro_batches, split_batch
 from data.checkpoints import save_checkpoint
+from data.command_line import from_cli
 from data.corpus import folder_of, read_split
 from data.prepare import prepare
 from data.runs import catch_signals, copy_weights, find_checkpoint, open_log, restore
@@ -212,6 +214,11 @@ def prepare_run(cfg, resume, overwrite, closing):
     say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {world} x "
         f"{device.type}, {accumulation} x {micro} rows each in {compute_dtype(device, cfg.dtype)}; "
         f"{work:,.0f} GFLOP a step")  # fmt: skip
+    differing = asdict(cfg).items() - asdict(Config(out_dir=out)).items()
+    say(
+        "fields that are not at their default: "
+        + " ".join(f"{k}={v}" for k, v in sorted(differing))
+    )
     if resume:
         say(f"resumed at step {step}" if step else f"{out} has no checkpoint: starting at step 0")
     return SimpleNamespace(
@@ -375,8 +382,9 @@ def finish(run):
         if cfg.samples:
             for text in generate(run.ema.eval(), run.tokenizer, cfg, cfg.samples, run.canvas):
                 run.say(f"\n--- sample\n{text}")
-        commands = f"  python sample.py {out}/ckpt.pt --watch\n  python evaluate.py {out}/ckpt.pt"
-        run.say(f"\nNext:\n{commands}")
+        out, ckpt = shlex.quote(out), shlex.quote(f"{out}/ckpt.pt")
+        run.say(f"\nNext:\n  python sample.py {ckpt} --watch\n  python evaluate.py {ckpt}\n"
+                f"  python -m tasks.plot {out}")  # fmt: skip
     return val
 
 

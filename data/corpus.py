@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def read_meta(name):
     if not path.exists():
         command = command_for(path.parent.name) or "text --input FILE..."
         if "/" in str(name) or command.startswith("text "):
-            command += f" --out {name}"
+            command += f" --out {shlex.quote(name)}"
         fail(f"{path}: no such file; prepare the data first: python data/prepare.py {command}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))

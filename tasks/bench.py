@@ -36,9 +36,9 @@ from common import (
     parser,
     pick_device,
 )
-from configs import from_cli
 from data.batches import micro_batches, split_batch
 from data.checkpoints import load
+from data.command_line import from_cli
 from data.corpus import read_split, take, unpack
 from diffusion import LOSSES, alpha, mask_tokens, stratify, training_time
 from evaluate import bound, report

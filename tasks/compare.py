@@ -15,8 +15,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from common import check_range, command, fail, local_device, process_group, rank_and_world
-from configs import from_cli
 from data.checkpoints import load
+from data.command_line import from_cli
 from data.tokenizer import tokenizer_of
 from model import count_parameters
 from sample import generate

@@ -14,7 +14,6 @@ chance is one in ten. Grammar would rule out answers to another wording: "was on
 
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from common import autocast, check_range, command, fail, local_device
-from configs import from_cli
 from data.checkpoints import load
-from data.corpus import folder_of, read_meta
+from data.command_line import from_cli
+from data.corpus import folder_of
 from data.tokenizer import tokenizer_of
 from diffusion import ar, draw_count, exact_count_bound
 from tasks.report import format_mean, make_runs, to_markdown, train_if_missing
@@ -142,7 +141,6 @@ def main(argv=None):
     path = folder_of(cfg.data) / "test.jsonl"
     if not path.exists():
         fail(f"{path}: no such file; data/prepare.py reversal also needs the four test files")
-    cfg = replace(cfg, vocab_size=read_meta(cfg.data)["vocab_size"])
     results = train_and_measure(cfg, args.seeds, args.passes, args.questions)
     table = make_table(results)
     (Path(cfg.out_dir) / "table.md").write_text(table)

@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 
 from common import check_range, command, fail, parser, process_group, rank_and_world, to_json
-from configs import SMDM_SIZES, Config, from_cli
+from configs import SMDM_SIZES, Config
+from data.command_line import from_cli
 from data.corpus import read_meta
 from model import DiT
 from tasks import report

@@ -18,9 +18,10 @@ import common
 import evaluate
 import sample
 import train
-from configs import CONFIGS, Config, from_cli
+from configs import CONFIGS, Config
 from data import runs
 from data.checkpoints import read_checkpoint
+from data.command_line import from_cli
 
 # --------------------------------------------------------------------------------------------------
 # Configs from the command line
@@ -92,6 +93,43 @@ def test_help_is_the_docstring(main, word, capsys):
         main(["--help"]) if main else from_cli(["--help"], doc=train.__doc__, flags=flags)
     out = capsys.readouterr().out
     assert e.value.code == 0 and word in out and re.search(r"python \w+\.py", out)
+
+
+def read_help(capsys, *argv):
+    with pytest.raises(SystemExit) as e:
+        from_cli([*argv, "--help"], doc=train.__doc__)
+    assert e.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_values_of_the_named_config(capsys):
+    mdlm, smdm = read_help(capsys, "owt_mdlm"), read_help(capsys, "smdm_170", "--flops=3")
+    assert re.search(r"--lr float +\[0.0003\]", mdlm) and "[openwebtext_wrap1024]" in mdlm
+    assert "[out/owt_mdlm]" in mdlm and "--flops" not in mdlm
+    assert "arguments of smdm_170:\n  --flops FLOPS" in smdm and "[slimpajama]" in smdm
+    for text in (mdlm, smdm, read_help(capsys)):
+        titles = re.findall(r"^(\w+):$", text, re.M)
+        assert titles == ["options", "data", "model", "diffusion", "optimisation", "run"]
+        assert text.count("smdm_N") == 2 and len(re.findall("smdm_[0-9]+_ar", text)) == 0
+        known = set(re.findall(r"^  --(\w+) ", text, re.M))
+        assert known >= {f.name for f in fields(Config)}
+
+
+def test_options_may_be_written_with_dashes():
+    cfg, _ = from_cli(["--batch-size=32", "--micro-batch", "8", "--data=my-own"])
+    assert (cfg.batch_size, cfg.micro_batch, cfg.data) == (32, 8, "my-own")
+
+
+def test_vocab_size_is_that_of_the_data(corpus, tmp_path, capsys):
+    """Unless it is on the command line, or the run that is resumed has another."""
+    data = f"--data={corpus}"
+    assert from_cli([data])[0].vocab_size == 27 and from_cli(["owt_mdlm", data])[0].vocab_size == 27
+    assert from_cli([data, "--vocab_size=30"])[0].vocab_size == 30
+    assert from_cli([])[0].vocab_size == 2048
+    saved = replace(CONFIGS["pydocs_mdlm"](), out_dir=str(tmp_path), data=str(corpus))
+    (tmp_path / "config.json").write_text(json.dumps(asdict(saved)))
+    argv = ["--resume", f"--out_dir={tmp_path}"]
+    assert from_cli(argv, flags=[("resume", "")])[0].vocab_size == 2048
 
 
 # --------------------------------------------------------------------------------------------------
