@@ -12,6 +12,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from samplers import OPTIONS, SAMPLERS, default_options
 
@@ -88,6 +89,31 @@ def to_json(record):
     return json.dumps(strict(record))
 
 
+class Lines:
+    """A stream that is no terminal: what a bar writes over its last state becomes a line."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        if text.strip() and self.stream:
+            self.stream.write(text.strip() + "\n")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def progress(items=None, file=None, **options):
+    """tqdm's bar on stderr. Where that is no terminal: a line every two seconds, none for less. A
+    bar.update(0) also shows a change of bar.n, or that work goes on."""
+    file = file or sys.stderr
+    options = dict(miniters=0, leave=False, dynamic_ncols=True) | options
+    if not getattr(file, "isatty", bool)():
+        options |= dict(mininterval=2, delay=2, leave=False, position=0)
+        file = Lines(file)
+    return tqdm(items, file=file, **options)
+
+
 # --------------------------------------------------------------------------------------------------
 # Argument parsers
 
@@ -110,6 +136,9 @@ def parser(doc, **options):
     return p
 
 
+EXAMPLE = r"^(python .*?)(  +#.*|\\)?$"  # the first command of a docstring, without its comment
+
+
 def explain(p, message):
     """Fail with argparse's message, and with what was probably meant or an example."""
     if wrong := re.match(r"unrecognized arguments: (--\w+)", message):
@@ -117,8 +146,7 @@ def explain(p, message):
     elif wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
         message += " " + suggest(wrong[1], re.findall("'(.*?)'", wrong[2]), "")
     elif "are required" in message:
-        example = re.search(r"^(python \S*(?<!prepare.py)\b.*?)(  +#.*|\\)?$", p.description, re.M)
-        message += f"; for example: {example[1]}"
+        message += f"; for example: {re.search(EXAMPLE, p.description, re.M)[1]}"
     fail(message)
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from common import (
     add_model_options,
@@ -32,6 +31,7 @@ from common import (
     one_line,
     parser,
     pick_device,
+    progress,
     rank_and_world,
     to_json,
 )
@@ -139,7 +139,7 @@ def bound(
     jobs = make_jobs(lengths, cfg.seq_len, passes, batch_size)[rank::world]
     nats, tokens = torch.zeros(2, passes, W, dtype=torch.float64, device=device)
     saved = open(partial, "r+b" if Path(partial).exists() else "w+b") if partial else io.BytesIO()
-    for p, b in tqdm(jobs, disable=quiet or rank > 0, unit="batch", leave=False):
+    for p, b in progress(jobs, disable=quiet or rank > 0, unit="batch"):
         size = 2 * 8 * (b.stop - b.start)
         if len(before := saved.read(size)) == size:
             row = torch.frombuffer(bytearray(before), dtype=torch.float64)

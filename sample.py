@@ -9,7 +9,6 @@ python sample.py out/pydocs_mdlm/ckpt.pt --sampler threshold --threshold 0.7    
 
 import re
 import sys
-from collections import deque
 from functools import partial
 
 import torch
@@ -25,6 +24,7 @@ from common import (
     fail,
     parser,
     pick_device,
+    progress,
     read_sampler_options,
 )
 from data.checkpoints import load
@@ -130,10 +130,14 @@ def generate(
     eos = end_id(model, tokenizer) if eos is None else eos
     canvas = prompt_canvas(tokenizer, "", cfg.seq_len, cfg) if canvas is None else canvas
     texts, sampler = [], choose_sampler(cfg, sampler)
-    for first in range(0, num, batch_size):
-        rows = range(first, min(first + batch_size, num))
-        x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
-        texts += [tokenizer.decode(text_ids(ids, canvas, cfg, eos)) for ids in x.tolist()]
+    masks = int((canvas == cfg.mask_id).sum())
+    with progress(total=num * masks, unit=" tokens") as bar:
+        for first in range(0, num, batch_size):
+            rows = range(first, min(first + batch_size, num))
+            for x in frames(model, cfg, canvas, rows, steps, sampler, **options):
+                bar.n = rows.stop * masks - int((x == cfg.mask_id).sum())
+                bar.update(0)
+            texts += [tokenizer.decode(text_ids(ids, canvas, cfg, eos)) for ids in x.tolist()]
     return texts
 
 

@@ -48,6 +48,7 @@ from common import (
     fail,
     local_device,
     process_group,
+    progress,
     rank_and_world,
 )
 from configs import Config
@@ -252,8 +253,8 @@ def loop(run):
     """Train until cfg.steps; log, validate and save on the way. After a signal, save and exit."""
     cfg, upcoming, stopping = run.cfg, run.upcoming, False
     layout = "{n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
-    run.bar = tqdm(total=cfg.steps, initial=run.step, disable=run.rank > 0, file=run.stderr,
-                   dynamic_ncols=True, bar_format=layout)  # fmt: skip
+    run.bar = progress(total=cfg.steps, initial=run.step, disable=run.rank > 0, file=run.stderr,
+                       leave=True, bar_format=layout)  # fmt: skip
     run.logged = run.timed = time.time()
     with catch_signals() as signals:
         while run.step < cfg.steps and not stopping:

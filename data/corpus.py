@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import fail
+from common import fail, progress
 from diffusion import philox
 
 ROOT = Path(__file__).parent
@@ -95,9 +95,12 @@ def finish(folder, source, tokenizer, vocab_size, characters, wrap=0, pad=None, 
     splits = {}
     for split in characters:
         sha256, tokens, padding, marked = hashlib.sha256(), 0, 0, 0
-        with open(partial / f"{split}.bin", "rb") as f:
+        size = (partial / f"{split}.bin").stat().st_size
+        bar = progress(total=size, unit="B", unit_scale=True, desc=f"checking {split}")
+        with open(partial / f"{split}.bin", "rb") as f, bar:
             while block := f.read(block_size):
                 sha256.update(block)
+                bar.update(len(block))
                 ids = np.frombuffer(block, dtype)
                 tokens += len(ids)
                 padding += int((ids == pad).sum()) if pad is not None else 0

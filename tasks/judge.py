@@ -26,6 +26,7 @@ from common import (
     fail,
     parser,
     pick_device,
+    progress,
     read_sampler_options,
     to_json,
 )
@@ -112,7 +113,7 @@ def make_judge(nll, encode, eos, length, start, cut):
             nats, tokens = nats + costs[count].sum(), tokens + count.sum()
         return nats, tokens
 
-    return torch.no_grad()(lambda texts: np.array([cost(text) for text in texts]).T)
+    return torch.no_grad()(lambda texts: np.array([*map(cost, progress(texts, desc="judging"))]).T)
 
 
 def our_judge(path, device):

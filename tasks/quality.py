@@ -14,7 +14,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common import (
     add_model_options,
@@ -25,6 +24,7 @@ from common import (
     fail,
     parser,
     pick_device,
+    progress,
 )
 from data.checkpoints import load
 from data.corpus import folder_of, read_split
@@ -92,7 +92,7 @@ def measure(args):
         temperature=args.temperature, top_p=args.top_p,
     )  # fmt: skip
     ids_only = tokenizer._replace(decode=list)  # generate then returns ids
-    for name, setting in tqdm(jobs, unit="setting", leave=False, disable=args.json):
+    for name, setting in progress(jobs, unit="setting", disable=args.json):
         forwards = 0
         texts = generate(model, ids_only, cfg, sampler=name, **options, **setting)
         varied = setting.get("sampler_options") or setting

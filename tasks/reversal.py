@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from common import autocast, check_range, command, fail, local_device
+from common import autocast, check_range, command, fail, local_device, progress
 from data.checkpoints import load
 from data.command_line import from_cli
 from data.corpus import folder_of
@@ -75,7 +74,7 @@ def measure_nats(model, cfg, x0, maskable, counted, passes, batch_size=512):
     exact counts of masks that are stratified over `passes` forwards."""
     nats = []
     batches = list(zip(*(rows.split(batch_size) for rows in (x0, maskable, counted))))
-    for x, m, c in tqdm(batches, leave=False, unit="batch"):
+    for x, m, c in progress(batches, unit="batch"):
         with autocast(x.device, cfg.dtype):
             if cfg.causal:
                 nats.append(ar(model, x, c, cfg).double().sum(-1))

@@ -1,6 +1,9 @@
 """The command line, and bad data, folders and checkpoints: one clear line on stderr that says what
 is allowed, exit code 2, nothing lost. test_bad_arguments.py has the table of bad arguments."""
 
+import importlib
+import io
+import itertools
 import json
 import re
 import shutil
@@ -8,17 +11,18 @@ import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_corpus, refused, tiny_run
+from conftest import ROOT, make_corpus, refused, save, tiny_run
 
 import common
 import evaluate
 import sample
 import train
-from configs import CONFIGS, Config
+from configs import CONFIGS, Config, as_ar
 from data import runs
 from data.checkpoints import read_checkpoint
 from data.command_line import from_cli
@@ -130,6 +134,61 @@ def test_vocab_size_is_that_of_the_data(corpus, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(asdict(saved)))
     argv = ["--resume", f"--out_dir={tmp_path}"]
     assert from_cli(argv, flags=[("resume", "")])[0].vocab_size == 2048
+
+
+# --------------------------------------------------------------------------------------------------
+# Progress, where stderr is no terminal
+
+
+def test_progress_is_a_line_every_two_seconds(monkeypatch):
+    clock, out = SimpleNamespace(seconds=0.0), io.StringIO()
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.seconds)
+
+    def work(seconds):
+        for _ in common.progress(range(100), file=out, desc="work"):
+            clock.seconds += seconds / 100
+        return out.getvalue().splitlines()
+
+    assert work(1.9) == []
+    lines = work(10)
+    assert len(lines) == 4 and all(line.startswith("work: ") for line in lines)
+    assert "\r" not in out.getvalue() and " 20%" in lines[0] and "00:02<00:0" in lines[0]
+    bar = common.progress(file=out, desc="waiting")
+    for _ in range(3):  # nothing is counted, yet it says that work goes on
+        clock.seconds += 3
+        bar.update(0)
+    assert len(out.getvalue().splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    "command, word",
+    [
+        ("sample CKPT --num 3 --batch_size 2", " tokens]"),
+        ("evaluate CKPT", "batch"),
+        ("tasks.judge CKPT AR --num 3", "judging"),
+        ("data.prepare text --input TEXT --out OUT/new", "training the tokenizer"),
+        ("data.prepare text --input TEXT --out OUT/new", "encoding train"),
+        ("data.prepare text --input TEXT --out OUT/new", "checking val"),
+        ("tasks.convert CKPT OUT/hub", "reading"),
+        ("tasks.convert CKPT OUT/hub", "writing"),
+        ("train --data=WORDS --steps=3 --n_embd=32 --out_dir=OUT/run", "loss"),
+        (
+            "train --data=WORDS --steps=3 --n_embd=32 --out_dir=OUT/run",
+            "1024/1024",
+        ),  # tokens of samples
+    ],
+)
+def test_long_work_shows_progress(command, word, corpus, checkpoint, tmp_path, capsys, monkeypatch):
+    """With a clock that runs so fast that all work is long."""
+    ticks = itertools.count(step=3.0)
+    monkeypatch.setattr("tqdm.std.time", lambda: next(ticks))
+    ar = save(tmp_path / "ar.pt", as_ar(tiny_run(corpus)))
+    (tmp_path / "text").write_text("a text that is repeated. " * 99)
+    paths = dict(CKPT=checkpoint, AR=ar, TEXT=tmp_path / "text", OUT=tmp_path, WORDS=corpus)
+    name, *argv = re.sub("|".join(paths), lambda m: str(paths[m[0]]), command).split()
+    module = importlib.import_module(name)
+    (module.command_line if name == "train" else module.main)(argv)
+    assert word in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------

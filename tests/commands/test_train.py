@@ -556,6 +556,7 @@ def test_the_time_left_counts_steps_and_validations_to_come(cfg, monkeypatch):
     clock = Clock(monkeypatch)
     bar = Bar(clock)
     monkeypatch.setattr(train, "tqdm", bar)
+    monkeypatch.setattr(train, "progress", bar)
     cfg = replace(cfg, steps=20, eval_every=6, eval_windows=8)  # validates at 6, 12, 18 and 20
     val_ids = np.zeros(25 * 32 - 5)  # 25 windows, the last of them shorter
     run = SimpleNamespace(cfg=cfg, val_ids=val_ids, bar=bar, first=0, timed=0.0, per_window=0.0)
@@ -587,6 +588,7 @@ def progress(request, cfg, monkeypatch):
     bar = Bar(clock)
     bar.write = lambda text, file: None
     monkeypatch.setattr(train, "tqdm", bar)
+    monkeypatch.setattr(train, "progress", bar)
 
     def step(*args):
         clock.advance(24 if started else 1000)
