@@ -18,6 +18,7 @@ from common import check_range, command, fail, local_device, process_group, rank
 from data.checkpoints import load
 from data.command_line import from_cli
 from data.tokenizer import tokenizer_of
+from diffusion import LOSSES
 from model import count_parameters
 from sample import generate
 from tasks.report import (
@@ -106,7 +107,7 @@ def main(cfg, seeds, passes):
     """Train what is missing; write and print the table and samples. Returns {loss: reports}."""
     if cfg.loss != "mdlm":
         fail(f"loss={cfg.loss}: compare starts from a config of loss=mdlm")
-    runs = {name: make_runs(cfg, name, seeds) for name in VARIANTS}
+    runs = {name: make_runs(cfg, name, seeds) for name in VARIANTS | LOSSES}
     for same_seed in zip(*runs.values()):
         for run in same_seed:
             train_if_missing(run)

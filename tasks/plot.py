@@ -135,7 +135,7 @@ def loss_by_time(path, args):
 
 def draw_checkpoints(plt, paths, args):
     """A curve per checkpoint. Its mean over t, the area under it, is the bound."""
-    _, axis = plt.subplots(figsize=(7, 4.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 4.8), layout="constrained")
     for path in paths:
         t, mean, error = loss_by_time(path, args)
         label = f"{path}: area {mean.mean():.3f} nats per token"
@@ -143,7 +143,7 @@ def draw_checkpoints(plt, paths, args):
     axis.set(xlabel="t, the share of masked tokens", ylabel="nats per masked token", xlim=(0, 1))
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=9, loc="upper left")
+    figure.legend(loc="outside lower center", fontsize=9)
 
 
 # --------------------------------------------------------------------------------------------------
