@@ -137,14 +137,14 @@ def commands(path):
         lines += re.findall(r"`((?:python|torchrun) [^`]*)`", CODE.sub("", text))
     for line in lines:
         for command in re.split(r" (?:&&|\|\||;) ", line):
-            words = shlex.split(command, comments=True)
+            words = shlex.split(command.removeprefix("srun "), comments=True)
             if words and words[0] in ("python", "torchrun"):
                 yield words[1:]
 
 
 def split_target(words):
     """(script or module, its arguments) of the words after python or torchrun."""
-    while re.match("--nproc|--nnodes|--rdzv", words[0]):
+    while re.match("--nproc|--nnodes|--rdzv|--max_restarts", words[0]):
         words = words[1:]
     return (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
 

@@ -36,7 +36,7 @@ def test_it_needs_torch_only_and_stores_no_output():
 
 @pytest.mark.slow
 def test_it_runs(capsys):
-    """In under three minutes of a core, however busy the machine is; the network beats the best guess without context, surely."""
+    """In under three minutes of a core; the network surely beats a guess without context."""
     start, names = time.process_time(), {}
     for code in CODE:
         exec(code, names)
