@@ -53,10 +53,10 @@ NAMES = {  # data set: {option in the folder's name: default of the data set's f
 
 def default_folder(name, packed=False, no_eot=False, wrap=None, dump=None, **options):
     """The folder of a data set prepared with these options; a dump is always in the name."""
-    dump = dump or NAMES[name].get("dump")
+    dump = dump or NAMES.get(name, {}).get("dump")
     if dump and not re.fullmatch(DUMP, dump):
         fail(f"--dump={dump}: must be named like CC-MAIN-2024-10")
-    wrap = None if wrap == NAMES[name].get("wrap") else wrap
+    wrap = None if wrap == NAMES.get(name, {}).get("wrap") else wrap
     parts = [name, dump, packed and "packed", no_eot and "no_eot"]
     return "_".join(filter(None, parts)) + (f"_wrap{wrap}" if wrap is not None else "")
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path 
 
 from common import command, fail, one_line, parser, suggest
 from configs import CONFIGS
-from data.corpus import default_folder, folder_of, partial_of
+from data.corpus import NAMES, default_folder, folder_of, partial_of
 from data.finetune import gsm8k, reversal, sharegpt
 from data.pretrain import fineweb, lm1b, openwebtext, slimpajama
 from data.texts import TEXT_KINDS, pydocs, text, text8
@@ -38,6 +38,7 @@ DATASETS = {
     "slimpajama": slimpajama, "fineweb": fineweb,
     "gsm8k": gsm8k, "sharegpt": sharegpt, "reversal": reversal, "text": text,
 }  # fmt: skip
+NAMES |= {name: {} for name in DATASETS if name not in NAMES}
 
 
 def dataset_options(name):

@@ -17,7 +17,10 @@ STANDS_IN = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$NOTES"
 case "$(basename "$0") $*" in
     "scontrol show hostnames"*) printf 'node7\\nnode8\\n' ;;
-    srun*) echo $$ > "$NOTES.step"; trap 'exit 143' TERM; for _ in $(seq "${WORK:-0}"); do sleep 0.1; done ;;
+    srun*)
+        echo $$ > "$NOTES.step"
+        trap 'exit 143' TERM
+        for _ in $(seq "${WORK:-0}"); do sleep 0.1; done ;;
     scancel*) kill -TERM "$(cat "$NOTES.step")" ;;
 esac
 """
