@@ -3,6 +3,7 @@ dtypes."""
 
 import argparse
 import contextlib
+import difflib
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from samplers import OPTIONS, SAMPLERS, default_options
 
@@ -109,17 +111,72 @@ def check_fields(value, fields, where, advice=""):
     return value
 
 
+class Lines:
+    """A stream that is no terminal: what a bar writes over its last state becomes a line."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        if text.strip() and self.stream:
+            self.stream.write(text.strip() + "\n")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def progress(items=None, file=None, **options):
+    """tqdm's bar on stderr. Where that is no terminal: a line every two seconds, none for less. A
+    bar.update(0) also shows a change of bar.n, or that work goes on."""
+    file = file or sys.stderr
+    options = dict(miniters=0, leave=False, dynamic_ncols=True) | options
+    if not getattr(file, "isatty", bool)():
+        options |= dict(mininterval=2, delay=2, leave=False, position=0)
+        file = Lines(file)
+    return tqdm(items, file=file, **options)
+
+
 # --------------------------------------------------------------------------------------------------
 # Argument parsers
 
 
-def parser(doc):
-    """The argparse parser of every script: the docstring is the help, a mistake is one line."""
+def parser(doc, **options):
+    """The argparse parser of every script: the docstring is the help, a mistake is one line, and
+    an option's - is the same as its _."""
+    form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=doc, formatter_class=form, allow_abbrev=False, **options
     )
-    p.error = fail
+    p.error, parse = functools.partial(explain, p), p.parse_known_args
+
+    def parse_known_args(argv=None, namespace=None):
+        argv = sys.argv[1:] if argv is None else argv
+        with_underscores = lambda match: "--" + match[0][2:].replace("-", "_")
+        return parse([re.sub(r"^--\w[\w-]*(?==|\Z)", with_underscores, a) for a in argv], namespace)
+
+    p.parse_known_args = parse_known_args
     return p
+
+
+EXAMPLE = r"^(python .*?)(  +#.*|\\)?$"  # the first command of a docstring, without its comment
+
+
+def explain(p, message):
+    """Fail with argparse's message, and with what was probably meant or an example."""
+    if wrong := re.match(r"unrecognized arguments: (--\w+)", message):
+        message = f"unknown option {wrong[1]}; {suggest(wrong[1], p._option_string_actions)}"
+    elif wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+        message += " " + suggest(wrong[1], re.findall("'(.*?)'", wrong[2]), "")
+    elif "are required" in message:
+        message += f"; for example: {re.search(EXAMPLE, p.description, re.M)[1]}"
+    fail(message)
+
+
+def suggest(word, known, otherwise=None):
+    """What to say about an unknown word: the nearest known one; without one, all that are known."""
+    if near := difflib.get_close_matches(word, known, 1):
+        return f"did you mean {near[0]}?"
+    return f"there are {', '.join(known)}" if otherwise is None else otherwise
 
 
 def boolean(text):

@@ -4,14 +4,10 @@ python train.py                                   # pydocs_mdlm, the demo
 python train.py text8_d3pm --lr=5e-4 --seed=2     # a config and typed overrides
 """
 
-import argparse
-import inspect
-import re
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 
-from common import DTYPES, boolean, fail, parser, read_json
+from common import DTYPES, fail
 from diffusion import LOSSES, SCHEDULES, SIGMAS, TIME_DRAWS, TIME_LAWS
 from extra.smdm import SMDM_SIZES, fields_of
 
@@ -345,58 +341,6 @@ CONFIGS |= {
 
 
 # --------------------------------------------------------------------------------------------------
-
-
-def add_fields(p):
-    """An option per field of Config, whose help is the field's comment."""
-    notes = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    for f in fields(Config):
-        kind = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        note = f"{notes.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
-        kind |= dict(help=note, metavar=f.type.__name__, default=argparse.SUPPRESS)
-        p.add_argument(f"--{f.name}", **kind)
-
-
-def from_cli(argv=None, doc=None, flags=(), out="out/{}", config="pydocs_mdlm"):
-    """[CONFIG] [--field=value ...] [--flag ...] -> (Config, namespace of the flags).
-
-    A flag is (name, help), or (name, help, default) if it takes a value of the default's type. A
-    config's own parameters, such as flops, are options too. With the flag --resume, fields that are
-    not given are those of the run in out_dir."""
-    p = parser(doc)
-    p.add_argument("config", nargs="?", default=config, help=", ".join(CONFIGS))
-    for flag, text, *default in flags:
-        kind = dict(action="store_true")
-        if default:
-            kind = dict(type=type(default[0]), default=default[0])
-        p.add_argument(f"--{flag}", help=text, **kind)
-    add_fields(p)
-    args, unknown = p.parse_known_args(argv)
-    if args.config not in CONFIGS:
-        fail(f"unknown config {args.config!r}; the configs are {', '.join(CONFIGS)}")
-
-    parameters = inspect.signature(CONFIGS[args.config]).parameters
-    q = parser(doc)
-    for name in parameters.keys() - vars(args).keys():
-        if not hasattr(Config, name):
-            kind = type(parameters[name].default)
-            q.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
-    arguments, unknown = q.parse_known_args(unknown)
-    if unknown:
-        names = ", ".join(f.name for f in fields(Config))
-        fail(f"unknown argument {unknown[0]}; the fields are {names}")
-
-    given = {f.name: vars(args).pop(f.name) for f in fields(Config) if f.name in args}
-    given.setdefault("out_dir", out.format(args.config))
-    saved = Path(given["out_dir"]) / "config.json"
-    shared = {name: value for name, value in given.items() if name in parameters}
-    try:
-        cfg = CONFIGS[args.config](**vars(arguments), **shared)
-        if getattr(args, "resume", False) and saved.exists():
-            cfg = from_dict(read_json(saved, {}), saved)
-        return replace(cfg, **given), args
-    except ValueError as e:
-        fail(f"{args.config}: {e}")
 
 
 def from_dict(values, where):

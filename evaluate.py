@@ -13,13 +13,13 @@ Generative perplexity of samples is another command: python -m tasks.judge.
 
 import io
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from common import (
     add_model_options,
@@ -31,6 +31,7 @@ from common import (
     local_device,
     one_line,
     parser,
+    progress,
     rank_and_world,
     to_json,
 )
@@ -147,7 +148,7 @@ def bound(
     turns = range(rank, -(-len(jobs) // world) * world, world)  # equally many: see extra/fsdp.py
     nats, tokens = torch.zeros(2, passes, W, dtype=torch.float64, device=device)
     saved = open(partial, "r+b" if Path(partial).exists() else "w+b") if partial else io.BytesIO()
-    for turn in tqdm(turns, disable=quiet or rank > 0, unit="batch", leave=False):
+    for turn in progress(turns, disable=quiet or rank > 0, unit="batch"):
         p, b = jobs[turn % len(jobs)]
         if before := read_record(saved, 2 * 8 * (b.stop - b.start)):
             row = torch.frombuffer(bytearray(before), dtype=torch.float64)
@@ -302,9 +303,9 @@ def parse_arguments(argv):
     args, unknown = p.parse_known_args(argv)
     if args.gen_ppl is not None:
         judge = " ".join(args.gen_ppl) or "JUDGE"
-        fail(f"--gen_ppl moved: python -m tasks.judge {args.ckpt} {judge}")
+        fail(f"--gen_ppl moved: python -m tasks.judge {shlex.quote(args.ckpt)} {judge}")
     if unknown:
-        fail(f"unrecognized arguments: {' '.join(unknown)}")
+        p.error(f"unrecognized arguments: {' '.join(unknown)}")
     check_range(args, T=0, passes=1, windows=0, per_call=1, batch_size=1, seed=0)
     if args.per_call and not args.order:
         fail(f"--per_call {args.per_call}: only with --order")

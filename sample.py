@@ -12,7 +12,6 @@ python sample.py out/pydocs_mdlm/ckpt.pt --serve                                
 """
 
 import sys
-from collections import deque
 from functools import partial
 
 from common import (
@@ -27,6 +26,7 @@ from common import (
     gather,
     local_device,
     parser,
+    progress,
     rank_and_world,
     read_sampler_options,
     share,
@@ -110,10 +110,14 @@ def generate(
     canvas = prompt_canvas(tokenizer, "", cfg.seq_len, cfg) if canvas is None else canvas
     texts, sampler = [], choose_sampler(cfg, sampler)
     numbers = range(num) if cfg.fsdp else share(range(num))  # FSDP: all call it equally often
-    for first in range(0, len(numbers), batch_size):
-        rows = numbers[first : first + batch_size]
-        x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
-        texts += [tokenizer.decode(text_ids(ids, canvas, cfg, eos)) for ids in x.tolist()]
+    masks, quiet = int((canvas == cfg.mask_id).sum()), rank_and_world()[0] > 0
+    with progress(total=len(numbers) * masks, unit=" tokens", disable=quiet) as bar:
+        for first in range(0, len(numbers), batch_size):
+            rows = numbers[first : first + batch_size]
+            for x in frames(model, cfg, canvas, rows, steps, sampler, **options):
+                bar.n = (first + len(rows)) * masks - int((x == cfg.mask_id).sum())
+                bar.update(0)
+            texts += [tokenizer.decode(text_ids(ids, canvas, cfg, eos)) for ids in x.tolist()]
     return texts if cfg.fsdp else gather(texts)
 
 

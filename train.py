@@ -27,6 +27,7 @@ except ModuleNotFoundError as e:
 import contextlib
 import copy
 import math
+import shlex
 import signal
 import time
 from collections import deque
@@ -38,7 +39,6 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
 
 from common import (
     autocast,
@@ -46,11 +46,12 @@ from common import (
     command,
     fail,
     local_device,
+    progress,
     rank_and_world,
 )
-from configs import from_cli
 from data.batches import micro_batches, split_batch, steps_of
 from data.canvas import prompt_canvas
+from data.command_line import from_cli
 from data.corpus import folder_of, read_split, read_val_sets
 from data.prepare import prepare
 from data.processes import process_group
@@ -266,8 +267,8 @@ def loop(run):
     """Train until cfg.steps; log, validate and save on the way. After a signal, save and exit."""
     cfg, stopping = run.cfg, False
     layout = "{n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
-    run.bar = tqdm(total=cfg.steps, initial=run.step, disable=run.rank > 0, file=run.stderr,
-                   dynamic_ncols=True, bar_format=layout)  # fmt: skip
+    run.bar = progress(total=cfg.steps, initial=run.step, disable=run.rank > 0, file=run.stderr,
+                       leave=True, bar_format=layout)  # fmt: skip
     run.logged = run.timed = time.time()
     with catch_signals() as signals:
         while run.step < cfg.steps and not stopping:
@@ -379,8 +380,9 @@ def finish(run):
                 f"after {run.seconds:.0f} s of training")  # fmt: skip
         for text in texts:
             run.say(f"\n--- sample\n{text}")
-        commands = f"  python sample.py {out}/ckpt.pt --watch\n  python evaluate.py {out}/ckpt.pt"
-        run.say(f"\nNext:\n{commands}")
+        out, ckpt = shlex.quote(out), shlex.quote(f"{out}/ckpt.pt")
+        run.say(f"\nNext:\n  python sample.py {ckpt} --watch\n  python evaluate.py {ckpt}\n"
+                f"  python -m tasks.plot {out}")  # fmt: skip
     return val
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import head
-from common import compute_dtype, fail, one_line
+from common import compute_dtype, fail, one_line, suggest
 from configs import from_dict
 from model import DiT
 
@@ -56,7 +56,10 @@ def read_checkpoint(path, mmap=False):
     if path.is_dir():
         path = path / "ckpt.pt"  # a run's folder
     if not path.is_file():
-        fail(f"{path}: no such checkpoint")
+        runs = [str(run) for run in Path("out").glob("*/ckpt.pt")]
+        fail(
+            f"{path}: no such checkpoint; {suggest(str(path), runs, 'train one: python train.py')}"
+        )
     check_archive(path)
     try:
         ckpt = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)

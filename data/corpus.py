@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import zlib
 from pathlib import Path
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import check_fields, fail, read_json
+from common import check_fields, fail, progress, read_json
 from diffusion import philox
 
 ROOT = Path(__file__).parent
@@ -60,10 +61,10 @@ NAMES = {  # data set: {option in the folder's name: default of the data set's f
 
 def default_folder(name, packed=False, train=False, no_eot=False, wrap=None, dump=None, **options):
     """The folder of a data set prepared with these options; a dump is always in the name."""
-    dump = dump or NAMES[name].get("dump")
+    dump = dump or NAMES.get(name, {}).get("dump")
     if dump and not re.fullmatch(DUMP, dump):
         fail(f"--dump={dump}: must be named like CC-MAIN-2024-10")
-    wrap = None if wrap == NAMES[name].get("wrap") else wrap
+    wrap = None if wrap == NAMES.get(name, {}).get("wrap") else wrap
     parts = [name, dump, packed and "packed", train and "train", no_eot and "no_eot"]
     return "_".join(filter(None, parts)) + (f"_wrap{wrap}" if wrap is not None else "")
 
@@ -104,9 +105,12 @@ def finish(folder, source, tokenizer, vocab_size, characters, wrap=0, pad=None, 
     splits = {}
     for split in characters:
         sha256, tokens, padding, marked = hashlib.sha256(), 0, 0, 0
-        with open(partial / f"{split}.bin", "rb") as f:
+        size = (partial / f"{split}.bin").stat().st_size
+        bar = progress(total=size, unit="B", unit_scale=True, desc=f"checking {split}")
+        with open(partial / f"{split}.bin", "rb") as f, bar:
             while block := f.read(block_size):
                 sha256.update(block)
+                bar.update(len(block))
                 ids = np.frombuffer(block, dtype)
                 tokens += len(ids)
                 padding += int((ids == pad).sum()) if pad is not None else 0
@@ -152,7 +156,7 @@ def preparing(name):
     """The command that prepares the corpus of this name."""
     command = command_for(folder_of(name).name) or "text --input FILE..."
     if "/" in str(name) or command.startswith("text "):
-        command += f" --out {name}"
+        command += f" --out {shlex.quote(str(name))}"
     return f"python data/prepare.py {command}"
 
 

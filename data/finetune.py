@@ -15,9 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from common import fail, one_line
+from common import fail, one_line, progress
 from data.corpus import GIVEN, finish, partial_of
 from data.readers import read_records, report
 from data.shards import fetch, find_shards, name_of, split_of
@@ -232,7 +231,7 @@ def write_rows(folder, source, spec, splits, tests, wrap, train_padding):
     for split, items in splits.items():
         rows = n = 0
         with open(partial_of(folder) / f"{split}.bin", "wb") as f:
-            for i in tqdm(range(0, len(items), 1000), desc=split, leave=False, disable=None):
+            for i in progress(range(0, len(items), 1000), desc=split):
                 for ids, trained in make_rows(items[i : i + 1000], tokenizer, wrap):
                     np.array(ids + [padding] * (wrap - len(ids)), np.uint32).tofile(f)
                     rows, n = rows + 1, n + trained

@@ -19,15 +19,16 @@ a set with --workers resumes when the command is repeated.
 """
 
 import inspect
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is data/ alone
 
-from common import command, fail, one_line, parser
+from common import command, fail, one_line, parser, suggest
 from configs import CONFIGS
-from data.corpus import default_folder, folder_of, partial_of, verify
+from data.corpus import NAMES, default_folder, folder_of, partial_of, verify
 from data.finetune import gsm8k, reversal, sharegpt
 from data.pretrain import fineweb, lm1b, openwebtext, slimpajama
 from data.texts import TEXT_KINDS, pydocs, text, text8
@@ -39,6 +40,7 @@ DATASETS = {
     "slimpajama": slimpajama, "fineweb": fineweb,
     "gsm8k": gsm8k, "sharegpt": sharegpt, "reversal": reversal, "text": text,
 }  # fmt: skip
+NAMES |= {name: {} for name in DATASETS if name not in NAMES}
 
 
 def dataset_options(name):
@@ -51,7 +53,7 @@ def prepare(name, out=None, overwrite=False, **options):
     """Make data/<name>, or the folder `out`; returns its meta. Bad input is one line and exit code
     2, and leaves the folder as it was."""
     if name not in DATASETS:
-        fail(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
+        fail(f"unknown data set {name!r}; {suggest(name, DATASETS)}")
     allowed = [*dataset_options(name), "out", "overwrite"]
     for option in options:
         if option not in allowed:
@@ -93,22 +95,23 @@ def announce(meta, name, out=None, **options):
         folder = default_folder(name, **options)
         print(f"now train on it: {training_command(meta, name, data, folder, example)}")
     else:
-        print(f"now evaluate a model on it: python evaluate.py out/{example}/ckpt.pt --data={data}")
+        command = f"python evaluate.py out/{example}/ckpt.pt --data={shlex.quote(data)}"
+        print(f"now evaluate a model on it: {command}")
 
 
 def training_command(meta, name, data, folder, example):
     config = closest_config(name, folder, example, meta["given"])
     cfg, command = CONFIGS[config](), f"python train.py {config}"
-    fields = dict(data=data, vocab_size=meta["vocab_size"], seq_len=meta["wrap"])
+    fields = dict(data=data, seq_len=meta["wrap"])
     for field, value in fields.items():
         if value and value != getattr(cfg, field):
-            command += f" --{field}={value}"
+            command += f" --{field}={shlex.quote(str(value))}"
     if meta["given"] and not cfg.bos:
         command += " --bos=True"
     if meta["given"] and example:
         command += f" --init_from=out/{example}/ckpt.pt"
-    if name == "text":  # the demo's config, but another run
-        command += f" --out_dir=out/{meta['name']}"
+    if data != cfg.data:  # another run than the config's
+        command += f" --out_dir={shlex.quote('out/' + meta['name'])}"
     return command
 
 

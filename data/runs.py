@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import compute_dtype, fail, one_line, to_json
-from configs import from_dict
+from configs import Config, from_dict
 from data.checkpoints import VERSION, check_weights, load, read_checkpoint, save_checkpoint
 from data.processes import is_ours, take_over
 from data.trackers import start_trackers
@@ -285,6 +285,9 @@ def introduce(run, accumulation, resume):
     say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {run.world} x "
         f"{run.device.type}, {accumulation} x {run.micro} rows each in {dtype}; "
         f"{work:,.0f} GFLOP a step")  # fmt: skip
+    differing = asdict(cfg).items() - asdict(Config(out_dir=out)).items()
+    fields = " ".join(f"{name}={value}" for name, value in sorted(differing))
+    say(f"fields that are not at their default: {fields}")
     if resume:
         say(f"resumed at step {run.step}" if run.step
             else f"{out} has no checkpoint: starting at step 0")  # fmt: skip

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from common import fail, one_line, read_json
+from common import fail, one_line, progress, read_json
 from data.corpus import dtype_of, finish, partial_of
 from data.detokenize import DETOKENIZERS
 from data.readers import read_documents, report
@@ -211,7 +210,7 @@ def run_workers(shards, targets, recipe, workers):
     processes, threads = min(workers, len(shards)), max(1, workers // len(shards))
     with (
         ProcessPoolExecutor(processes, initializer=begin_worker, initargs=[done]) as pool,
-        tqdm(unit=" documents", unit_scale=True, disable=None) as bar,
+        progress(unit=" documents", unit_scale=True) as bar,
     ):
         jobs = zip(shards, targets)
         waiting = {pool.submit(tokenize_shard, *job, recipe, threads) for job in jobs}
@@ -227,8 +226,8 @@ def run_workers(shards, targets, recipe, workers):
 
 
 def begin_worker(done):
-    global progress
-    progress = done
+    global documents_done
+    documents_done = done
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
     # Without this, the workers of a killed run would wait for work for ever.
@@ -288,8 +287,8 @@ def write_ids(path, recipe, threads, ids_file, sizes_file, notes):
             sizes.append([len(recipe.before) + len(ids) + len(recipe.after), characters])
         np.array(out, dtype).tofile(ids_file)
         np.array(sizes, np.uint32).tofile(sizes_file)
-        with progress.get_lock():
-            progress.value += len(texts)
+        with documents_done.get_lock():
+            documents_done.value += len(texts)
         if recipe.tokens and ids_file.tell() >= recipe.tokens * dtype.itemsize:
             return
 
@@ -339,7 +338,8 @@ def read_ids(documents, start, stop):
         n = path.stat().st_size // dtype.itemsize
         if max(start, at) < min(stop, at + n):  # an empty file cannot be mapped
             ids = np.memmap(path, dtype, "r")[max(start - at, 0) : stop - at]
-            yield from (ids[i : i + 2**24] for i in range(0, len(ids), 2**24))
+            pieces = progress(range(0, len(ids), 2**24), desc=f"writing {path.name}")
+            yield from (ids[i : i + 2**24] for i in pieces)
         at += n
 
 

@@ -15,13 +15,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from common import fail, one_line
+from common import fail, one_line, progress
 from data.corpus import dtype_of, finish, partial_of
 from data.readers import COLUMN_FILES, kind_of, open_bytes, read_documents, report
 from data.shards import refuse_held_out
-from data.tokenizer import KINDS, Progress, tokenizer_of, train_bpe
+from data.tokenizer import KINDS, tokenizer_of, train_bpe
 
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 TEXT8_CHARACTERS = 100_000_000
@@ -40,11 +39,9 @@ def write_texts(folder, source, spec, splits):
     tokenizer, piece = tokenizer_of(spec), 2**20  # a list of Python ints takes 36 bytes a token
     dtype = dtype_of(tokenizer.vocab_size)
     for split, text in splits.items():
-        with open(partial_of(folder) / f"{split}.bin", "wb") as f, Progress() as progress:
-            for i in range(0, len(text), piece):
+        with open(partial_of(folder) / f"{split}.bin", "wb") as f:
+            for i in progress(range(0, len(text), piece), desc=f"encoding {split}", unit="MB"):
                 np.array(tokenizer.encode(text[i : i + piece]), dtype).tofile(f)
-                done = min(i + piece, len(text))
-                progress.show(f"encoding {split}: {done:,} of {len(text):,} characters")
     characters = {split: len(text) for split, text in splits.items()}
     return finish(folder, source, spec, tokenizer.vocab_size, characters)
 
@@ -95,7 +92,7 @@ def read_docstrings():
     for folder, folders, files in os.walk(library_folder()):
         folders[:] = set(folders) - set(skip)  # os.walk skips the folders that are removed here
         paths += [Path(folder) / name for name in files if name.endswith(".py")]
-    for path in paths:
+    for path in progress(paths, desc="reading docstrings", unit=" files"):
         try:
             with warnings.catch_warnings(action="ignore"):  # some files have invalid escapes
                 tree = ast.parse(path.read_bytes())
@@ -177,7 +174,7 @@ def download(url, path):
     try:
         with urllib.request.urlopen(url, timeout=60) as response, open(f"{path}.tmp", "wb") as f:
             size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+            with progress(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
                 while block := response.read(2**20):
                     f.write(block)
                     bar.update(len(block))

@@ -29,7 +29,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from common import (
     add_model_options,
@@ -43,6 +42,7 @@ from common import (
     one_line,
     parser,
     pick_device,
+    progress,
     read_sampler_options,
     to_json,
 )
@@ -75,7 +75,8 @@ def complete(model, cfg, eos, prompts, rows, new, length, sampler, **options):
             row[: len(prompts[i])] = torch.tensor(prompts[i])
             row[len(prompts[i]) :][:new] = cfg.mask_id
         given = (canvas != cfg.mask_id).to(next(model.parameters()).device)
-        for x in frames(model, cfg, canvas, [rows[i] for i in batch], sampler=sampler, **options):
+        sampling = frames(model, cfg, canvas, [rows[i] for i in batch], sampler=sampler, **options)
+        for x in progress(sampling, unit=" calls"):
             if sampler == "ar" and ((x == eos) & ~given).any(-1).all():
                 break  # every row has ended
         for i, ids in zip(batch, x.tolist()):
@@ -339,7 +340,7 @@ def answer_questions(model, cfg, tokenizer, questions, ids, options, args):
     wanted = lambda i: args.num_choices * len(questions[i][0])
     between = [tokenizer.eos] if args.task == "mt_bench" else []
     left = len(waiting) // args.num_choices
-    bar = tqdm(total=n, initial=n - left, unit="question", leave=False, disable=args.json)
+    bar = progress(total=n, initial=n - left, unit=" questions", disable=args.json)
     with open(out, "ab") as f, bar:
         options = options | dict(batch_size=args.batch_size)
         for batch in converse(model, tokenizer, cfg, waiting, between, **options):

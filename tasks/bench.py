@@ -22,7 +22,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import train
 from common import (
@@ -35,10 +34,11 @@ from common import (
     fail,
     parser,
     pick_device,
+    progress,
 )
-from configs import from_cli
 from data.batches import micro_batches, split_batch
 from data.checkpoints import load
+from data.command_line import from_cli
 from data.corpus import read_split, take, unpack
 from diffusion import LOSSES, alpha, mask_tokens, stratify, training_time
 from evaluate import bound, report
@@ -59,7 +59,7 @@ def load_model(args):
 def time_in_turns(jobs, repeats):
     """{name: (median seconds, calls, head rows)} of jobs {name: () -> those three}."""
     results = {name: [] for name in jobs}
-    for _ in tqdm(range(repeats), unit="repeat", leave=False):
+    for _ in progress(range(repeats), unit="repeat"):
         for name, job in jobs.items():
             results[name].append(job())
     return {
@@ -163,7 +163,7 @@ def bench_evaluate(args):
     draws, ours = {"iid t": iid, "stratified t (MDLM)": stratify}, "exact counts"
     estimates, reported = {name: [] for name in (*draws, ours)}, []
     settings = dict(batch_size=args.batch_size, dtype=args.dtype)
-    for seed in tqdm(range(args.repeats), unit="repeat", leave=False):
+    for seed in progress(range(args.repeats), unit="repeat"):
         torch.manual_seed(seed)
         for name, draw in draws.items():
             estimates[name].append(estimate_by_time(model, cfg, *data, draw, args))
@@ -308,7 +308,7 @@ def bench_train(cases, repeats, profile):
         for name in cases:
             request(name, 1)  # warm-up, and compilation
             n[name] = max(1, round(0.2 / request(name, 1)[0]))
-        for _ in tqdm(range(repeats), unit="repeat", leave=False):
+        for _ in progress(range(repeats), unit="repeat"):
             for name in cases:
                 runs[name].append(request(name, n[name]))
             for dtype in peak:

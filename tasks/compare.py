@@ -14,11 +14,12 @@ from itertools import zip_longest
 from pathlib import Path
 
 from common import check_range, command, fail, local_device, rank_and_world
-from configs import from_cli
 from data.checkpoints import load
+from data.command_line import from_cli
 from data.processes import process_group
 from data.runs import read_log
 from data.tokenizer import tokenizer_of
+from diffusion import LOSSES
 from model import count_parameters
 from sample import generate
 from tasks.report import (
@@ -107,7 +108,7 @@ def main(cfg, seeds, passes):
     """Train what is missing; write and print the table and samples. Returns {loss: reports}."""
     if cfg.loss != "mdlm":
         fail(f"loss={cfg.loss}: compare starts from a config of loss=mdlm")
-    runs = {name: make_runs(cfg, name, seeds) for name in VARIANTS}
+    runs = {name: make_runs(cfg, name, seeds) for name in VARIANTS | LOSSES}
     for same_seed in zip(*runs.values()):
         for run in same_seed:
             train_if_missing(run)

@@ -20,6 +20,7 @@ state: it is for sampling, evaluation and as a start.
 
 import json
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -197,8 +198,10 @@ def main(argv=None):
     args = read_arguments(argv)
     check_arguments(args)
     tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else None
+    sys.stderr.write(f"reading {args.source}\n")
     state, cfg = read(args.source, args.loss, tokenizer)
     out = Path(args.out)
+    sys.stderr.write(f"writing {out}\n")
     write(out, state, cfg, args)
     if args.push:
         push(out, args.push)

@@ -14,8 +14,6 @@ import math
 import time
 from types import SimpleNamespace
 
-from tqdm import tqdm
-
 from common import (
     add_model_options,
     check_range,
@@ -25,6 +23,7 @@ from common import (
     fail,
     parser,
     pick_device,
+    progress,
 )
 from data.checkpoints import load
 from data.tokenizer import tokenizer_of
@@ -113,7 +112,7 @@ def main(argv=None):
     ar, mdm = load_pair(args, device)
     score, sampler = load_judge(args.judge, device), choose_sampler(mdm.cfg, args.sampler)
     rows = [measure(ar, score, args, "ar", None)]
-    for steps in tqdm(args.steps, unit="setting", leave=False, disable=None):
+    for steps in progress(args.steps, unit="setting"):
         rows.append(measure(mdm, score, args, sampler, steps))
     print(format_rows(rows, args.json))
     if not args.json:

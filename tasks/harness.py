@@ -28,7 +28,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import (
     add_model_options,
@@ -43,6 +42,7 @@ from common import (
     gather,
     local_device,
     parser,
+    progress,
     rank_and_world,
     read_sampler_options,
     share,
@@ -89,7 +89,7 @@ def batches(requests, rows, batch_size=32, device="cpu", quiet=True):
     as text. Request i takes rows[i] rows. Yields i (B,) the request of each row, k (B,) the row's
     number within it, x0 (B, L) ids, offset (B, L) positions from the target's first token."""
     sizes = [len(r.prefix + r.target) for r in requests]
-    with tqdm(total=sum(rows), disable=quiet, unit="row", leave=False) as bar:
+    with progress(total=sum(rows), disable=quiet, unit=" rows") as bar:
         for L in sorted(set(sizes), reverse=True):
             jobs = ((i, k) for i, size in enumerate(sizes) if size == L for k in range(rows[i]))
             while batch := list(islice(jobs, batch_size)):
@@ -220,11 +220,11 @@ def fill(model, cfg, x, rows, w, dtype, sampler=None, steps=1000, temperature=0.
     if temperature or sampler or cfg.causal:
         options |= dict(guidance=w, temperature=temperature, dtype=dtype)
         xs = frames(model, cfg, x, rows, steps, choose_sampler(cfg, sampler), **options)
-        return deque(xs, maxlen=1).pop()
+        return deque(progress(xs, unit=" calls"), maxlen=1).pop()
     maskable = x == cfg.mask_id
     denoise = normalized_denoiser(model, cfg, ~maskable, w)
     with autocast(x.device, dtype):
-        for _ in range(int(maskable.sum(-1).max())):
+        for _ in progress(range(int(maskable.sum(-1).max())), unit=" calls"):
             x = commit(denoise, x, maskable, cfg)
     return x
 
@@ -303,10 +303,12 @@ def make_adapter(model, cfg, tokenizer, estimator, w, dtype, overrides, writing,
         def generate_until(self, requests):
             texts, mine = [""] * len(requests), set(share(range(len(requests))))
             groups = group_prompts(requests, encode, start, cfg, overrides)
+            size, bar = batching["batch_size"], partial(progress, disable=batching["quiet"])
             for (_, temperature, top_p), group in groups.items():
                 options = dict(temperature=temperature, top_p=top_p, **writing)
-                group = (item for item in group if item[0] in mine)
-                while part := list(islice(group, batching["batch_size"])):
+                group = [item for item in group if item[0] in mine]
+                for first in bar(range(0, len(group), size), desc="writing"):
+                    part = group[first : first + size]
                     x = torch.tensor([prompt + [cfg.mask_id] * new for _, prompt, new, _ in part])
                     x = fill(model, cfg, x.to(device), [i for i, *_ in part], w, dtype, **options)
                     for (i, prompt, _, until), ids in zip(part, x.tolist()):

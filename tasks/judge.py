@@ -27,6 +27,7 @@ from common import (
     gather,
     local_device,
     parser,
+    progress,
     rank_and_world,
     share,
     to_json,
@@ -129,7 +130,11 @@ def make_judge(nll, encode, eos, length, start, cut, stride=None):
             nats, tokens, done = nats + costs[count].sum(), tokens + count.sum(), end
         return nats, tokens
 
-    return torch.no_grad()(lambda texts: np.array([*map(cost, texts)]).reshape(-1, 2).T)
+    def judge(texts):
+        texts = progress(texts, desc="judging", disable=rank_and_world()[0] > 0)
+        return np.array([*map(cost, texts)]).reshape(-1, 2).T
+
+    return torch.no_grad()(judge)
 
 
 def our_judge(path, device, whole=True, context=None, stride=None):

@@ -22,9 +22,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
-
-from common import command, fail, one_line, parser
+from common import command, fail, one_line, parser, progress
 from data.readers import read_records
 from tasks.report import format_rows, mean_error
 
@@ -128,7 +126,7 @@ def judge(args):
         except (ValueError, KeyError, TypeError):
             fail(f"{out}: not ratings of this command; --out writes elsewhere")
     with open(out, "a", encoding="utf-8") as file:
-        for id, model, choice, turn, prompt, messages in tqdm(jobs, unit="rating", disable=None):
+        for id, model, choice, turn, prompt, messages in progress(jobs, unit="rating"):
             record = dict(
                 question_id=id, model=model, choice=choice, turn=turn, judge=args.judge,
                 prompt=prompt,

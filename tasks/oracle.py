@@ -20,9 +20,8 @@ from collections import deque
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from common import check_range, command, fail, parser
+from common import check_range, command, fail, parser, progress
 from configs import Config
 from diffusion import row_generators
 from samplers import SAMPLERS, STEPLESS, default_options
@@ -190,7 +189,7 @@ def measure(args):
         make_row(EXACT, "", math.nan, draw_texts(world, args.rows, L, args.seed), world, args.n)
     ]
     jobs = [(s, *setting) for s in args.samplers for setting in list_settings(s, args.steps)]
-    for sampler, steps, option in tqdm(jobs, unit="setting", leave=False, disable=args.json):
+    for sampler, steps, option in progress(jobs, unit="setting", disable=args.json):
         denoise, read = denoiser_of(world)
         x, gen = torch.full((args.rows, L), V), row_generators(args.seed, range(args.rows))
         x = deque(SAMPLERS[sampler](denoise, x, steps, cfg, gen, **option), maxlen=1).pop()

@@ -18,7 +18,6 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import (
     add_model_options,
@@ -28,6 +27,7 @@ from common import (
     fail,
     parser,
     pick_device,
+    progress,
 )
 from data.checkpoints import load
 from data.corpus import read_split, take, unpack
@@ -136,7 +136,7 @@ def measure(path, args):
     nats = {name: np.zeros(len(starts)) for name in [("bound", ""), *settings]}
     calls = {name: 0 for name in nats}
     jobs = [(b, name) for b in range(0, len(starts), args.batch_size) for name in nats]
-    for first, name in tqdm(jobs, disable=args.json, leave=False, desc=str(path)):
+    for first, name in progress(jobs, disable=args.json, desc=str(path)):
         b = slice(first, first + args.batch_size)
         stored = take(ids, starts[b], cfg.seq_len, cfg, args.split)
         x0, maskable, counted = (a.to(device) for a in unpack(stored, meta, cfg))

@@ -23,7 +23,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from common import (
     add_model_options,
@@ -34,6 +33,7 @@ from common import (
     fail,
     parser,
     pick_device,
+    progress,
 )
 from data.checkpoints import load
 from data.corpus import folder_of, read_split
@@ -148,7 +148,7 @@ def measure(args):
         top_p=args.top_p,
     )  # fmt: skip
     ids_only = tokenizer._replace(decode=list)  # generate then returns ids
-    for name, setting, temperature in tqdm(jobs, unit="text", leave=False, disable=args.json):
+    for name, setting, temperature in progress(jobs, unit="setting", disable=args.json):
         forwards, law = 0, dict(sampler=name, temperature=temperature, **setting)
         texts = generate(model, ids_only, cfg, **options, **law)
         varied = setting if "steps" in setting else setting.get("sampler_options", {})

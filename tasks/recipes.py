@@ -20,10 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import train
-from common import check_range, command, fail, parser, to_json
+from common import check_range, command, fail, parser, progress, to_json
 from configs import lm1b_mdlm, owt_mdlm, smdm, text8_d3pm, text8_mdlm
 from data.checkpoints import load, save_checkpoint
 from data.corpus import read_split, training_rows, unpack
@@ -101,7 +100,7 @@ def train_theirs(name, clone, seed, threads, folder):
     step = build(cfg, rows, warmup=cfg.warmup)
     before = {key: tensor.clone() for key, tensor in step.net.state_dict().items()}
     save("initial.pt", before, before)
-    bar = tqdm(range(cfg.steps), desc=f"{name}, {recipe.project}")
+    bar = progress(range(cfg.steps), desc=f"{name}, {recipe.project}")
     losses = [recipe.scale * step(i) for i in bar]
     last = {key: tensor.clone() for key, tensor in step.net.state_dict().items()}
     save("theirs.pt", last, step.average())

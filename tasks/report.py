@@ -34,12 +34,13 @@ MAY_CHANGE = data.runs.MAY_CHANGE - {"data", "steps"}  # fields in which a finis
 
 
 def make_runs(cfg, variant, seeds, name=None):
-    """Configs of one of VARIANTS with the seeds cfg.seed, cfg.seed + 1, ...; the folder of a run is
-    <name>_<seed> in out_dir. The name is the variant's unless given."""
+    """Configs of one of VARIANTS, or of a loss that is none, with the seeds cfg.seed, cfg.seed + 1,
+    ...; the folder of a run is <name>_<seed> in out_dir. The name is the variant's unless given."""
     name = name or variant
+    change = VARIANTS.get(variant, lambda cfg: replace(cfg, loss=variant))
     try:
         return [
-            replace(VARIANTS[variant](cfg), seed=seed, out_dir=f"{cfg.out_dir}/{name}_{seed}")
+            replace(change(cfg), seed=seed, out_dir=f"{cfg.out_dir}/{name}_{seed}")
             for seed in range(cfg.seed, cfg.seed + seeds)
         ]
     except ValueError as e:  # a field that the variant does not allow

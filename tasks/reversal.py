@@ -15,17 +15,15 @@ SMDM's own test, in which a fine-tuned model writes the answer, is python -m tas
 """
 
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from common import autocast, check_range, command, fail, local_device, read_json
-from configs import from_cli
+from common import autocast, check_range, command, fail, local_device, progress, read_json
 from data.checkpoints import load
-from data.corpus import folder_of, read_meta
+from data.command_line import from_cli
+from data.corpus import folder_of
 from data.tokenizer import tokenizer_of
 from diffusion import ar, draw_count, exact_count_bound
 from tasks.report import format_mean, make_runs, to_markdown, train_if_missing
@@ -74,7 +72,7 @@ def measure_nats(model, cfg, x0, maskable, counted, passes, batch_size=512):
     exact counts of masks that are stratified over `passes` forwards."""
     nats = []
     batches = list(zip(*(rows.split(batch_size) for rows in (x0, maskable, counted))))
-    for x, m, c in tqdm(batches, leave=False, unit="batch"):
+    for x, m, c in progress(batches, unit="batch"):
         with autocast(x.device, cfg.dtype):
             if cfg.causal:
                 nats.append(ar(model, x, c, cfg).double().sum(-1))
@@ -140,7 +138,6 @@ def main(argv=None):
     path = folder_of(cfg.data) / "test.jsonl"
     if not path.exists():
         fail(f"{path}: no such file; data/prepare.py reversal also needs the four test files")
-    cfg = replace(cfg, vocab_size=read_meta(cfg.data)["vocab_size"])
     results = train_and_measure(cfg, args.seeds, args.passes, args.questions)
     table = make_table(results)
     (Path(cfg.out_dir) / "table.md").write_text(table)

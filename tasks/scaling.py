@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 
 from common import check_range, command, fail, parser, rank_and_world, read_json, to_json
-from configs import SMDM_SIZES, Config, from_cli
+from configs import SMDM_SIZES, Config
+from data.command_line import from_cli
 from data.corpus import read_meta
 from data.processes import process_group
 from model import DiT

@@ -588,6 +588,7 @@ def test_the_time_left_counts_steps_and_validations_to_come(cfg, monkeypatch):
     clock = Clock(monkeypatch)
     bar = Bar(clock)
     monkeypatch.setattr(runs, "tqdm", bar)
+    monkeypatch.setattr(train, "progress", bar)
     cfg = replace(cfg, steps=20, eval_every=6, eval_windows=8)  # validates at 6, 12, 18 and 20
     sets = {"val": (np.zeros(25 * 32 - 5),)}  # 25 windows, the last of them shorter
     run = SimpleNamespace(cfg=cfg, val_sets=sets, bar=bar, first=0, timed=0.0, per_window=0.0)
@@ -622,6 +623,7 @@ def progress(request, cfg, monkeypatch):
     bar.write = lambda text, file: None
     monkeypatch.setattr(train, "tqdm", bar)
     monkeypatch.setattr(runs, "tqdm", bar)
+    monkeypatch.setattr(train, "progress", bar)
 
     def step(*args):
         clock.advance(24 if started else 1000)

@@ -162,6 +162,17 @@ def test_score_entropy_costs_more_than_mdlm_unless_scores_are_normalised():
     assert_close(nats_of("sedd", normalised, x0, cfg, t, xt), mdlm)
 
 
+@pytest.mark.parametrize("loss", LOSSES.keys() - {"ar"})
+def test_every_loss_is_a_bound(loss):
+    joint, cfg = random_joint(), tiny(loss=loss, T=10 if loss == "d3pm" else 0)
+    scale = math.log(V) if loss == "sedd" else 0.0  # its scores are normalised to V
+    model = lambda x, t, at: exact_model(joint)(x, t, at) + scale
+    for text in TEXTS:
+        least = -joint[tuple(text)].log().item()
+        needs = "a loss needs to be at least -log p on average over its masks, for a perfect model"
+        assert expected_loss(loss, model, text, cfg, nodes=100) > least - 1e-4, needs
+
+
 def test_ar_is_the_chain_rule():
     joint = random_joint()
     causal = read_left_to_right(exact_model(joint))

@@ -82,7 +82,9 @@ def assert_laws(texts, laws, names=tuple(CANVASES)):
     """texts (n x canvases, L) of `sample` have the law of their canvas."""
     for i, (name, law) in enumerate(zip(names, laws, strict=True)):
         p = chi_square_p(texts[i :: len(names)], law)
-        assert p > 1e-4, f"{name}: p = {p:.2g}"
+        assert p > 1e-4, (
+            f"{name}: p = {p:.2g}; a sampler whose law is not ddpm's needs its law in LAWS"
+        )
 
 
 def even_denoiser(V=5):
