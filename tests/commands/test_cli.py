@@ -55,7 +55,7 @@ def test_resume_takes_the_fields_of_the_run(tmp_path, capsys):
     assert read("--resume", "--steps=90", "--wandb") == changed
     assert read().steps != 60
     (tmp_path / "config.json").write_text("{")
-    refused(capsys, lambda: read("--resume"), "config.json", "not a config")
+    refused(capsys, lambda: read("--resume"), "config.json: damaged")
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,15 @@ def test_prepared_data_of_a_later_version_is_refused(copy, capsys):
     assert read_meta(str(copy))["splits"] == meta["splits"]  # version 1 means the same
 
 
+def test_a_changed_count_in_meta_is_refused(copy, capsys):
+    """It would change bits per character."""
+    path = copy / "meta.json"
+    text = path.read_text()
+    characters = json.loads(text)["splits"]["val"]["characters"]
+    path.write_text(text.replace(f'"characters": {characters}', f'"characters": {characters + 1}'))
+    refused(capsys, lambda: read_meta(str(copy)), "meta.json: damaged: wrong checksum")
+
+
 def test_partial_results_are_dropped_from_the_first_bad_record_on():
     records = [bytes([i]) * 16 for i in range(5)]
     file = io.BytesIO()
@@ -178,7 +187,16 @@ def readers(folder, cfg):
 
 def test_damaged_text_is_one_line(corpus, tmp_path, rng):
     """Random damage, and what JSON allows but no reader expects."""
-    odd = [b"", b"null", b"[]", b"3", b'{"a": 1}', b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe"]
+    odd = [
+        b"",
+        b"null",
+        b"[]",
+        b"3",
+        b'{"a": 1}',
+        b"[" * 100_000 + b"\n",
+        b'{"a":' * 100_000 + b"\n",
+        b"\xff\xfe",
+    ]
     swaps = [(b"1", b"1.5"), (b"0", b"true"), (b'"', b"[]"), (b"{", b"[{"), (b"5", b"null")]
     for name, read in readers(tmp_path, tiny_run(corpus)).items():
         path = tmp_path / name
