@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SMDM's baselines under its eight tasks, 0-shot: hours on one GPU. Needs pip install lm_eval==0.4.13
+# SMDM's baselines under its eight tasks, 0-shot. On one GPU about an hour per model. Needs lm_eval==0.4.13.
 # GPT-2 of 1.5B parameters, TinyLlama after 300,000 steps (SMDM's), and our own two kinds of model.
 set -euo pipefail
 tasks="lambada_standard openbookqa boolq piqa arc_easy social_iqa race hellaswag"
