@@ -85,9 +85,7 @@ def read_request(request, ckpt, limit):
     args = view.parse_arguments([*argv, *(["--samplers", *samplers] if samplers else [])])
     tokens = args.num * len(args.samplers) * (args.length or limit)
     if args.steps > STEPS or tokens > TOKENS and args.num * len(args.samplers) > 1:
-        raise UserError(
-            f"a request has at most {STEPS} steps, and {TOKENS} tokens in all its texts"
-        )
+        raise UserError(f"at most {STEPS} steps, and {TOKENS} tokens in all texts of a request")
     return args
 
 
@@ -123,9 +121,9 @@ class Playground(ThreadingHTTPServer):
         kill = threading.Timer(IDLE + WAIT + SECONDS, cut_off, [request])
         kill.daemon = True
         kill.start()
-        # a client that does not read is noticed after this many bytes
-        request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BODY)
         try:
+            # a client that does not read is noticed after this many bytes
+            request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BODY)
             super().process_request_thread(request, client_address)
         finally:
             kill.cancel()

@@ -48,23 +48,23 @@ class Event(NamedTuple):
 def events_between(before, now, call):
     """The events that turn the canvas `before` (L,) into `now` (L,). call: what the network was
     called with, and its answer, or None: (window of the canvas, t, at, log_p (N, V))."""
-    changed, rows = (now != before).nonzero()[:, 0].tolist(), {}
+    changed, rows, ids = (now != before).nonzero()[:, 0].tolist(), {}, now.tolist()
     if call:
         seen, _, at, log_p = call
         starts = range(len(before) - len(seen) + 1)
         start = next(s for s in starts if torch.equal(before[s : s + len(seen)], seen))
         rows = {start + i: row for row, i in enumerate(at.nonzero()[:, 0].tolist())}
-    drawn = [i for i in changed if i in rows and now[i] < log_p.shape[-1]]
+    drawn = [i for i in changed if i in rows and ids[i] < log_p.shape[-1]]
     if not drawn:
-        return [Event(i, int(now[i])) for i in changed]
+        return [Event(i, ids[i]) for i in changed]
     p = F.softmax(log_p[[rows[i] for i in drawn]].float(), -1)
     top = p.topk(min(OTHERS + 1, p.shape[-1]))
     events = {}
     for i, row, tokens, values in zip(drawn, p, top.indices.tolist(), top.values.tolist()):
-        token = int(now[i])
+        token = ids[i]
         others = [(other, q) for other, q in zip(tokens, values) if other != token][:OTHERS]
         events[i] = Event(i, token, row[token].item(), tuple(others))
-    return [events.get(i) or Event(i, int(now[i])) for i in changed]
+    return [events.get(i) or Event(i, ids[i]) for i in changed]
 
 
 def record(model, cfg, canvas, row, options):

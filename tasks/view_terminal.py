@@ -133,16 +133,17 @@ def play(lanes, fps=None, show=None, clock=time.monotonic, sleep=time.sleep):
     started, size, masks = clock(), None, sum(lane.ids.count(lane.mask_id) for lane in lanes)
     show("\x1b[?1049h\x1b[?25l")
     try:
-        start = [[None] * len(lanes)]  # the first frame shows the masks
-        for number, steps in enumerate(chain(start, zip_longest(*(x.steps for x in lanes)))):
+        start, frames = [[None] * len(lanes)], 0  # the first frame shows the masks
+        for steps in chain(start, zip_longest(*(lane.steps for lane in lanes))):
             new = [lane.apply(step) for lane, step in zip(lanes, steps)]
-            if number and not any(new):  # nothing happened in this step
+            if frames and not any(new):  # nothing happened in this step
                 continue
             left = sum(lane.ids.count(lane.mask_id) for lane in lanes)
-            wait = number / fps if fps else SECONDS * (1 - left / max(masks, 1))
+            wait = frames / fps if fps else SECONDS * (1 - left / max(masks, 1))
             sleep(max(started + wait - clock(), 0))
             clear = "\x1b[2J" * (size != (size := shutil.get_terminal_size()))
             show(clear + draw(lanes, new))
+            frames += 1
     finally:
         show("\x1b[?25h\x1b[?1049l")
 
