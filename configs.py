@@ -18,9 +18,10 @@ from diffusion import LOSSES, SCHEDULES, TIME_DRAWS, TIME_LAWS
 LR_DECAYS = ("constant", "cosine", "linear")
 TIME_INPUTS = ("sigma", "step")
 NORMS, MLPS, INITS = ("layer", "rms"), ("gelu", "swiglu"), ("zero", "smdm")
+MIXERS = ("attention", "mamba")
 CHOICES = dict(
     loss=LOSSES, schedule=SCHEDULES, time_law=TIME_LAWS, time_draw=TIME_DRAWS, lr_decay=LR_DECAYS,
-    time_input=TIME_INPUTS, dtype=DTYPES, norm=NORMS, mlp=MLPS, init=INITS,
+    time_input=TIME_INPUTS, dtype=DTYPES, norm=NORMS, mlp=MLPS, init=INITS, mixer=MIXERS,
 )  # fmt: skip
 AT_LEAST_ONE = (
     "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every".split()
@@ -42,6 +43,7 @@ class Config:
     cond_dim: int = 128  # width of the adaLN conditioning; 0: plain pre-norm blocks, no adaLN
     time_cond: bool = False  # False: adaLN sees a constant, as in MDLM's released model
     time_input: str = "sigma"  # the time embedding reads sigma(t) (MDLM) or 1000 t (nanoDD)
+    mixer: str = "attention"  # attention and an MLP (MDLM's DiT), or mamba (MDLM's DiMamba)
     norm: str = "layer"  # LayerNorm without bias (MDLM), or rms: RMSNorm (SMDM)
     mlp: str = "gelu"  # GELU (MDLM), or swiglu (SMDM)
     mlp_width: int = 0  # hidden width of the MLP; 0: 4 n_embd
@@ -140,6 +142,8 @@ class Config:
             (self.n_embd % pair, "n_embd", f"must be a multiple of 2 * n_head = {pair} (rotary)"),
             (self.seq_len * self.n_embd // self.n_head > 2**23, "seq_len", "tables above 64 MB"),
             (self.time_cond and not self.cond_dim, "time_cond", "needs cond_dim > 0"),
+            (self.mixer == "mamba" and (self.mlp, self.mlp_width, self.init) != ("gelu", 0, "zero"),
+             "mixer", "has no MLP: needs mlp=gelu, mlp_width=0 and init=zero"),
             (is_d3pm and not self.T, "loss", "needs T, the number of steps, e.g. --T=1000"),
             (self.aux_ce and not (self.zero_masking and self.carry_over), "aux_ce",
              "needs zero_masking=True and carry_over=True"),
@@ -213,6 +217,13 @@ def as_d3pm(cfg):
 def as_ar(cfg):
     """An autoregressive transformer of the same blocks, without adaLN."""
     return replace(cfg, loss="ar", causal=True, cond_dim=0, time_cond=False)
+
+
+def as_mamba(config):
+    """MDLM's tiny-dimamba: 14 bidirectional Mamba blocks; no text result is published."""
+    return replace(
+        config(), mixer="mamba", n_layer=14, n_head=8, n_embd=512, norm="rms", bias=False
+    )
 
 
 def owt_sedd():
@@ -338,6 +349,7 @@ CONFIGS = {
         owt_mdlm, owt_d3pm, owt_sedd, owt_ar,
     )
 }  # fmt: skip
+CONFIGS |= {f"{f.__name__}_mamba": partial(as_mamba, f) for f in (text8_mdlm, owt_mdlm)}
 CONFIGS |= {
     f"smdm_{size}{'_ar' * ar}": partial(smdm, size, ar)
     for size in SMDM_SIZES

@@ -65,6 +65,8 @@ def extend(past, k, v):
 
 
 class Block(nn.Module):
+    writes = ("attn_out", "mlp_out")  # layers that write to the residual stream
+
     def __init__(self, cfg):
         super().__init__()
         d, f, self.gated = cfg.n_embd, cfg.mlp_width or 4 * cfg.n_embd, cfg.mlp == "swiglu"
@@ -142,14 +144,17 @@ class DiT(nn.Module):
         tied embedding   normal 1/sqrt(d), cut at 3 sigma (nanoDD)
         ada, final_ada   zero: every block starts as the identity
         head             zero: every masked token starts at a cost of exactly ln V
-    Without adaLN (cond_dim = 0) attn_out and mlp_out are zero, for the same reason as ada."""
+    Without adaLN (cond_dim = 0) what a block `writes` is zero, for the same reason as ada."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.ends, d = cfg, False, cfg.n_embd  # ends: rows are documents, see `load`
         self.embed = nn.Embedding(cfg.vocab_size + 1, d)  # the last row is MASK
         self.time = TimeEmbedding(cfg.cond_dim) if cfg.cond_dim else None
-        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
+        make_block = Block
+        if cfg.mixer == "mamba":
+            from extra.mamba import MambaBlock as make_block
+        self.blocks = nn.ModuleList([make_block(cfg) for _ in range(cfg.n_layer)])
         self.final_norm = norm(cfg)
         self.final_ada = nn.Linear(cfg.cond_dim, 2 * d) if cfg.cond_dim else None
         self.outputs = cfg.vocab_size + (not cfg.zero_masking)
@@ -167,7 +172,7 @@ class DiT(nn.Module):
         else:
             nn.init.uniform_(self.embed.weight, -std, std)
         adas = [b.ada for b in self.blocks] + [self.final_ada]
-        outs = [m for b in self.blocks for m in (b.attn_out, b.mlp_out)]
+        outs = [getattr(b, name) for b in self.blocks for name in b.writes]
         for layer in (adas if self.cfg.cond_dim else outs) + [self.head]:
             for p in layer.parameters() if layer is not None else ():
                 nn.init.zeros_(p)
@@ -284,5 +289,9 @@ def flops_per_token(cfg, masked=None):
     mlp = (3 if cfg.mlp == "swiglu" else 2) * d * f
     matrices = cfg.n_layer * (4 * d * d + mlp)  # qkv 3, out 1
     attention = cfg.n_layer * 2 * d * cfg.seq_len * (0.5 if cfg.causal else 1)
+    if cfg.mixer == "mamba":
+        from extra.mamba import multiply_adds
+
+        matrices, attention = cfg.n_layer * multiply_adds(cfg), 0
     passes, heads = (1, masked) if cfg.carry_over else (2, masked + 1)
     return 6 * (passes * (matrices + attention) + heads * d * cfg.vocab_size)
