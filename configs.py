@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from common import DTYPES, boolean, fail, parser
@@ -47,6 +48,9 @@ class Config:
     norm: str = "layer"  # LayerNorm without bias (MDLM), or rms: RMSNorm (SMDM)
     mlp: str = "gelu"  # GELU (MDLM), or swiglu (SMDM)
     mlp_width: int = 0  # hidden width of the MLP; 0: 4 n_embd
+    latent_dim: int = 0  # dimensions of a latent z of the whole text; 0: none (extra/latent.py)
+    mmd_weight: float = 1.0  # latent: weight of the MMD between all codes and the normal prior
+    kl_weight: float = 0.0  # latent: > 0 makes codes noisy; weight of their KL, 1 as in a VAE
     bias: bool = True  # in the MLP and the head
     init: str = "zero"  # every block starts as the identity (MDLM), or smdm: normal, as in SMDM
     tied: bool = False  # the head is the first V rows of the embedding, without bias (nanoDD)
@@ -144,6 +148,9 @@ class Config:
             (self.time_cond and not self.cond_dim, "time_cond", "needs cond_dim > 0"),
             (self.mixer == "mamba" and (self.mlp, self.mlp_width, self.init) != ("gelu", 0, "zero"),
              "mixer", "has no MLP: needs mlp=gelu, mlp_width=0 and init=zero"),
+            (self.latent_dim and (not self.cond_dim or self.loss not in ("mdlm", "sedd")
+             or self.init == "smdm" or self.short_rows), "latent_dim",
+             "needs cond_dim > 0, loss=mdlm or sedd, init=zero and short_rows=0"),
             (is_d3pm and not self.T, "loss", "needs T, the number of steps, e.g. --T=1000"),
             (self.aux_ce and not (self.zero_masking and self.carry_over), "aux_ce",
              "needs zero_masking=True and carry_over=True"),
@@ -217,13 +224,6 @@ def as_d3pm(cfg):
 def as_ar(cfg):
     """An autoregressive transformer of the same blocks, without adaLN."""
     return replace(cfg, loss="ar", causal=True, cond_dim=0, time_cond=False)
-
-
-def as_mamba(config):
-    """MDLM's tiny-dimamba: 14 bidirectional Mamba blocks; no text result is published."""
-    return replace(
-        config(), mixer="mamba", n_layer=14, n_head=8, n_embd=512, norm="rms", bias=False
-    )
 
 
 def owt_sedd():
@@ -341,6 +341,11 @@ def smdm(size, ar=False, flops=10.0, batch_size=256, short_rows=0.0):
     return replace(as_ar(cfg), bos=True) if ar else cfg
 
 
+def with_part(part, config):
+    """An experiment with an optional part of the network, as extra/<part>.py configures it."""
+    return import_module(f"extra.{part}").configure(config())
+
+
 CONFIGS = {
     f.__name__: f
     for f in (
@@ -349,7 +354,11 @@ CONFIGS = {
         owt_mdlm, owt_d3pm, owt_sedd, owt_ar,
     )
 }  # fmt: skip
-CONFIGS |= {f"{f.__name__}_mamba": partial(as_mamba, f) for f in (text8_mdlm, owt_mdlm)}
+CONFIGS |= {
+    f"{config.__name__}_{part}": partial(with_part, part, config)
+    for part in ("mamba", "latent")
+    for config in (text8_mdlm, owt_mdlm)
+}
 CONFIGS |= {
     f"smdm_{size}{'_ar' * ar}": partial(smdm, size, ar)
     for size in SMDM_SIZES

@@ -9,11 +9,9 @@ python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --re
 Generative perplexity of samples is another command: python -m tasks.judge.
 """
 
-import hashlib
 import io
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +32,8 @@ from common import (
     rank_and_world,
     to_json,
 )
-from data.checkpoints import load, sibling
-from data.corpus import read_meta, read_split, take, unpack
+from data.checkpoints import fingerprint, load, sibling
+from data.corpus import count_tokens, read_meta, read_split, take, unpack
 from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox
 
 # --------------------------------------------------------------------------------------------------
@@ -172,15 +170,6 @@ def bound(
     }
 
 
-def count_tokens(ids, meta, cfg):
-    """The number of counted tokens of a whole split in windows of seq_len."""
-    L = cfg.seq_len
-    if meta.get("pad") is None and not meta.get("given"):
-        return len(ids) - cfg.bos * -(-len(ids) // L)  # a given first token per window
-    parts = (ids[i : i + 4096 * L].astype(np.int64) for i in range(0, len(ids), 4096 * L))
-    return sum(int(unpack(part.reshape(-1, L), meta, cfg)[2].sum()) for part in parts)
-
-
 def report(result, meta, split):
     """The figures people quote, with their standard errors, from a result of `bound`. Bits per
     character are the split's total nats over its characters of text, for every layout of rows."""
@@ -203,16 +192,6 @@ def figure(result, name, digits=3):
     """A figure of `report` with its standard error, as text."""
     error = result[name + "_se"]
     return f"{result[name]:.{digits}f} ± " + ("?" if math.isnan(error) else f"{error:.{digits}f}")
-
-
-def fingerprint(model, **settings):
-    """A hash of settings and of a network, by up to 64 numbers of each tensor: partial results are
-    resumed only if it matches."""
-    digest = hashlib.sha256(json.dumps([asdict(model.cfg), settings], sort_keys=True).encode())
-    for tensor in model.state_dict().values():
-        sample = tensor.flatten()[:: tensor.numel() // 64 or 1]
-        digest.update(sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -257,8 +236,15 @@ def evaluate_one(model, cfg, args):
     """One split of a prepared corpus."""
     sign, kind = settle_T(args, cfg)
     result = evaluate_split(args.data or cfg.data, args.split or "test", model, cfg, args)
+    if model.latent is not None:
+        from extra.with_latent import bounds_given_z
+
+        result |= bounds_given_z(model, cfg, args, result)
     names = "bits_per_char", "bits_per_token", "perplexity"
     lines = [f"{name.replace('_', ' '):15} {sign:2} {figure(result, name, 4)}" for name in names]
+    lines += [
+        f"{name.replace('_', ' '):28} {v:.4f}" for name, v in result.get("latent", {}).items()
+    ]
     about = f"{result['tokens']:,} tokens, {kind}, {result['forwards']:,} forwards"
     lines.append(f"{result['split']} split of {result['data']}, {about}")
     return result, "\n".join(lines)

@@ -155,6 +155,8 @@ def parse_arguments(argv):
     p.add_argument(
         "--guidance", type=float, default=0.0, help="w of classifier-free guidance by the prompt"
     )
+    p.add_argument("--latent_of", metavar="TEXT", help="a latent model: texts with z of this one")
+    p.add_argument("--interpolate", nargs=2, metavar="TEXT", help="num texts, z between these two")
     p.add_argument("--semi_ar", action="store_true", help="any length, window by window")
     p.add_argument("--stop", action="store_true", help="end a text at its first end-of-text")
     p.add_argument("--window", type=int, help="semi_ar: tokens of a window; default: the model's")
@@ -239,7 +241,11 @@ def main(argv=None):
     eos = end_id(model, tokenizer, args.stop)
     options = sampling_options(args, cfg, eos)
     canvas = make_canvas(args, cfg, tokenizer, subword=model.tokenizer["kind"] != "char")
-    if args.watch and sys.stdout.isatty():
+    if args.latent_of or args.interpolate:
+        from extra.with_latent import sample_given_z
+
+        texts = sample_given_z(model, tokenizer, cfg, canvas, eos, options, args)
+    elif args.watch and sys.stdout.isatty():
         texts = watch_all(model, tokenizer, cfg, canvas, args.num, eos, options)
     else:
         texts = generate(

@@ -51,7 +51,7 @@ from common import (
 )
 from configs import from_cli
 from data.batches import micro_batches, split_batch
-from data.checkpoints import save_checkpoint
+from data.checkpoints import check_same_step, save_checkpoint
 from data.corpus import folder_of, read_split
 from data.prepare import prepare
 from data.runs import catch_signals, copy_weights, find_checkpoint, open_log, restore
@@ -234,13 +234,6 @@ def sampling_inputs(cfg, meta):
         fail(f"{cfg.data}: {e}; --samples=0 trains without showing any")
 
 
-def check_same_step(cfg, step):
-    """All processes must have read the same checkpoint."""
-    dist.all_gather_object(steps := [None] * dist.get_world_size(), step)
-    if len(set(steps)) > 1:
-        fail(f"{cfg.out_dir}: processes see checkpoints of steps {steps}; they must share it")
-
-
 def loop(run):
     """Train until cfg.steps; log, validate and save on the way. After a signal, save and exit."""
     cfg, upcoming, stopping = run.cfg, run.upcoming, False
@@ -251,7 +244,7 @@ def loop(run):
     with catch_signals() as signals:
         while run.step < cfg.steps and not stopping:
             batches, upcoming = upcoming.result(), run.pool.submit(run.load_step, run.step + 1)
-            if cfg.dropout:
+            if cfg.dropout or cfg.latent_dim:
                 torch.manual_seed(hash((cfg.seed, run.step, run.rank)))
             loss, norm = train_step(run.net, run.optimizers, batches, run.step, cfg, run.device)
             run.losses.append(loss)

@@ -3,12 +3,16 @@ all, read without executing anything, and turned into a network.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import struct
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import head
 from common import compute_dtype, fail, one_line
@@ -125,3 +129,20 @@ def load(path, ema=True, device="cpu", dtype="float32"):
     if compute_dtype(device, dtype) == "bfloat16":
         head.cast_linears(model, torch.bfloat16)
     return model, cfg
+
+
+def fingerprint(model, **settings):
+    """A hash of settings and of a network, by up to 64 numbers of each tensor: partial results are
+    resumed only if it matches."""
+    digest = hashlib.sha256(json.dumps([asdict(model.cfg), settings], sort_keys=True).encode())
+    for tensor in model.state_dict().values():
+        sample = tensor.flatten()[:: tensor.numel() // 64 or 1]
+        digest.update(sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_same_step(cfg, step):
+    """All processes must have read the same checkpoint."""
+    dist.all_gather_object(steps := [None] * dist.get_world_size(), step)
+    if len(set(steps)) > 1:
+        fail(f"{cfg.out_dir}: processes see checkpoints of steps {steps}; they must share it")

@@ -223,3 +223,12 @@ def unpack(rows, meta, cfg):
     if cfg.bos:
         maskable[:, 0] = False
     return x0, maskable, maskable & ~padding
+
+
+def count_tokens(ids, meta, cfg):
+    """The number of counted tokens of a whole split in windows of seq_len."""
+    L = cfg.seq_len
+    if meta.get("pad") is None and not meta.get("given"):
+        return len(ids) - cfg.bos * -(-len(ids) // L)  # a given first token per window
+    parts = (ids[i : i + 4096 * L].astype(np.int64) for i in range(0, len(ids), 4096 * L))
+    return sum(int(unpack(part.reshape(-1, L), meta, cfg)[2].sum()) for part in parts)

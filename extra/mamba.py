@@ -4,6 +4,8 @@ those of MDLM's DiMamba (models/dimamba.py of kuleshov-group/mdlm, after Caduceu
 One block has about half the parameters of a transformer block of the same width, and no MLP.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +14,11 @@ from extra.scan import scan
 from head import modulate
 
 STATES, WINDOW, EXPAND = 16, 4, 2  # per channel; tokens of the convolution; channels per width
+
+
+def configure(cfg):
+    """The config `cfg` with MDLM's tiny-dimamba, 14 blocks; no result on text is published."""
+    return replace(cfg, mixer="mamba", n_layer=14, n_head=8, n_embd=512, norm="rms", bias=False)
 
 
 class Pass(nn.Module):
@@ -54,8 +61,6 @@ class MambaBlock(nn.Module):
     the forward direction alone. Without adaLN it still has its skip connection, which MDLM's
     lacks."""
 
-    writes = ("out_proj",)  # layers that write to the residual stream
-
     def __init__(self, cfg):
         super().__init__()
         from model import norm  # model.py imports this file
@@ -65,9 +70,9 @@ class MambaBlock(nn.Module):
         self.in_proj = nn.Linear(d, 2 * inner, bias=False)  # rows: the channels, then their gates
         self.forward_pass = Pass(inner, -(-d // 16))
         self.backward_pass = None if cfg.causal else Pass(inner, -(-d // 16))
-        self.out_proj = nn.Linear(inner, d, bias=False)
+        self.mix_out = nn.Linear(inner, d, bias=False)
         bound = (inner * cfg.n_layer) ** -0.5
-        nn.init.uniform_(self.out_proj.weight, -bound, bound)
+        nn.init.uniform_(self.mix_out.weight, -bound, bound)
         self.ada = nn.Linear(cfg.cond_dim, 3 * d) if cfg.cond_dim else None
 
     def mix(self, x, past=None, pick=None):
@@ -77,7 +82,7 @@ class MambaBlock(nn.Module):
         if self.backward_pass is not None:
             y = y + self.backward_pass(u.flip(1)).flip(1)
         y = y * F.silu(gate)
-        return self.out_proj(y if pick is None else y.take_along_dim(pick[..., None], 1))
+        return self.mix_out(y if pick is None else y.take_along_dim(pick[..., None], 1))
 
     def forward(self, x, c, cos, sin, past=None, pick=None):
         """As `model.Block.forward`, without rotary positions: a recurrence knows the order."""

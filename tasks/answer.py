@@ -45,12 +45,11 @@ from common import (
     read_sampler_options,
     to_json,
 )
-from data.checkpoints import load, sibling
+from data.checkpoints import fingerprint, load, sibling
 from data.corpus import folder_of, read_meta
 from data.finetune import format_question
 from data.readers import read_records
 from data.tokenizer import tokenizer_of
-from evaluate import fingerprint
 from sample import frames
 
 # --------------------------------------------------------------------------------------------------

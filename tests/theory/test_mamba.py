@@ -140,7 +140,7 @@ def test_a_block_keeps_its_input_with_and_without_adaln():
     x, c = torch.randn(2, 13, 16), torch.randn(2, 1, 8)
     for cfg in (MAMBA, CAUSAL):
         block = MambaBlock(cfg)
-        torch.nn.init.zeros_(block.out_proj.weight)
+        torch.nn.init.zeros_(block.mix_out.weight)
         assert torch.equal(block(x, c if cfg.cond_dim else None, None, None), x)
     block = awake(MAMBA).blocks[0]
     shift, scale, gate = block.ada(c).chunk(3, -1)
@@ -228,7 +228,7 @@ def test_the_last_block_projects_only_the_requested_positions():
     x, t = torch.randint(0, 12, (4, 48)), torch.rand(4)
     everywhere = model(x, t)
     note = lambda module, args, out: seen.append(args[0].shape[1])
-    model.blocks[1].out_proj.register_forward_hook(note)
+    model.blocks[1].mix_out.register_forward_hook(note)
     at = torch.zeros(4, 48, dtype=torch.bool)
     at[0, [3, 47]], at[1, [0, 11, 12, 30, 31]], at[3, 20] = True, True, True
     torch.testing.assert_close(model(x, t, at), everywhere[at])
