@@ -43,9 +43,7 @@ def mmd(z):
 
 
 def kl(mean, log_var):
-    """KL(N(mean, exp(log_var)) || N(0, I)), (N,) nats; infinite without noise (log_var None)."""
-    if log_var is None:
-        return torch.full((len(mean),), torch.inf, device=mean.device)
+    """KL(N(mean, exp(log_var)) || N(0, I)), (N,) nats."""
     return 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(-1)
 
 

@@ -27,12 +27,14 @@ class Given(nn.Module):
         return self.model(x, torch.cat((t[:, None], z), 1), at, tokens)
 
 
-def from_text(model, kls=()):
-    """choose: z ~ q(z | x0) of the row's own text; appends the rows' KL to the list kls."""
+def from_text(model, kls=None):
+    """choose: z ~ q(z | x0) of the row's own text. The rows' KL, if codes are noisy, are appended
+    to the list kls."""
 
     def choose(tokens, rows):
         mean, log_var = model.latent.encode(tokens[..., 0])
-        kls and kls[0].extend(kl(mean, log_var).tolist())
+        if kls is not None and log_var is not None:
+            kls.extend(kl(mean, log_var).tolist())
         return draw(mean, log_var)
 
     return choose
@@ -51,28 +53,27 @@ def bounds_given_z(model, cfg, args, result):
     """{"latent": nats per token} beside `evaluate.report`'s result, the bound without z.
 
     Given z of the text itself the figure is no bound on -log p(x0), because z has read x0. Adding
-    KL(q(z | x0), prior) makes it one; a deterministic code has none: infinity. With z drawn from
-    the prior instead, the mean is a bound as well."""
+    KL(q(z | x0), prior) makes it one; that of a deterministic code is infinite, so it has none.
+    With z drawn from the prior instead, the mean is a bound as well."""
     data, kls = args.data or cfg.data, []
     ids, meta = read_split(data, result["split"], cfg)
     settings = dict(T=args.T, passes=args.passes, batch_size=args.batch_size, seed=args.seed)
 
     def measure(choose):
         where = f"{data}/{result['split']}.bin"
-        return bound(Given(model, choose), ids, meta, cfg, where, dtype=args.dtype, **settings)
+        given = Given(model, choose)
+        return bound(given, ids, meta, cfg, where, dtype=args.dtype, **settings)["nats"]
 
-    given = measure(from_text(model, [kls]))["nats"]
-    per_token = sum(kls) / (args.passes * result["tokens"])
-    return {
-        "latent": {
-            "nats_without_z_bound": result["nats"],
-            "nats_given_z_no_bound": given,
-            "KL_per_token": per_token,
-            "nats_given_z_plus_KL_bound": given + per_token,
-            "nats_given_z_of_another_text": measure(from_another(model))["nats"],
-            "nats_z_from_prior_bound": measure(from_prior(model))["nats"],
-        }
+    figures = {
+        "nats_without_z_bound": result["nats"],
+        "nats_given_z_no_bound": (given := measure(from_text(model, kls))),
+        "nats_given_z_of_another_text": measure(from_another(model)),
+        "nats_z_from_prior_bound": measure(from_prior(model)),
     }
+    if kls:
+        per_token = sum(kls) / (args.passes * result["tokens"])
+        figures |= dict(KL_per_token=per_token, nats_given_z_plus_KL_bound=given + per_token)
+    return {"latent": figures}
 
 
 # --------------------------------------------------------------------------------------------------

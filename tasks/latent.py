@@ -251,9 +251,10 @@ def measure_bounds(model, cfg, ids, meta):
     if model.latent is not None:
         x0 = torch.from_numpy(ids.reshape(-1, LENGTH).astype(np.int64))
         figures["given z"] = measure(Given(model, from_text(model)))
-        figures["KL"] = kl(*model.latent.encode(x0)).mean().item()
-        figures["given z + KL"] = figures["given z"] + figures["KL"]
         figures["z of the prior"] = measure(Given(model, from_prior(model)))
+        if model.latent.noisy:
+            figures["KL"] = kl(*model.latent.encode(x0)).mean().item()
+            figures["given z + KL"] = figures["given z"] + figures["KL"]
     return figures
 
 
