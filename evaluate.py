@@ -261,10 +261,17 @@ def evaluate_one(model, cfg, args):
     """One split of a prepared corpus."""
     sign, kind = settle_T(args, cfg)
     result = evaluate_split(args.data or cfg.data, args.split or "test", model, cfg, args)
+    if model.latent is not None:
+        from extra.with_latent import bounds_given_z
+
+        result |= bounds_given_z(model, cfg, args, result)
     names = "bits_per_char", "bits_per_token", "perplexity"
     lines = [f"{name.replace('_', ' '):15} {sign:2} {figure(result, name, 4)}" for name in names]
     lines += [f"{part:15} {sign:2} {figure(result, part, 4)} bits per token"
               for part in ("kl", "reconstruction") if part in result]  # fmt: skip
+    lines += [
+        f"{name.replace('_', ' '):28} {v:.4f}" for name, v in result.get("latent", {}).items()
+    ]
     about = f"{result['tokens']:,} tokens, {kind}, {result['forwards']:,} forwards"
     lines.append(f"{result['split']} split of {result['data']}, {about}")
     return result, "\n".join(lines)

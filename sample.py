@@ -146,6 +146,8 @@ def add_options(p):
     p.add_argument(
         "--guidance", type=float, default=0.0, help="w of classifier-free guidance by the prompt"
     )
+    p.add_argument("--latent_of", metavar="TEXT", help="a latent model: texts with z of this one")
+    p.add_argument("--interpolate", nargs=2, metavar="TEXT", help="num texts, z between these two")
     p.add_argument("--stop", action="store_true", help="end a text at its first end-of-text")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--fps", type=float, help="of the live view; default: 4 seconds or more a text")
@@ -242,8 +244,13 @@ def main(argv=None):
         model, cfg = load(args.ckpt, not args.no_ema, local_device(args), args.dtype)
         tokenizer = tokenizer_of(model.tokenizer, cfg.vocab_size)
         canvas, options, eos = read_arguments(args, model, cfg, tokenizer)
-        options |= dict(batch_size=args.batch_size, eos=eos)
-        texts = generate(model, tokenizer, cfg, args.num, canvas, **options)
+        if args.latent_of or args.interpolate:
+            from extra.with_latent import sample_given_z
+
+            texts = sample_given_z(model, tokenizer, cfg, canvas, eos, options, args)
+        else:
+            options |= dict(batch_size=args.batch_size, eos=eos)
+            texts = generate(model, tokenizer, cfg, args.num, canvas, **options)
         if rank_and_world()[0] > 0:
             return
         for i, text in enumerate(texts):
