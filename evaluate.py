@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 
 from common import (
-    add_model_options,
     autocast,
     check_range,
     command,
@@ -36,6 +35,7 @@ from common import (
     to_json,
 )
 from data.checkpoints import fingerprint, load, read_record, sibling, write_record
+from data.command_line import add_model_options
 from data.corpus import count_tokens, read_meta, read_split, take, unpack
 from data.processes import process_group
 from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox

@@ -15,12 +15,8 @@ import sys
 from functools import partial
 
 from common import (
-    add_model_options,
-    add_sampler_options,
     autocast,
     check_range,
-    check_top_p,
-    choose_sampler,
     command,
     fail,
     gather,
@@ -28,11 +24,17 @@ from common import (
     parser,
     progress,
     rank_and_world,
-    read_sampler_options,
     share,
 )
 from data.canvas import infill_canvas, prompt_canvas
 from data.checkpoints import load
+from data.command_line import (
+    add_model_options,
+    add_sampler_options,
+    check_top_p,
+    choose_sampler,
+    read_sampler_options,
+)
 from data.processes import process_group
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, row_generators

@@ -25,10 +25,8 @@ import torch
 
 import train
 from common import (
-    add_model_options,
     autocast,
     check_range,
-    choose_sampler,
     command,
     compute_dtype,
     fail,
@@ -38,7 +36,7 @@ from common import (
 )
 from data.batches import micro_batches, split_batch
 from data.checkpoints import load
-from data.command_line import from_cli
+from data.command_line import add_model_options, choose_sampler, from_cli
 from data.corpus import read_split, take, unpack
 from diffusion import LOSSES, alpha, mask_tokens, stratify, training_time
 from evaluate import bound, report
