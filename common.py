@@ -9,10 +9,8 @@ import json
 import os
 import re
 import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
@@ -86,27 +84,6 @@ def to_json(record):
         return None if value != value else value
 
     return json.dumps(strict(record))
-
-
-def read_json(path, fields, advice="", text=None):
-    """The dict in a JSON file, or in `text` from it. Fails in one line if it is damaged, or if one
-    of the fields {name: type} is missing or of another type."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8") if text is None else text)
-    except (ValueError, RecursionError) as e:
-        fail(f"{path}: damaged ({one_line(e)}){advice}")
-    return check_fields(value, fields, path, advice)
-
-
-def check_fields(value, fields, where, advice=""):
-    """The value, if it is a dict with these fields {name: type}; a bool is no int."""
-    if not isinstance(value, dict):
-        fail(f"{where}: damaged: {type(value).__name__} instead of named fields{advice}")
-    for name, kind in fields.items():
-        found = value.get(name)
-        if not isinstance(found, kind) or isinstance(found, bool) != (kind is bool):
-            fail(f"{where}: damaged: {name} is {type(found).__name__}{advice}")
-    return value
 
 
 class Lines:
@@ -239,33 +216,3 @@ def autocast(device, dtype):
     and losses stay float32."""
     enabled = compute_dtype(device, dtype) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def local_device(cfg):
-    """This process's device: cuda:LOCAL_RANK under torchrun on GPUs, otherwise that of cfg."""
-    on_cuda = cfg.device.startswith("cuda") or cfg.device == "auto" and torch.cuda.is_available()
-    if dist.is_torchelastic_launched() and on_cuda:
-        return pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    return pick_device(cfg.device)
-
-
-def rank_and_world():
-    """(rank, number of processes); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def share(items):
-    """This process's part of the items: every world-th, from its rank on."""
-    rank, world = rank_and_world()
-    return items[rank::world]
-
-
-def gather(part):
-    """The inverse of `share`, on all processes: a list of the items of all in their order."""
-    if (world := rank_and_world()[1]) == 1:
-        return list(part)
-    dist.all_gather_object(parts := [None] * world, list(part))
-    items = [None] * sum(map(len, parts))
-    for rank, part in enumerate(parts):
-        items[rank::world] = part
-    return items

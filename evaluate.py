@@ -27,17 +27,15 @@ from common import (
     command,
     compute_dtype,
     fail,
-    local_device,
     one_line,
     parser,
     progress,
-    rank_and_world,
     to_json,
 )
 from data.checkpoints import fingerprint, load, read_record, sibling, write_record
 from data.command_line import add_model_options
 from data.corpus import count_tokens, read_meta, read_split, take, unpack
-from data.processes import process_group
+from data.processes import local_device, process_group, rank_and_world
 from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox
 from samplers import ORDERS
 

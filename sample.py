@@ -19,12 +19,8 @@ from common import (
     check_range,
     command,
     fail,
-    gather,
-    local_device,
     parser,
     progress,
-    rank_and_world,
-    share,
 )
 from data.canvas import infill_canvas, prompt_canvas
 from data.checkpoints import load
@@ -35,7 +31,7 @@ from data.command_line import (
     choose_sampler,
     read_sampler_options,
 )
-from data.processes import process_group
+from data.processes import gather, local_device, process_group, rank_and_world, share
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, row_generators
 from samplers import (

@@ -45,16 +45,14 @@ from common import (
     check_range,
     command,
     fail,
-    local_device,
     progress,
-    rank_and_world,
 )
 from data.batches import micro_batches, split_batch, steps_of
-from data.canvas import prompt_canvas
+from data.canvas import sampling_inputs
 from data.command_line import from_cli
 from data.corpus import folder_of, read_split, read_val_sets
 from data.prepare import prepare
-from data.processes import process_group
+from data.processes import local_device, process_group, rank_and_world
 from data.runs import (
     catch_signals,
     check_same_step,
@@ -66,7 +64,6 @@ from data.runs import (
     save_run,
     show_progress,
 )
-from data.tokenizer import tokenizer_of
 from diffusion import LOSSES
 from evaluate import bound, figure, report
 from head import keep_freed_memory
@@ -236,17 +233,6 @@ def prepare_run(cfg, resume, overwrite, closing):
         run.log, run.say, run.stderr = open_log(cfg, step, closing)
     introduce(run, accumulation, resume or bool(state))
     return run
-
-
-def sampling_inputs(cfg, meta):
-    """(tokenizer, canvas) of the samples; fails now and not after days of training."""
-    if not (cfg.samples or cfg.val_samples):
-        return None, None
-    tokenizer = tokenizer_of(meta["tokenizer"])
-    try:
-        return tokenizer, prompt_canvas(tokenizer, "", cfg.seq_len, cfg)
-    except ValueError as e:
-        fail(f"{cfg.data}: {e}; --samples=0 trains without showing any")
 
 
 def check_validation(run, windows=8):

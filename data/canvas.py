@@ -4,6 +4,9 @@ import re
 
 import torch
 
+from common import fail
+from data.tokenizer import tokenizer_of
+
 # ____: a token per underscore; [12]: 12 tokens; [*]: as many as fill the model's length
 HOLE = re.compile(r"(\\*)(_{4,}|\[\d{1,6}\]|\[\*\])")
 
@@ -67,3 +70,14 @@ def infill_canvas(tokenizer, text, cfg, subword):
     for piece, size in zip(given[1:], holes):
         ids = ids + piece + [cfg.mask_id] * size
     return torch.tensor(ids + given[-1])
+
+
+def sampling_inputs(cfg, meta):
+    """(tokenizer, canvas) of the samples; fails now and not after days of training."""
+    if not (cfg.samples or cfg.val_samples):
+        return None, None
+    tokenizer = tokenizer_of(meta["tokenizer"])
+    try:
+        return tokenizer, prompt_canvas(tokenizer, "", cfg.seq_len, cfg)
+    except ValueError as e:
+        fail(f"{cfg.data}: {e}; --samples=0 trains without showing any")

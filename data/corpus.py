@@ -27,7 +27,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import check_fields, fail, progress, read_json
+from common import (
+    fail,
+    progress,
+)
+from data.json_files import check_fields, read_json
 from diffusion import philox
 
 ROOT = Path(__file__).parent

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import fail, local_device
+from common import fail, pick_device
 
 MEET_WITHIN = 120  # seconds; torch would wait for half an hour
 WAIT_AT_MOST = timedelta(hours=1)  # while one process writes a large checkpoint
@@ -102,3 +102,37 @@ def take_over(out):
 
 def is_ours(out):
     return bool(job) and job.check([f"run in {Path(out).resolve()}"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Sharing work
+
+
+def local_device(cfg):
+    """This process's device: cuda:LOCAL_RANK under torchrun on GPUs, otherwise that of cfg."""
+    on_cuda = cfg.device.startswith("cuda") or cfg.device == "auto" and torch.cuda.is_available()
+    if dist.is_torchelastic_launched() and on_cuda:
+        return pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    return pick_device(cfg.device)
+
+
+def rank_and_world():
+    """(rank, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(items):
+    """This process's part of the items: every world-th, from its rank on."""
+    rank, world = rank_and_world()
+    return items[rank::world]
+
+
+def gather(part):
+    """The inverse of `share`, on all processes: a list of the items of all in their order."""
+    if (world := rank_and_world()[1]) == 1:
+        return list(part)
+    dist.all_gather_object(parts := [None] * world, list(part))
+    items = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        items[rank::world] = part
+    return items

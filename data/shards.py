@@ -21,9 +21,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import fail, one_line, progress, read_json
+from common import (
+    fail,
+    one_line,
+    progress,
+)
 from data.corpus import dtype_of, finish, partial_of
 from data.detokenize import DETOKENIZERS
+from data.json_files import read_json
 from data.readers import read_documents, report
 from data.tokenizer import load_tokenizer, tokenizer_of
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from common import rank_and_world
+from data.processes import rank_and_world
 
 LAYERS, DROP = 2, 0.1  # blocks of the encoder; share of the training rows without z
 WIDTHS = 0.5, 1.0, 2.0, 4.0  # of the kernels, in units of z's dimensions

@@ -13,10 +13,14 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from common import check_range, command, fail, local_device, rank_and_world
+from common import (
+    check_range,
+    command,
+    fail,
+)
 from data.checkpoints import load
 from data.command_line import from_cli
-from data.processes import process_group
+from data.processes import local_device, process_group, rank_and_world
 from data.runs import read_log
 from data.tokenizer import tokenizer_of
 from diffusion import LOSSES

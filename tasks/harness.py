@@ -35,12 +35,8 @@ from common import (
     command,
     compute_dtype,
     fail,
-    gather,
-    local_device,
     parser,
     progress,
-    rank_and_world,
-    share,
     to_json,
 )
 from data.canvas import start_ids
@@ -52,7 +48,7 @@ from data.command_line import (
     choose_sampler,
     read_sampler_options,
 )
-from data.processes import process_group
+from data.processes import gather, local_device, process_group, rank_and_world, share
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, draw_count, mask_exactly, scatter, time_at
 from sample import frames

@@ -22,18 +22,14 @@ from common import (
     command,
     compute_dtype,
     fail,
-    gather,
-    local_device,
     parser,
     progress,
-    rank_and_world,
-    share,
     to_json,
 )
 from data.canvas import start_ids
 from data.checkpoints import load
 from data.command_line import add_model_options, add_sampler_options
-from data.processes import process_group
+from data.processes import gather, local_device, process_group, rank_and_world, share
 from data.tokenizer import tokenizer_of
 from diffusion import ar
 from evaluate import figure, widen

@@ -18,10 +18,16 @@ import torch
 
 import data.runs
 import train
-from common import UserError, autocast, fail, local_device, to_json
+from common import (
+    UserError,
+    autocast,
+    fail,
+    to_json,
+)
 from configs import as_ar, as_d3pm, as_sedd
 from data.checkpoints import load
 from data.corpus import read_split
+from data.processes import local_device
 from diffusion import denoiser, row_generators
 from evaluate import bound, report
 from samplers import cached_denoiser

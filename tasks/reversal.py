@@ -20,10 +20,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import autocast, check_range, command, fail, local_device, progress, read_json
+from common import (
+    autocast,
+    check_range,
+    command,
+    fail,
+    progress,
+)
 from data.checkpoints import load
 from data.command_line import from_cli
 from data.corpus import folder_of
+from data.json_files import read_json
+from data.processes import local_device
 from data.tokenizer import tokenizer_of
 from diffusion import ar, draw_count, exact_count_bound
 from tasks.report import format_mean, make_runs, to_markdown, train_if_missing

@@ -28,11 +28,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import check_range, command, fail, parser, rank_and_world, read_json, to_json
+from common import (
+    check_range,
+    command,
+    fail,
+    parser,
+    to_json,
+)
 from configs import SMDM_SIZES, Config
 from data.command_line import from_cli
 from data.corpus import read_meta
-from data.processes import process_group
+from data.json_files import read_json
+from data.processes import process_group, rank_and_world
 from model import DiT
 from tasks import report
 

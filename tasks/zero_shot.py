@@ -4,9 +4,12 @@ import re
 
 import torch.distributed as dist
 
-from common import fail, rank_and_world
+from common import (
+    fail,
+)
 from data.corpus import DUMP, default_folder, folder_of
 from data.prepare import prepare
+from data.processes import rank_and_world
 from data.zeroshot import ZERO_SHOT
 from evaluate import evaluate_split, figure, settle_T
 

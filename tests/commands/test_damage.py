@@ -21,10 +21,13 @@ import data.prepare as prepare
 import evaluate
 import sample
 import train
-from common import UserError, check_fields, read_json
+from common import (
+    UserError,
+)
 from configs import from_cli, from_dict
 from data.checkpoints import load, read_checkpoint, read_record, write_record
 from data.corpus import read_meta, read_split
+from data.json_files import check_fields, read_json
 from data.runs import is_finished, read_log
 from data.shards import begin_or_resume, is_complete
 from data.texts import unzip_text8

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import LETTERS, refused, save, tiny_run
 
-import common
 import sample
 from configs import Config
+from data import command_line
 from data.canvas import infill_canvas, prompt_canvas
 from data.checkpoints import load, save_checkpoint
 from data.tokenizer import load_tokenizer, train_bpe
@@ -83,12 +83,12 @@ def test_a_samplers_option_reaches_it(checkpoint, capsys, monkeypatch, sampler, 
 
     command = checkpoint, "--sampler", sampler, "--steps", 20, "--num", 2
     get = lambda *args: run(capsys, *command, *args)
-    default, value = get(), common.default_options(real)[option]
+    default, value = get(), command_line.default_options(real)[option]
     assert get(f"--{option}", value) == default
     assert get(f"--{option}", low) != get(f"--{option}", high)
-    defaults = common.default_options
+    defaults = command_line.default_options
     known = lambda f: {option: value} if f is spy else defaults(f)
-    monkeypatch.setattr(common, "default_options", known)
+    monkeypatch.setattr(command_line, "default_options", known)
     monkeypatch.setitem(sample.SAMPLERS, sampler, spy)
     get(f"--{option}", low, "--semi_ar", "--length", 40)
     assert len(seen) == 2 and all(options == {option: low} for options in seen)
