@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from samplers import OPTIONS, SAMPLERS, default_options
-
 # --------------------------------------------------------------------------------------------------
 # Errors and output
 
@@ -190,65 +188,6 @@ def check_range(args, **minima):
         for value in given if isinstance(given, list) else [given]:
             if value is not None and not low <= value < 2**31:
                 fail(f"--{name} {value}: must be at least {low} and below 2**31")
-
-
-def add_model_options(p):
-    """Options of every script that runs a trained network."""
-    p.add_argument("--no_ema", action="store_true", help="use the raw weights")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="default: auto on a GPU, float32 on a CPU, so that texts do not depend on its kind",
-    )
-
-
-def add_sampler_options(p, steps=1000, temperature=1.0):
-    """Options of every script that samples. A script may change the
-    defaults; None: chosen later."""
-    p.add_argument(
-        "--sampler", choices=SAMPLERS, help="default: ddpm_cache, or what the model needs"
-    )
-    p.add_argument(
-        "--steps",
-        type=int,
-        default=steps,
-        help="diffusion steps; ddpm_cache never calls more often than tokens",
-    )
-    p.add_argument("--temperature", type=float, default=temperature, help="0: greedy")
-    p.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling")
-    for name in OPTIONS:
-        users = {s: default_options(f).get(name) for s, f in SAMPLERS.items()}
-        users = {s: default for s, default in users.items() if default is not None}
-        about = ", ".join(f"{s} [{default}]" for s, default in users.items())
-        kind = type(max(users.values()))
-        p.add_argument(f"--{name}", type=kind, help=f"of the sampler {about}")
-
-
-def choose_sampler(cfg, name=None):
-    """The sampler of this name, or the one whose law the model's loss bounds."""
-    if cfg.causal and name not in (None, "ar"):
-        fail(f"--sampler {name}: an AR model writes from left to right, with --sampler ar")
-    return name or ("ar" if cfg.causal else "ddpm_cache" if cfg.zero_masking else "ddpm")
-
-
-def check_top_p(args):
-    if not 0 < args.top_p <= 1:
-        fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
-
-
-def read_sampler_options(args, sampler, cfg):
-    """{name: value} of the sampler's own options that were given, each in its range."""
-    given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
-    for name, value in given.items():
-        if name not in default_options(SAMPLERS[sampler]):
-            users = " and ".join(s for s, f in SAMPLERS.items() if name in default_options(f))
-            fail(f"--{name} {value}: an option of {users}, not of {sampler}; choose with --sampler")
-        if not 0 <= value <= OPTIONS[name]:
-            fail(f"--{name} {value}: must be from 0 to {OPTIONS[name]:g}")
-    if cfg.causal and given.get("per_call", 1) != 1:
-        fail(f"--per_call {given['per_call']}: an AR model writes one token per call")
-    return given
 
 
 # --------------------------------------------------------------------------------------------------

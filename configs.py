@@ -6,6 +6,7 @@ python train.py text8_d3pm --lr=5e-4 --seed=2     # a config and typed overrides
 
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from importlib import import_module
 
 from common import DTYPES, fail
 from diffusion import LOSSES, SCHEDULES, SIGMAS, TIME_DRAWS, TIME_LAWS
@@ -14,9 +15,10 @@ from extra.smdm import SMDM_SIZES, fields_of
 LR_DECAYS = ("constant", "cosine", "linear")
 TIME_INPUTS = ("sigma", "step")
 NORMS, MLPS, INITS = ("layer", "rms"), ("gelu", "swiglu"), ("zero", "smdm")
+MIXERS = ("attention", "mamba")
 CHOICES = dict(
     loss=LOSSES, schedule=SCHEDULES, time_law=TIME_LAWS, time_draw=TIME_DRAWS, lr_decay=LR_DECAYS,
-    time_input=TIME_INPUTS, dtype=DTYPES, norm=NORMS, mlp=MLPS, init=INITS,
+    time_input=TIME_INPUTS, dtype=DTYPES, norm=NORMS, mlp=MLPS, init=INITS, mixer=MIXERS,
 )  # fmt: skip
 AT_LEAST_ONE = (
     "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every".split()
@@ -38,9 +40,13 @@ class Config:
     cond_dim: int = 128  # width of the adaLN conditioning; 0: plain pre-norm blocks, no adaLN
     time_cond: bool = False  # False: adaLN sees a constant, as in MDLM's released model
     time_input: str = "sigma"  # the time embedding reads sigma(t) (MDLM) or 1000 t (nanoDD)
+    mixer: str = "attention"  # attention and an MLP (MDLM's DiT), or mamba (MDLM's DiMamba)
     norm: str = "layer"  # LayerNorm without bias (MDLM), or rms: RMSNorm (SMDM)
     mlp: str = "gelu"  # GELU (MDLM), or swiglu (SMDM)
     mlp_width: int = 0  # hidden width of the MLP; 0: 4 n_embd
+    latent_dim: int = 0  # dimensions of a latent z of the whole text; 0: none (extra/latent.py)
+    mmd_weight: float = 1.0  # latent: weight of the MMD between all codes and the normal prior
+    kl_weight: float = 0.0  # latent: > 0 makes codes noisy; weight of their KL, 1 as in a VAE
     bias: bool = True  # in the MLP and the head
     init: str = "zero"  # every block starts as the identity (MDLM), or smdm: normal, as in SMDM
     tied: bool = False  # the head is the first V rows of the embedding, without bias (nanoDD)
@@ -151,6 +157,11 @@ class Config:
             (self.n_embd % pair, "n_embd", f"must be a multiple of 2 * n_head = {pair} (rotary)"),
             (self.seq_len * self.n_embd // self.n_head > 2**23, "seq_len", "tables above 64 MB"),
             (self.time_cond and not self.cond_dim, "time_cond", "needs cond_dim > 0"),
+            (self.mixer == "mamba" and (self.mlp, self.mlp_width, self.init) != ("gelu", 0, "zero"),
+             "mixer", "has no MLP: needs mlp=gelu, mlp_width=0 and init=zero"),
+            (self.latent_dim and (not self.cond_dim or self.loss not in ("mdlm", "sedd")
+             or self.init == "smdm" or self.short_rows), "latent_dim",
+             "needs cond_dim > 0, loss=mdlm or sedd, init=zero and short_rows=0"),
             (is_d3pm and not self.T, "loss", "needs T, the number of steps, e.g. --T=1000"),
             (self.aux_ce and not (self.zero_masking and self.carry_over), "aux_ce",
              "needs zero_masking=True and carry_over=True"),
@@ -306,6 +317,11 @@ def smdm(size, ar=False, flops=10.0, batch_size=256, short_rows=0.0):
     return replace(as_ar(cfg), bos=True) if ar else cfg
 
 
+def with_part(part, config):
+    """An experiment with an optional part of the network, as extra/<part>.py configures it."""
+    return import_module(f"extra.{part}").configure(config())
+
+
 CONFIGS = {
     f.__name__: f
     for f in (
@@ -314,6 +330,11 @@ CONFIGS = {
         owt_mdlm, owt_d3pm, owt_sedd, owt_ar,
     )
 }  # fmt: skip
+CONFIGS |= {
+    f"{config.__name__}_{part}": partial(with_part, part, config)
+    for part in ("mamba", "latent")
+    for config in (text8_mdlm, owt_mdlm)
+}
 CONFIGS |= {
     f"smdm_{size}{'_ar' * ar}": partial(smdm, size, ar)
     for size in SMDM_SIZES

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 
 from common import (
-    add_model_options,
     autocast,
     check_range,
     command,
@@ -36,6 +35,7 @@ from common import (
     to_json,
 )
 from data.checkpoints import fingerprint, load, read_record, sibling, write_record
+from data.command_line import add_model_options
 from data.corpus import count_tokens, read_meta, read_split, take, unpack
 from data.processes import process_group
 from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox
@@ -261,10 +261,17 @@ def evaluate_one(model, cfg, args):
     """One split of a prepared corpus."""
     sign, kind = settle_T(args, cfg)
     result = evaluate_split(args.data or cfg.data, args.split or "test", model, cfg, args)
+    if model.latent is not None:
+        from extra.with_latent import bounds_given_z
+
+        result |= bounds_given_z(model, cfg, args, result)
     names = "bits_per_char", "bits_per_token", "perplexity"
     lines = [f"{name.replace('_', ' '):15} {sign:2} {figure(result, name, 4)}" for name in names]
     lines += [f"{part:15} {sign:2} {figure(result, part, 4)} bits per token"
               for part in ("kl", "reconstruction") if part in result]  # fmt: skip
+    lines += [
+        f"{name.replace('_', ' '):28} {v:.4f}" for name, v in result.get("latent", {}).items()
+    ]
     about = f"{result['tokens']:,} tokens, {kind}, {result['forwards']:,} forwards"
     lines.append(f"{result['split']} split of {result['data']}, {about}")
     return result, "\n".join(lines)

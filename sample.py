@@ -15,12 +15,8 @@ import sys
 from functools import partial
 
 from common import (
-    add_model_options,
-    add_sampler_options,
     autocast,
     check_range,
-    check_top_p,
-    choose_sampler,
     command,
     fail,
     gather,
@@ -28,11 +24,17 @@ from common import (
     parser,
     progress,
     rank_and_world,
-    read_sampler_options,
     share,
 )
 from data.canvas import infill_canvas, prompt_canvas
 from data.checkpoints import load
+from data.command_line import (
+    add_model_options,
+    add_sampler_options,
+    check_top_p,
+    choose_sampler,
+    read_sampler_options,
+)
 from data.processes import process_group
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, row_generators
@@ -146,6 +148,8 @@ def add_options(p):
     p.add_argument(
         "--guidance", type=float, default=0.0, help="w of classifier-free guidance by the prompt"
     )
+    p.add_argument("--latent_of", metavar="TEXT", help="a latent model: texts with z of this one")
+    p.add_argument("--interpolate", nargs=2, metavar="TEXT", help="num texts, z between these two")
     p.add_argument("--stop", action="store_true", help="end a text at its first end-of-text")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--fps", type=float, help="of the live view; default: 4 seconds or more a text")
@@ -242,8 +246,13 @@ def main(argv=None):
         model, cfg = load(args.ckpt, not args.no_ema, local_device(args), args.dtype)
         tokenizer = tokenizer_of(model.tokenizer, cfg.vocab_size)
         canvas, options, eos = read_arguments(args, model, cfg, tokenizer)
-        options |= dict(batch_size=args.batch_size, eos=eos)
-        texts = generate(model, tokenizer, cfg, args.num, canvas, **options)
+        if args.latent_of or args.interpolate:
+            from extra.with_latent import sample_given_z
+
+            texts = sample_given_z(model, tokenizer, cfg, canvas, eos, options, args)
+        else:
+            options |= dict(batch_size=args.batch_size, eos=eos)
+            texts = generate(model, tokenizer, cfg, args.num, canvas, **options)
         if rank_and_world()[0] > 0:
             return
         for i, text in enumerate(texts):

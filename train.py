@@ -274,7 +274,7 @@ def loop(run):
         while run.step < cfg.steps and not stopping:
             batches = run.upcoming.popleft().result()
             run.upcoming.append(run.pool.submit(run.load_step, run.step + AHEAD))
-            if cfg.dropout:
+            if cfg.dropout or cfg.latent_dim:
                 torch.manual_seed(hash((cfg.seed, run.step, run.rank)))
             loss, norm = train_step(run.net, run.optimizers, batches, run.step, cfg, run.device)
             run.losses.append(loss)

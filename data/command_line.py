@@ -1,4 +1,5 @@
-"""CONFIG --field=value ... as a Config: the options of train.py and of the tasks that train."""
+"""Options that commands share: CONFIG --field=value ..., of train.py and of the tasks that train;
+those of every script that runs a trained network, and of every one that samples."""
 
 import argparse
 import inspect
@@ -6,9 +7,10 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 
-from common import boolean, fail, parser, read_json, suggest
+from common import DTYPES, boolean, fail, parser, read_json, suggest
 from configs import CONFIGS, SMDM_SIZES, Config, from_dict
 from data.corpus import folder_of, read_meta
+from samplers import OPTIONS, SAMPLERS, default_options
 
 CONFIG_NAMES = ", ".join(name for name in CONFIGS if not name.startswith("smdm_"))
 CONFIG_NAMES += f", smdm_N and smdm_N_ar for N in {', '.join(map(str, SMDM_SIZES))}"
@@ -81,3 +83,66 @@ def from_cli(argv=None, doc=None, flags=(), out="out/{}", config="pydocs_mdlm"):
         return replace(cfg, **given), args
     except ValueError as e:
         fail(f"{config}: {e}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Options of scripts that run a trained network
+
+
+def add_model_options(p):
+    """Options of every script that runs a trained network."""
+    p.add_argument("--no_ema", action="store_true", help="use the raw weights")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="default: auto on a GPU, float32 on a CPU, so that texts do not depend on its kind",
+    )
+
+
+def add_sampler_options(p, steps=1000, temperature=1.0):
+    """Options of every script that samples. A script may change the
+    defaults; None: chosen later."""
+    p.add_argument(
+        "--sampler", choices=SAMPLERS, help="default: ddpm_cache, or what the model needs"
+    )
+    p.add_argument(
+        "--steps",
+        type=int,
+        default=steps,
+        help="diffusion steps; ddpm_cache never calls more often than tokens",
+    )
+    p.add_argument("--temperature", type=float, default=temperature, help="0: greedy")
+    p.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling")
+    for name in OPTIONS:
+        users = {s: default_options(f).get(name) for s, f in SAMPLERS.items()}
+        users = {s: default for s, default in users.items() if default is not None}
+        about = ", ".join(f"{s} [{default}]" for s, default in users.items())
+        kind = type(max(users.values()))
+        p.add_argument(f"--{name}", type=kind, help=f"of the sampler {about}")
+
+
+def choose_sampler(cfg, name=None):
+    """The sampler of this name, or the one whose law the model's loss bounds."""
+    if cfg.causal and name not in (None, "ar"):
+        fail(f"--sampler {name}: an AR model writes from left to right, with --sampler ar")
+    return name or ("ar" if cfg.causal else "ddpm_cache" if cfg.zero_masking else "ddpm")
+
+
+def check_top_p(args):
+    if not 0 < args.top_p <= 1:
+        fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
+
+
+def read_sampler_options(args, sampler, cfg):
+    """{name: value} of the sampler's own options that were given, each in its range."""
+    given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    for name, value in given.items():
+        if name not in default_options(SAMPLERS[sampler]):
+            users = " and ".join(s for s, f in SAMPLERS.items() if name in default_options(f))
+            fail(f"--{name} {value}: an option of {users}, not of {sampler}; choose with --sampler")
+        if not 0 <= value <= OPTIONS[name]:
+            fail(f"--{name} {value}: must be from 0 to {OPTIONS[name]:g}")
+    if cfg.causal and given.get("per_call", 1) != 1:
+        fail(f"--per_call {given['per_call']}: an AR model writes one token per call")
+    return given

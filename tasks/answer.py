@@ -31,11 +31,7 @@ from pathlib import Path
 import torch
 
 from common import (
-    add_model_options,
-    add_sampler_options,
     check_range,
-    check_top_p,
-    choose_sampler,
     command,
     compute_dtype,
     fail,
@@ -43,10 +39,16 @@ from common import (
     parser,
     pick_device,
     progress,
-    read_sampler_options,
     to_json,
 )
 from data.checkpoints import fingerprint, load, sibling
+from data.command_line import (
+    add_model_options,
+    add_sampler_options,
+    check_top_p,
+    choose_sampler,
+    read_sampler_options,
+)
 from data.corpus import folder_of, read_meta
 from data.finetune import format_question
 from data.readers import read_records

@@ -14,18 +14,9 @@ import math
 import time
 from types import SimpleNamespace
 
-from common import (
-    add_model_options,
-    check_range,
-    check_top_p,
-    choose_sampler,
-    command,
-    fail,
-    parser,
-    pick_device,
-    progress,
-)
+from common import check_range, command, fail, parser, pick_device, progress
 from data.checkpoints import load
+from data.command_line import add_model_options, check_top_p, choose_sampler
 from data.tokenizer import tokenizer_of
 from sample import generate
 from samplers import SAMPLERS, STEPLESS

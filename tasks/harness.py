@@ -30,12 +30,8 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    add_model_options,
-    add_sampler_options,
     autocast,
     check_range,
-    check_top_p,
-    choose_sampler,
     command,
     compute_dtype,
     fail,
@@ -44,12 +40,18 @@ from common import (
     parser,
     progress,
     rank_and_world,
-    read_sampler_options,
     share,
     to_json,
 )
 from data.canvas import start_ids
 from data.checkpoints import load
+from data.command_line import (
+    add_model_options,
+    add_sampler_options,
+    check_top_p,
+    choose_sampler,
+    read_sampler_options,
+)
 from data.processes import process_group
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, draw_count, mask_exactly, scatter, time_at

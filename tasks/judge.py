@@ -18,8 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    add_model_options,
-    add_sampler_options,
     check_range,
     command,
     compute_dtype,
@@ -34,6 +32,7 @@ from common import (
 )
 from data.canvas import start_ids
 from data.checkpoints import load
+from data.command_line import add_model_options, add_sampler_options
 from data.processes import process_group
 from data.tokenizer import tokenizer_of
 from diffusion import ar

@@ -19,17 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (
-    add_model_options,
-    autocast,
-    check_range,
-    command,
-    fail,
-    parser,
-    pick_device,
-    progress,
-)
+from common import autocast, check_range, command, fail, parser, pick_device, progress
 from data.checkpoints import load
+from data.command_line import add_model_options
 from data.corpus import read_split, take, unpack
 from diffusion import denoiser, in_parts, scatter
 from evaluate import batch_nats, choose_windows, count_tokens, window_noise

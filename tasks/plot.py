@@ -17,18 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (
-    add_model_options,
-    autocast,
-    check_range,
-    command,
-    fail,
-    parser,
-    pick_device,
-    progress,
-)
+from common import autocast, check_range, command, fail, parser, pick_device, progress
 from configs import from_dict
 from data.checkpoints import load
+from data.command_line import add_model_options
 from data.corpus import read_split, take, unpack
 from evaluate import batch_nats, choose_windows, window_noise
 from tasks.report import import_pyplot

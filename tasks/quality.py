@@ -24,18 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (
-    add_model_options,
-    check_range,
-    check_top_p,
-    choose_sampler,
-    command,
-    fail,
-    parser,
-    pick_device,
-    progress,
-)
+from common import check_range, command, fail, parser, pick_device, progress
 from data.checkpoints import load
+from data.command_line import add_model_options, check_top_p, choose_sampler
 from data.corpus import folder_of, read_split
 from data.tokenizer import tokenizer_of
 from sample import generate

@@ -25,8 +25,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import sample
-from common import UserError, choose_sampler, fail, one_line
+from common import UserError, fail, one_line
 from data.canvas import split_holes
+from data.command_line import choose_sampler
 from samplers import OPTIONS, SAMPLERS, default_options
 from tasks import view
 
