@@ -270,7 +270,7 @@ def parse_arguments(argv):
     p.add_argument("--seed", type=int, default=0)
     add_model_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else")
-    p.set_defaults(prompt="", infill=None, guidance=0.0)  # sample.py's, which its checks read
+    p.set_defaults(prompt="", infill=None, guidance=0.0, fps=None)  # sample.py's own options
     args = p.parse_args(argv)
     check_arguments(args)
     check_range(args, judge_stride=1)

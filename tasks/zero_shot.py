@@ -1,6 +1,8 @@
 """The bound on the zero-shot sets: python evaluate.py CKPT --zero_shot [SET ...]."""
 
+import contextlib
 import re
+import sys
 
 import torch.distributed as dist
 
@@ -43,7 +45,8 @@ def evaluate_sets(model, cfg, args):
     folders = {name: default_folder(**recipe) for name, recipe in recipes.items()}
     for name, folder in folders.items():
         if rank == 0 and not folder_of(folder).exists():
-            prepare(**recipes[name])
+            with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON only
+                prepare(**recipes[name])
     if world > 1:
         dist.barrier()
     sets = {

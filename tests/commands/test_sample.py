@@ -13,7 +13,7 @@ from conftest import LETTERS, refused, save, tiny_run
 import sample
 from configs import Config
 from data import command_line
-from data.canvas import infill_canvas, prompt_canvas
+from data.canvas import infill_canvas, prompt_canvas, split_holes
 from data.checkpoints import load, save_checkpoint
 from data.tokenizer import load_tokenizer, train_bpe
 from model import DiT
@@ -160,13 +160,13 @@ def test_holes_take_the_space_before_a_subword():
 def test_escaped_holes_are_text(text):
     """A backslash makes a hole text; one in front of a hole is written twice."""
     escape = lambda s: re.sub(r"(\\*)(_{4,}|\[\d{1,6}\])", r"\1\1\\\2", s)
-    assert sample.split_holes(escape(text)) == ([text], [])
-    pieces = sample.split_holes(f"{escape(text)}, [7]{escape(text)}")
+    assert split_holes(escape(text)) == ([text], [])
+    pieces = split_holes(f"{escape(text)}, [7]{escape(text)}")
     assert pieces == ([f"{text}, ", text], [7])
 
 
 def test_a_backslash_in_front_of_a_hole_is_written_twice():
-    assert sample.split_holes(r"a\\[3]b\n") == (["a\\", r"b\n"], [3])
+    assert split_holes(r"a\\[3]b\n") == (["a\\", r"b\n"], [3])
 
 
 @pytest.mark.parametrize("hole", ["[0]", "[000]"])
