@@ -3,6 +3,7 @@ dtypes."""
 
 import argparse
 import contextlib
+import difflib
 import functools
 import json
 import os
@@ -10,9 +11,7 @@ import re
 import sys
 
 import torch
-import torch.distributed as dist
-
-from samplers import OPTIONS, SAMPLERS, default_options
+from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
 # Errors and output
@@ -87,17 +86,72 @@ def to_json(record):
     return json.dumps(strict(record))
 
 
+class Lines:
+    """A stream that is no terminal: what a bar writes over its last state becomes a line."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        if text.strip() and self.stream:
+            self.stream.write(text.strip() + "\n")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def progress(items=None, file=None, **options):
+    """tqdm's bar on stderr. Where that is no terminal: a line every two seconds, none for less. A
+    bar.update(0) also shows a change of bar.n, or that work goes on."""
+    file = file or sys.stderr
+    options = dict(miniters=0, leave=False, dynamic_ncols=True) | options
+    if not getattr(file, "isatty", bool)():
+        options |= dict(mininterval=2, delay=2, leave=False, position=0)
+        file = Lines(file)
+    return tqdm(items, file=file, **options)
+
+
 # --------------------------------------------------------------------------------------------------
 # Argument parsers
 
 
-def parser(doc):
-    """The argparse parser of every script: the docstring is the help, a mistake is one line."""
+def parser(doc, **options):
+    """The argparse parser of every script: the docstring is the help, a mistake is one line, and
+    an option's - is the same as its _."""
+    form = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=doc, formatter_class=form, allow_abbrev=False, **options
     )
-    p.error = fail
+    p.error, parse = functools.partial(explain, p), p.parse_known_args
+
+    def parse_known_args(argv=None, namespace=None):
+        argv = sys.argv[1:] if argv is None else argv
+        with_underscores = lambda match: "--" + match[0][2:].replace("-", "_")
+        return parse([re.sub(r"^--\w[\w-]*(?==|\Z)", with_underscores, a) for a in argv], namespace)
+
+    p.parse_known_args = parse_known_args
     return p
+
+
+EXAMPLE = r"^(python .*?)(  +#.*|\\)?$"  # the first command of a docstring, without its comment
+
+
+def explain(p, message):
+    """Fail with argparse's message, and with what was probably meant or an example."""
+    if wrong := re.match(r"unrecognized arguments: (--\w+)", message):
+        message = f"unknown option {wrong[1]}; {suggest(wrong[1], p._option_string_actions)}"
+    elif wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+        message += " " + suggest(wrong[1], re.findall("'(.*?)'", wrong[2]), "")
+    elif "are required" in message:
+        message += f"; for example: {re.search(EXAMPLE, p.description, re.M)[1]}"
+    fail(message)
+
+
+def suggest(word, known, otherwise=None):
+    """What to say about an unknown word: the nearest known one; without one, all that are known."""
+    if near := difflib.get_close_matches(word, known, 1):
+        return f"did you mean {near[0]}?"
+    return f"there are {', '.join(known)}" if otherwise is None else otherwise
 
 
 def boolean(text):
@@ -111,59 +165,6 @@ def check_range(args, **minima):
         for value in given if isinstance(given, list) else [given]:
             if value is not None and not low <= value < 2**31:
                 fail(f"--{name} {value}: must be at least {low} and below 2**31")
-
-
-def add_model_options(p):
-    """Options of every script that runs a trained network."""
-    p.add_argument("--no_ema", action="store_true", help="use the raw weights")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--dtype", default="float32", choices=DTYPES)
-
-
-def add_sampler_options(p, steps=1000, temperature=1.0):
-    """Options of every script that samples. A script may change the
-    defaults; None: chosen later."""
-    p.add_argument(
-        "--sampler", choices=SAMPLERS, help="default: ddpm_cache, or what the model needs"
-    )
-    p.add_argument(
-        "--steps",
-        type=int,
-        default=steps,
-        help="diffusion steps; ddpm_cache never calls more often than tokens",
-    )
-    p.add_argument("--temperature", type=float, default=temperature, help="0: greedy")
-    p.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling")
-    for name in OPTIONS:
-        defaults = {s: default_options(f).get(name) for s, f in SAMPLERS.items()}
-        users = ", ".join(
-            f"{s} [{default}]" for s, default in defaults.items() if default is not None
-        )
-        p.add_argument(f"--{name}", type=float, help=f"of the sampler {users}")
-
-
-def choose_sampler(cfg, name=None):
-    """The sampler of this name, or the one whose law the model's loss bounds."""
-    if cfg.causal and name not in (None, "ar"):
-        fail(f"--sampler {name}: an AR model writes from left to right, with --sampler ar")
-    return name or ("ar" if cfg.causal else "ddpm_cache" if cfg.zero_masking else "ddpm")
-
-
-def check_top_p(args):
-    if not 0 < args.top_p <= 1:
-        fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
-
-
-def read_sampler_options(args, sampler):
-    """{name: value} of the sampler's own options that were given, each in its range."""
-    given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
-    for name, value in given.items():
-        if name not in default_options(SAMPLERS[sampler]):
-            users = " and ".join(s for s, f in SAMPLERS.items() if name in default_options(f))
-            fail(f"--{name} {value}: an option of {users}, not of {sampler}; choose with --sampler")
-        if not 0 <= value <= OPTIONS[name]:
-            fail(f"--{name} {value}: must be from 0 to {OPTIONS[name]:g}")
-    return given
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,10 +198,11 @@ def multiplies_bfloat16():
     return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
 
 
-def compute_dtype(device, dtype):
+def compute_dtype(device, dtype=None):
     """The dtype that --dtype selects on a device: auto is bfloat16 if the hardware
-    multiplies in it, else float32."""
+    multiplies in it, else float32. None is auto on a GPU and float32 on a CPU."""
     on_cuda = device.type == "cuda"
+    dtype = dtype or ("auto" if on_cuda else "float32")
     if dtype == "auto":
         newer = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
         return "bfloat16" if newer or not on_cuda and multiplies_bfloat16() else "float32"
@@ -214,29 +216,3 @@ def autocast(device, dtype):
     and losses stay float32."""
     enabled = compute_dtype(device, dtype) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def local_device(cfg):
-    """This process's device: cuda:LOCAL_RANK under torchrun on GPUs, otherwise that of cfg."""
-    on_cuda = cfg.device.startswith("cuda") or cfg.device == "auto" and torch.cuda.is_available()
-    if dist.is_torchelastic_launched() and on_cuda:
-        return pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    return pick_device(cfg.device)
-
-
-@contextlib.contextmanager
-def process_group(cfg):
-    """The process group of torchrun's processes; without torchrun, nothing."""
-    if not dist.is_torchelastic_launched():
-        yield
-        return
-    if (device := local_device(cfg)).type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    yield
-    dist.destroy_process_group()
-
-
-def rank_and_world():
-    """(rank, number of processes); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -4,23 +4,21 @@ python train.py                                   # pydocs_mdlm, the demo
 python train.py text8_d3pm --lr=5e-4 --seed=2     # a config and typed overrides
 """
 
-import argparse
-import inspect
-import json
-import re
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
+from importlib import import_module
 
-from common import DTYPES, boolean, fail, parser
-from diffusion import LOSSES, SCHEDULES, TIME_DRAWS, TIME_LAWS
+from common import DTYPES, fail
+from diffusion import LOSSES, SCHEDULES, SIGMAS, TIME_DRAWS, TIME_LAWS
+from extra.smdm import SMDM_SIZES, fields_of
 
 LR_DECAYS = ("constant", "cosine", "linear")
 TIME_INPUTS = ("sigma", "step")
 NORMS, MLPS, INITS = ("layer", "rms"), ("gelu", "swiglu"), ("zero", "smdm")
+MIXERS = ("attention", "mamba")
 CHOICES = dict(
     loss=LOSSES, schedule=SCHEDULES, time_law=TIME_LAWS, time_draw=TIME_DRAWS, lr_decay=LR_DECAYS,
-    time_input=TIME_INPUTS, dtype=DTYPES, norm=NORMS, mlp=MLPS, init=INITS,
+    time_input=TIME_INPUTS, dtype=DTYPES, norm=NORMS, mlp=MLPS, init=INITS, mixer=MIXERS,
 )  # fmt: skip
 AT_LEAST_ONE = (
     "vocab_size seq_len n_layer n_head n_embd steps batch_size micro_batch eval_every".split()
@@ -42,9 +40,13 @@ class Config:
     cond_dim: int = 128  # width of the adaLN conditioning; 0: plain pre-norm blocks, no adaLN
     time_cond: bool = False  # False: adaLN sees a constant, as in MDLM's released model
     time_input: str = "sigma"  # the time embedding reads sigma(t) (MDLM) or 1000 t (nanoDD)
+    mixer: str = "attention"  # attention and an MLP (MDLM's DiT), or mamba (MDLM's DiMamba)
     norm: str = "layer"  # LayerNorm without bias (MDLM), or rms: RMSNorm (SMDM)
     mlp: str = "gelu"  # GELU (MDLM), or swiglu (SMDM)
     mlp_width: int = 0  # hidden width of the MLP; 0: 4 n_embd
+    latent_dim: int = 0  # dimensions of a latent z of the whole text; 0: none (extra/latent.py)
+    mmd_weight: float = 1.0  # latent: weight of the MMD between all codes and the normal prior
+    kl_weight: float = 0.0  # latent: > 0 makes codes noisy; weight of their KL, 1 as in a VAE
     bias: bool = True  # in the MLP and the head
     init: str = "zero"  # every block starts as the identity (MDLM), or smdm: normal, as in SMDM
     tied: bool = False  # the head is the first V rows of the embedding, without bias (nanoDD)
@@ -54,6 +56,8 @@ class Config:
     # diffusion
     loss: str = "mdlm"  # a key of diffusion.LOSSES
     schedule: str = "linear"  # a key of diffusion.SCHEDULES
+    sigma_min: float = 0.0  # of the schedules geometric and sigma_linear, with sigma_max
+    sigma_max: float = 0.0  # 0: both as published, 1e-4 to 20 and 0 to 10
     T: int = 0  # number of diffusion steps; 0: continuous time
     bos: bool = False  # every row's first token is given: never masked, predicted or counted
     short_rows: float = 0.0  # share of the rows that are cut into rows of a random length (SMDM)
@@ -88,12 +92,18 @@ class Config:
     device: str = "auto"  # cuda where there is one, else cpu
     dtype: str = "auto"  # autocast to bfloat16 where the hardware has it, else float32
     compile: bool = True  # torch.compile of the trunk; CUDA only
+    fsdp: bool = False  # share out weights and moments over the processes: larger networks fit
     eval_every: int = 1000
     eval_windows: int = 256  # windows of the validation split per evaluation; 0: all of it
+    val_data: str = ""  # another prepared corpus of the same tokenizer to validate on too
+    val_samples: int = 0  # texts that every validation logs
+    judge: str = ""  # of these texts: a model of the hub or an AR checkpoint, see tasks/judge.py
     save_every: int = 1000  # steps between checkpoints
+    keep_every: int = 0  # steps between checkpoints that are kept, as step_<n>.pt; 0: none
     samples: int = 4  # printed at the end of a run
     out_dir: str = "out/run"  # the command line makes it out/<config>
     wandb: bool = False  # log to wandb too
+    tensorboard: bool = False  # log to out_dir/tensorboard too
 
     @property
     def mask_id(self):
@@ -136,10 +146,22 @@ class Config:
         ]
         return only_d3pm + [
             (self.min_lr > self.lr, "min_lr", f"must be at most lr={self.lr}"),
+            (self.sigma_max and self.schedule not in SIGMAS, "sigma_max",
+             f"only for schedule={' or '.join(SIGMAS)}"),
+            (self.sigma_min and self.sigma_min >= self.sigma_max, "sigma_min",
+             "must be below sigma_max"),
+            (self.sigma_max and self.schedule == "geometric" and not self.sigma_min, "sigma_min",
+             "must be above 0 for schedule=geometric"),
             (not self.out_dir, "out_dir", "must not be empty"),
+            (self.judge and not self.val_samples, "judge", "needs val_samples, e.g. 16"),
             (self.n_embd % pair, "n_embd", f"must be a multiple of 2 * n_head = {pair} (rotary)"),
             (self.seq_len * self.n_embd // self.n_head > 2**23, "seq_len", "tables above 64 MB"),
             (self.time_cond and not self.cond_dim, "time_cond", "needs cond_dim > 0"),
+            (self.mixer == "mamba" and (self.mlp, self.mlp_width, self.init) != ("gelu", 0, "zero"),
+             "mixer", "has no MLP: needs mlp=gelu, mlp_width=0 and init=zero"),
+            (self.latent_dim and (not self.cond_dim or self.loss not in ("mdlm", "sedd")
+             or self.init == "smdm" or self.short_rows), "latent_dim",
+             "needs cond_dim > 0, loss=mdlm or sedd, init=zero and short_rows=0"),
             (is_d3pm and not self.T, "loss", "needs T, the number of steps, e.g. --T=1000"),
             (self.aux_ce and not (self.zero_masking and self.carry_over), "aux_ce",
              "needs zero_masking=True and carry_over=True"),
@@ -289,45 +311,15 @@ def owt_d3pm():
     )  # fmt: skip
 
 
-SMDM_SIZES = {  # millions of parameters without embedding and head: (n_layer, n_head, n_embd)
-    6: (6, 4, 256), 19: (8, 6, 384), 34: (8, 8, 512), 48: (9, 9, 576), 66: (10, 10, 640),
-    75: (16, 8, 640), 85: (13, 10, 640), 113: (12, 12, 768), 142: (15, 12, 768),
-    170: (18, 12, 768), 180: (14, 14, 896), 206: (16, 14, 896), 231: (18, 14, 896),
-    268: (16, 16, 1024), 302: (18, 16, 1024), 336: (20, 16, 1024), 472: (18, 10, 1280),
-    551: (21, 10, 1280), 571: (18, 11, 1408), 629: (24, 10, 1280), 666: (21, 11, 1408),
-    717: (19, 12, 1536), 761: (24, 11, 1408), 831: (22, 12, 1536), 944: (25, 12, 1536),
-    1028: (20, 14, 1792), 1233: (24, 14, 1792), 1476: (22, 16, 2048), 1678: (25, 16, 2048),
-    2121: (28, 17, 2176),
-}  # fmt: skip
-
-
 def smdm(size, ar=False, flops=10.0, batch_size=256, short_rows=0.0):
-    """SMDM (Nie et al. 2024, arXiv 2410.18514; ML-GSAI/SMDM) at one of its 30
-    sizes and, with ar, its twin.
-
-    flops: the budget in 10^18; steps follow from 6 x parameters x tokens, where SMDM counts
-    short rows by their length, since it throws the rest away; we keep it. lr is that of SMDM's
-    code, 2e-4 to 2e-5; its paper says 4e-4 to 4e-5, and which of the two trained the released
-    weights is not known. Two things are not as in its code: times are stratified, and weight
-    decay leaves out the norms' gains."""
-    if not flops > 0:
-        raise ValueError(f"flops={flops}: must be above 0, in units of 10^18")
-    n_layer, n_head, n_embd = SMDM_SIZES[size]
-    width = 1600 if size == 75 else 4 * n_embd
-    parameters = n_layer * (4 * n_embd**2 + 3 * n_embd * width + 2 * n_embd) + n_embd
-    length = 2048 * (1 - short_rows) + 0.5 * (1 + 2048) * short_rows
-    steps = int(flops * 1e18 / (6 * parameters * batch_size * length))
-    cfg = Config(
-        data="slimpajama", vocab_size=32000, seq_len=2048,
-        n_layer=n_layer, n_head=n_head, n_embd=n_embd, mlp_width=width, cond_dim=0,
-        norm="rms", mlp="swiglu", bias=False, init="smdm",
-        loss="mdlm", T=0, t_min=1e-3, short_rows=short_rows,
-        steps=max(steps, 1), batch_size=batch_size, micro_batch=8 if size < 1000 else 4,
-        lr=2e-4, min_lr=2e-5, lr_decay="cosine", warmup=max(100, steps // 100),
-        beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0, ema=0.0,
-        seed=3407, eval_every=5000, eval_windows=2048, save_every=2500,
-    )  # fmt: skip
+    """SMDM at one of its 30 sizes, for a budget of flops x 10^18, and, with ar, its twin."""
+    cfg = Config(**fields_of(size, flops, batch_size, short_rows))
     return replace(as_ar(cfg), bos=True) if ar else cfg
+
+
+def with_part(part, config):
+    """An experiment with an optional part of the network, as extra/<part>.py configures it."""
+    return import_module(f"extra.{part}").configure(config())
 
 
 CONFIGS = {
@@ -339,70 +331,42 @@ CONFIGS = {
     )
 }  # fmt: skip
 CONFIGS |= {
+    f"{config.__name__}_{part}": partial(with_part, part, config)
+    for part in ("mamba", "latent")
+    for config in (text8_mdlm, owt_mdlm)
+}
+CONFIGS |= {
     f"smdm_{size}{'_ar' * ar}": partial(smdm, size, ar)
     for size in SMDM_SIZES
     for ar in (False, True)
+}
+
+SIZES = {  # MDLM's and SEDD's; a config without a size in its name is small
+    "tiny": dict(n_layer=8, n_head=8, n_embd=512),
+    "small": dict(n_layer=12, n_head=12, n_embd=768),
+    "medium": dict(n_layer=24, n_head=16, n_embd=1024),
+}
+
+
+def with_size(config, size):
+    """A config of the same recipe at one of SIZES."""
+    return replace(config(), **SIZES[size])
+
+
+CONFIGS |= {
+    f"{name}_{size}": partial(with_size, config, size)
+    for name, config in [*CONFIGS.items()]
+    if config().n_embd == SIZES["small"]["n_embd"] and not name.startswith("smdm")
+    for size in SIZES
 }
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def add_fields(p):
-    """An option per field of Config, whose help is the field's comment."""
-    notes = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    for f in fields(Config):
-        kind = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        note = f"{notes.get(f.name, '')} [{f.default}]".strip().replace("%", "%%")
-        kind |= dict(help=note, metavar=f.type.__name__, default=argparse.SUPPRESS)
-        p.add_argument(f"--{f.name}", **kind)
-
-
-def from_cli(argv=None, doc=None, flags=(), out="out/{}", config="pydocs_mdlm"):
-    """[CONFIG] [--field=value ...] [--flag ...] -> (Config, namespace of the flags).
-
-    A flag is (name, help), or (name, help, default) if it takes a value of the default's type. A
-    config's own parameters, such as flops, are options too. With the flag --resume, fields that are
-    not given are those of the run in out_dir."""
-    p = parser(doc)
-    p.add_argument("config", nargs="?", default=config, help=", ".join(CONFIGS))
-    for flag, text, *default in flags:
-        kind = dict(action="store_true")
-        if default:
-            kind = dict(type=type(default[0]), default=default[0])
-        p.add_argument(f"--{flag}", help=text, **kind)
-    add_fields(p)
-    args, unknown = p.parse_known_args(argv)
-    if args.config not in CONFIGS:
-        fail(f"unknown config {args.config!r}; the configs are {', '.join(CONFIGS)}")
-
-    parameters = inspect.signature(CONFIGS[args.config]).parameters
-    q = parser(doc)
-    for name in parameters.keys() - vars(args).keys():
-        if not hasattr(Config, name):
-            kind = type(parameters[name].default)
-            q.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
-    arguments, unknown = q.parse_known_args(unknown)
-    if unknown:
-        names = ", ".join(f.name for f in fields(Config))
-        fail(f"unknown argument {unknown[0]}; the fields are {names}")
-
-    given = {f.name: vars(args).pop(f.name) for f in fields(Config) if f.name in args}
-    given.setdefault("out_dir", out.format(args.config))
-    saved = Path(given["out_dir"]) / "config.json"
-    shared = {name: value for name, value in given.items() if name in parameters}
-    try:
-        cfg = CONFIGS[args.config](**vars(arguments), **shared)
-        if getattr(args, "resume", False) and saved.exists():
-            cfg = from_dict(saved.read_text(encoding="utf-8"), saved)
-        return replace(cfg, **given), args
-    except ValueError as e:
-        fail(f"{args.config}: {e}")
-
-
 def from_dict(values, where):
-    """The Config of a checkpoint's dict or of config.json's text; errors name the file `where`."""
+    """The Config of a checkpoint's dict or of config.json; errors name the file `where`."""
     try:
-        return Config(**(json.loads(values) if isinstance(values, str) else values))
+        return Config(**values)
     except (TypeError, ValueError) as e:
         fail(f"{where}: not a config of this version ({e})")

@@ -49,28 +49,46 @@ def stretch(sigma, dsigma):
     )
 
 
+def geometric(low, high):
+    """sigma from low to high by equal factors."""
+    sigma = lambda t: low ** (1 - t) * high**t
+    return stretch(sigma, lambda t: sigma(t) * math.log(high / low))
+
+
+def sigma_linear(low, high):
+    return stretch(lambda t: low + (high - low) * t, lambda t: torch.full_like(t, high - low))
+
+
 HALF_PI = math.pi / 2
 SCHEDULES = {  # name: alpha(t), d alpha / dt
     "linear": (lambda t: 1 - t, lambda t: -torch.ones_like(t)),  # "loglinear" in MDLM and SEDD
     "cosine": (lambda t: torch.cos(HALF_PI * t), lambda t: -HALF_PI * torch.sin(HALF_PI * t)),
     "cosine2": (lambda t: torch.cos(HALF_PI * t) ** 2, lambda t: -HALF_PI * torch.sin(math.pi * t)),
     "poly2": (lambda t: 1 - t**2, lambda t: -2 * t),
-    "geometric": stretch(  # SEDD's: sigma from 1e-4 to 20
-        lambda t: 1e-4 ** (1 - t) * 20**t,
-        lambda t: 1e-4 ** (1 - t) * 20**t * math.log(20 / 1e-4),
-    ),
-    "sigma_linear": stretch(lambda t: 10 * t, lambda t: torch.full_like(t, 10)),  # MDLM's "linear"
+    "geometric": geometric(1e-4, 20.0),  # SEDD's
+    "sigma_linear": sigma_linear(0.0, 10.0),  # MDLM's "linear"
 }
+SIGMAS = {"geometric": geometric, "sigma_linear": sigma_linear}  # from sigma_min to sigma_max
+
+
+def curves(schedule):
+    """(alpha(t), d alpha / dt) of a cfg, or of a schedule's name."""
+    if isinstance(schedule, str):
+        return SCHEDULES[schedule]
+    if schedule.sigma_max:
+        return SIGMAS[schedule.schedule](schedule.sigma_min, schedule.sigma_max)
+    return SCHEDULES[schedule.schedule]
 
 
 def alpha(schedule, t):
-    """P(visible) at t, float64: in float32, 1 - alpha rounds to 0 near t = 0, and 0 / 0 follows."""
-    return SCHEDULES[schedule][0](t.double())
+    """P(visible) at t, float64: in float32, 1 - alpha rounds to 0 near t = 0, and 0 / 0 follows.
+    schedule: a cfg or, for a schedule without parameters of its own, a name."""
+    return curves(schedule)[0](t.double())
 
 
 def dalpha(schedule, t):
     """d alpha / dt at t, float64."""
-    return SCHEDULES[schedule][1](t.double())
+    return curves(schedule)[1](t.double())
 
 
 def time_at(schedule, masked):
@@ -139,7 +157,7 @@ def mask_exactly(x0, count, maskable, mask_id, u=None):
 def draw_uniform(x0, maskable, cfg, u, v):
     """t by the time law; u is stratified over the global batch, or independent."""
     t = training_time(u, cfg)
-    return t, mask_tokens(x0, alpha(cfg.schedule, t), maskable, cfg.mask_id, v), torch.ones_like(u)
+    return t, mask_tokens(x0, alpha(cfg, t), maskable, cfg.mask_id, v), torch.ones_like(u)
 
 
 def draw_importance(x0, maskable, cfg, u, v):
@@ -147,7 +165,7 @@ def draw_importance(x0, maskable, cfg, u, v):
     the same weight at every t."""
     t = cfg.t_min ** (1 - u)
     weight = t * -math.log(cfg.t_min) / (1 - cfg.t_min)  # uniform density over that of t
-    return t, mask_tokens(x0, alpha(cfg.schedule, t), maskable, cfg.mask_id, v), weight
+    return t, mask_tokens(x0, alpha(cfg, t), maskable, cfg.mask_id, v), weight
 
 
 def draw_counts(x0, maskable, cfg, u, v):
@@ -156,7 +174,7 @@ def draw_counts(x0, maskable, cfg, u, v):
     n = maskable.sum(-1)
     count = draw_count(n, TIME_LAWS[cfg.time_law](u.double()))
     xt, fraction = mask_exactly(x0, count, maskable, cfg.mask_id, v)
-    t = time_at(cfg.schedule, fraction)
+    t = time_at(cfg, fraction)
     return t, xt, n / count / bound_weight(t, cfg)
 
 
@@ -171,7 +189,7 @@ TIME_DRAWS = {
 def corrupt(x0, maskable, cfg, t, xt):
     """What the caller of a loss left out: t, stratified over the batch, and xt masked at t."""
     t = training_time(stratify(len(x0), x0.device), cfg) if t is None else t
-    xt = mask_tokens(x0, alpha(cfg.schedule, t), maskable, cfg.mask_id) if xt is None else xt
+    xt = mask_tokens(x0, alpha(cfg, t), maskable, cfg.mask_id) if xt is None else xt
     return t, xt
 
 
@@ -228,14 +246,14 @@ def nll(model, x0, xt, t, at):
 
 def reveal_rate(t, cfg):
     """-alpha' / (1 - alpha) at t (B,): the rate at which masks are revealed, backwards in time."""
-    masked = 1 - alpha(cfg.schedule, t)
-    return -dalpha(cfg.schedule, t) / masked.clamp(min=1e-12)  # 0 near t = 0, where inf * 0 is NaN
+    masked = 1 - alpha(cfg, t)
+    return -dalpha(cfg, t) / masked.clamp(min=1e-12)  # 0 near t = 0, where inf * 0 is NaN
 
 
 def reveal_chance(t, s, cfg):
     """r = (alpha_s - alpha_t) / (1 - alpha_t): P(a mask is revealed in the step from t to s)."""
-    alpha_t = alpha(cfg.schedule, t)
-    return (alpha(cfg.schedule, s) - alpha_t) / (1 - alpha_t).clamp(min=1e-12)
+    alpha_t = alpha(cfg, t)
+    return (alpha(cfg, s) - alpha_t) / (1 - alpha_t).clamp(min=1e-12)
 
 
 def bound_weight(t, cfg):
@@ -287,7 +305,7 @@ def posterior_kl(model, x0, maskable, cfg, t, xt):
     nats, mask_nats = nats.double().unbind(-1)
     m, t = (-mask_nats).exp(), t.double()[:, None]
     s = t - 1 / cfg.T
-    r, alpha_t, alpha_s = reveal_chance(t, s, cfg), alpha(cfg.schedule, t), alpha(cfg.schedule, s)
+    r, alpha_t, alpha_s = reveal_chance(t, s, cfg), alpha(cfg, t), alpha(cfg, s)
     a_t = torch.log1p(m * alpha_t / (1 - alpha_t).clamp(min=1e-12))
     # (1 - r) a_s, which is 0 at s = 0 because 1 - r is
     stay = torch.special.xlog1py(1 - r, m * alpha_s / (1 - alpha_s).clamp(min=1e-12))
@@ -337,7 +355,7 @@ def exact_count_bound(model, x0, maskable, cfg, count, xt=None, u=None, counted=
     fraction = count / n  # stands in for t if the model ignores it
     if xt is None:
         xt, fraction = mask_exactly(x0, count, maskable, cfg.mask_id, u)
-    t = time_at(cfg.schedule, fraction) if cfg.time_cond else fraction
+    t = time_at(cfg, fraction) if cfg.time_cond else fraction
     loss = score_entropy if cfg.loss == "sedd" else nll
     at = (maskable if counted is None else counted) & (xt == cfg.mask_id)
     return n / count * loss(model, x0, xt, t, at).sum(-1)
@@ -404,8 +422,10 @@ def denoiser(model, cfg):
 
     @torch.no_grad()
     def denoise(x, t, at):
-        rows = at.any(-1)
-        return log_probabilities(model(x[rows], t[rows].float(), at[rows]).float(), cfg)
+        rows = indices_of(at.any(-1))  # waits for a GPU; indexing by a mask would wait every time
+        if len(rows) < len(x):
+            x, t, at = x[rows], t[rows], at[rows]
+        return log_probabilities(model(x, t.float(), at).float(), cfg)
 
     return denoise
 
@@ -447,7 +467,7 @@ def ddpm(denoise, x, steps, cfg, gen=None):
     def chance(t, s, log_p):
         if cfg.zero_masking:
             return reveal_chance(t, s, cfg)
-        alpha_t, alpha_s, p = alpha(cfg.schedule, t), alpha(cfg.schedule, s), mass(log_p)
+        alpha_t, alpha_s, p = alpha(cfg, t), alpha(cfg, s), mass(log_p)
         return (alpha_s - alpha_t) * p / (1 - alpha_t * p)
 
     yield from step_by_step(denoise, x, steps, cfg, gen, chance)
@@ -472,12 +492,12 @@ def ddpm_cache(denoise, x, steps, cfg, gen=None):
     alpha((n-1)/steps) - alpha(n/steps), independently of all others. So draw the steps first and
     visit only those in which something happens. (MDLM's cache skips the same steps, but a change in
     any row of the batch ends it, and it is off for time-conditioned networks.)"""
-    time = time_at(cfg.schedule, uniform(x == cfg.mask_id, gen))
+    time = time_at(cfg, uniform(x == cfg.mask_id, gen))
     yield from reveal_at(denoise, x, torch.ceil(time * steps) / steps, cfg, gen)
 
 
 def first_hitting(denoise, x, steps, cfg, gen=None):
     """The limit of infinitely many steps (arXiv 2409.02908): one token per call, each at its own
     continuous time; `steps` is not used. L calls for L masks."""
-    time = time_at(cfg.schedule, uniform(x == cfg.mask_id, gen))
+    time = time_at(cfg, uniform(x == cfg.mask_id, gen))
     yield from reveal_at(denoise, x, time, cfg, gen)

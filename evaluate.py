@@ -2,27 +2,26 @@
 
 python evaluate.py out/pydocs_mdlm/ckpt.pt                      # test split, continuous time
 python evaluate.py out/owt_mdlm/ckpt.pt --split val --json
+torchrun --nproc_per_node=8 evaluate.py out/owt_mdlm/ckpt.pt --windows 2048   # 8 GPUs, part of it
 python evaluate.py out/text8_d3pm/ckpt.pt --T 1000 --passes 4   # the bound of a 1000-step sampler
+python evaluate.py out/owt_mdlm/ckpt.pt --order margin --per_call 4  # exact, for that sampler
 python evaluate.py out/owt_mdlm/ckpt.pt --zero_shot             # MDLM's seven sets
 python evaluate.py out/smdm_170/ckpt.pt --zero_shot fineweb_CC-MAIN-2024-10 --resume
 
 Generative perplexity of samples is another command: python -m tasks.judge.
 """
 
-import hashlib
 import io
-import json
 import math
-from dataclasses import asdict, replace
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from common import (
-    add_model_options,
     autocast,
     check_range,
     command,
@@ -30,13 +29,15 @@ from common import (
     fail,
     one_line,
     parser,
-    pick_device,
-    rank_and_world,
+    progress,
     to_json,
 )
-from data.checkpoints import load, sibling
-from data.corpus import read_meta, read_split, take, unpack
+from data.checkpoints import fingerprint, load, read_record, sibling, write_record
+from data.command_line import add_model_options
+from data.corpus import count_tokens, read_meta, read_split, take, unpack
+from data.processes import local_device, process_group, rank_and_world
 from diffusion import LOSSES, alpha, ar, draw_count, exact_count_bound, mask_tokens, philox
+from samplers import ORDERS
 
 # --------------------------------------------------------------------------------------------------
 # The bound
@@ -102,12 +103,16 @@ def window_noise(seed, starts, p, L):
     return np.stack([philox(seed, start // L, stream=3, step=p).random(L) for start in starts])
 
 
-def batch_nats(model, x0, maskable, counted, cfg, T, u, v):
+def batch_nats(model, x0, maskable, counted, cfg, T, u, v, order=None):
     """One estimate of the bound per row, (B,) float64 nats, from uniforms u (B,) for the time and
     v (B, L) for the masks: exact mask counts in continuous time (T = 0), else one step of D3PM's
-    T-step bound. An AR model's likelihood is exact."""
+    T-step bound. An AR model's likelihood is exact, as is that of an order: {sampler, options}."""
     if cfg.causal:
         return ar(model, x0, counted, cfg).double().sum(-1)
+    if order:
+        from tasks.orders import row_nats
+
+        return row_nats(model, x0, maskable, counted, cfg, order)[0]
     if not T:
         count = draw_count(maskable.sum(-1), u)
         return exact_count_bound(model, x0, maskable, cfg, count, None, v, counted).double()
@@ -115,14 +120,14 @@ def batch_nats(model, x0, maskable, counted, cfg, T, u, v):
     loss = "d3pm" if cfg.loss == "d3pm" else "mdlm"
     in_steps = replace(cfg, aux_ce=0.0, T=T, loss=loss, time_draw="stratified")
     t = (torch.floor(u * T) + 1).clamp(max=T) / T
-    xt = mask_tokens(x0, alpha(cfg.schedule, t), maskable, cfg.mask_id, v)
+    xt = mask_tokens(x0, alpha(cfg, t), maskable, cfg.mask_id, v)
     return LOSSES[loss](model, x0, counted, in_steps, t, xt).double().sum(-1)
 
 
 @torch.no_grad()
 def bound(
     model, ids, meta, cfg, where, T=0, passes=1, windows=0, batch_size=16, seed=0, dtype="float32",
-    quiet=True, partial=None,
+    quiet=True, partial=None, split_tokens=None, span=(0.0, 1.0), order=None,
 ):  # fmt: skip
     """The bound on -log p of a split in nats per token: nats, se, tokens, split_tokens
     (counted in the whole split) and forwards.
@@ -130,30 +135,33 @@ def bound(
     See `choose_windows` and `batch_nats`. Padding and given tokens are not counted. Under
     torch.distributed the ranks share the windows, and all return the result of all. partial: a file
     of one process that receives each batch's nats and tokens, 16 bytes per window; after a kill the
-    same call resumes from it, to the same result."""
+    same call resumes from it, to the same result. split_tokens: what an earlier call counted. span:
+    the part of the times [0, 1) that the bound is limited to; a partition's parts add up to it."""
     device, (rank, world) = next(model.parameters()).device, rank_and_world()
     starts, lengths = choose_windows(len(ids), cfg.seq_len, windows)
     W, rng = len(starts), np.random.Generator(np.random.Philox(seed))
-    u = np.stack([strata(W, rng) for _ in range(passes)])
-    jobs = make_jobs(lengths, cfg.seq_len, passes, batch_size)[rank::world]
+    (low, high), u = span, np.stack([strata(W, rng) for _ in range(passes)])
+    u = low + (high - low) * u
+    jobs = make_jobs(lengths, cfg.seq_len, passes, batch_size)
+    turns = range(rank, -(-len(jobs) // world) * world, world)  # equally many: see extra/fsdp.py
     nats, tokens = torch.zeros(2, passes, W, dtype=torch.float64, device=device)
     saved = open(partial, "r+b" if Path(partial).exists() else "w+b") if partial else io.BytesIO()
-    for p, b in tqdm(jobs, disable=quiet or rank > 0, unit="batch", leave=False):
-        size = 2 * 8 * (b.stop - b.start)
-        if len(before := saved.read(size)) == size:
+    for turn in progress(turns, disable=quiet or rank > 0, unit="batch"):
+        p, b = jobs[turn % len(jobs)]
+        if before := read_record(saved, 2 * 8 * (b.stop - b.start)):
             row = torch.frombuffer(bytearray(before), dtype=torch.float64)
             nats[p, b], tokens[p, b] = row.view(2, -1)
             continue
-        saved.seek(-len(before), io.SEEK_CUR)  # a batch that was cut short
         stored = take(ids, starts[b], int(lengths[b.start]), cfg, where)
         x0, maskable, counted = (a.to(device) for a in unpack(stored, meta, cfg))
         v = window_noise(seed, starts[b], p, cfg.seq_len)[:, : x0.shape[1]]
         noise = (torch.from_numpy(a).to(device) for a in (u[p, b], v))
         tokens[p, b] = counted.sum(-1).double()
         with autocast(device, dtype):
-            nats[p, b] = batch_nats(model, x0, maskable, counted, cfg, T, *noise)
-        saved.write(torch.stack((nats[p, b], tokens[p, b])).cpu().numpy().tobytes())
-        saved.flush()
+            nats[p, b] = batch_nats(model, x0, maskable, counted, cfg, T, *noise, order)
+        write_record(saved, torch.stack((nats[p, b], tokens[p, b])).cpu().numpy().tobytes())
+        if turn >= len(jobs):  # another process's batch
+            nats[p, b], tokens[p, b] = 0.0, 0.0
     saved.close()
     if world > 1:
         dist.all_reduce(nats)
@@ -162,23 +170,14 @@ def bound(
     kept = tokens > 0  # a window may be all padding
     if not kept.any():
         fail(f"{where}: nothing to predict, only padding or given tokens")
-    nats, tokens, u = nats[:, kept], tokens[kept], u[:, kept]
+    nats, tokens, u = nats[:, kept] * (high - low), tokens[kept], u[:, kept]
     return {
         "nats": float(nats.mean(0).sum() / tokens.sum()),
         "se": standard_error(nats, u, tokens),
         "tokens": int(tokens.sum()),
-        "split_tokens": count_tokens(ids, meta, cfg),
+        "split_tokens": split_tokens or count_tokens(ids, meta, cfg),
         "forwards": passes * W,
     }
-
-
-def count_tokens(ids, meta, cfg):
-    """The number of counted tokens of a whole split in windows of seq_len."""
-    L = cfg.seq_len
-    if meta.get("pad") is None and not meta.get("given"):
-        return len(ids) - cfg.bos * -(-len(ids) // L)  # a given first token per window
-    parts = (ids[i : i + 4096 * L].astype(np.int64) for i in range(0, len(ids), 4096 * L))
-    return sum(int(unpack(part.reshape(-1, L), meta, cfg)[2].sum()) for part in parts)
 
 
 def report(result, meta, split):
@@ -205,16 +204,6 @@ def figure(result, name, digits=3):
     return f"{result[name]:.{digits}f} ± " + ("?" if math.isnan(error) else f"{error:.{digits}f}")
 
 
-def fingerprint(model, **settings):
-    """A hash of settings and of a network, by up to 64 numbers of each tensor: partial results are
-    resumed only if it matches."""
-    digest = hashlib.sha256(json.dumps([asdict(model.cfg), settings], sort_keys=True).encode())
-    for tensor in model.state_dict().values():
-        sample = tensor.flatten()[:: tensor.numel() // 64 or 1]
-        digest.update(sample.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 # --------------------------------------------------------------------------------------------------
 # The command: a function per mode, (model, cfg, args) -> (record for JSON, text to print)
 
@@ -222,9 +211,15 @@ def fingerprint(model, **settings):
 def settle_T(args, cfg):
     """Set args.T, by default the model's; returns the sign before a figure
     and the figure's kind."""
+    if args.order:
+        from tasks.orders import settle_order
+
+        return "=", settle_order(args, cfg)
     args.T = cfg.T if args.T is None else args.T
     if args.T and cfg.causal:
         fail(f"--T {args.T}: an AR model has no diffusion steps")
+    if args.parts and (not args.T or args.resume or not cfg.carry_over):
+        fail("--parts: needs --T above 0 and carry_over=True, and excludes --resume")
     if not args.T and not cfg.zero_masking:
         fail("--T 0: a model that may predict MASK (zero_masking=False) needs steps, e.g. --T 1000")
     if cfg.causal:
@@ -239,15 +234,22 @@ def evaluate_split(data, split, model, cfg, args):
     ids, meta = read_split(data, split, cfg)
     dtype, partial = compute_dtype(next(model.parameters()).device, args.dtype), None
     settings = dict(
-        T=args.T, passes=args.passes, batch_size=args.batch_size, seed=args.seed, dtype=dtype
-    )
-    if args.resume:
-        key = fingerprint(model, sha256=meta["splits"][split]["sha256"], **settings)
+        T=args.T, passes=args.passes, windows=args.windows, batch_size=args.batch_size,
+        seed=args.seed, dtype=dtype, order=args.order,
+    )  # fmt: skip
+    if args.resume:  # each process has its own part and file
+        about = dict(sha256=meta["splits"][split]["sha256"], part=rank_and_world())
+        key = fingerprint(model, **about, **settings)
         partial = sibling(args.ckpt, f"evaluate-{key[:16]}.partial")
         args.partials.append(partial)
     where = f"{data}/{split}.bin"
     try:
-        result = bound(model, ids, meta, cfg, where, quiet=args.json, partial=partial, **settings)
+        settings |= dict(quiet=args.json, partial=partial)
+        if args.parts:
+            from tasks.parts import bound_in_parts as bound_of
+        else:
+            bound_of = bound
+        result = bound_of(model, ids, meta, cfg, where, **settings)
     except OSError as e:
         fail(one_line(e))
     return report(result, meta, split) | {"data": data}
@@ -257,8 +259,17 @@ def evaluate_one(model, cfg, args):
     """One split of a prepared corpus."""
     sign, kind = settle_T(args, cfg)
     result = evaluate_split(args.data or cfg.data, args.split or "test", model, cfg, args)
+    if model.latent is not None:
+        from extra.with_latent import bounds_given_z
+
+        result |= bounds_given_z(model, cfg, args, result)
     names = "bits_per_char", "bits_per_token", "perplexity"
     lines = [f"{name.replace('_', ' '):15} {sign:2} {figure(result, name, 4)}" for name in names]
+    lines += [f"{part:15} {sign:2} {figure(result, part, 4)} bits per token"
+              for part in ("kl", "reconstruction") if part in result]  # fmt: skip
+    lines += [
+        f"{name.replace('_', ' '):28} {v:.4f}" for name, v in result.get("latent", {}).items()
+    ]
     about = f"{result['tokens']:,} tokens, {kind}, {result['forwards']:,} forwards"
     lines.append(f"{result['split']} split of {result['data']}, {about}")
     return result, "\n".join(lines)
@@ -281,6 +292,10 @@ def parse_arguments(argv):
         "--T", type=int, help="diffusion steps of the bound, 0: continuous time [the model's]"
     )
     p.add_argument("--passes", type=int, default=1, help="forwards per window [1]")
+    p.add_argument("--parts", action="store_true", help="with T: KL and reconstruction apart")
+    p.add_argument("--windows", type=int, default=0, help="of a split, spread evenly [all]")
+    p.add_argument("--order", choices=ORDERS, help="the exact likelihood of this sampler instead")
+    p.add_argument("--per_call", type=int, help="tokens per call of --order [1]")
     p.add_argument(
         "--resume", action="store_true",
         help="keep partial results beside the checkpoint and resume from them after a kill",
@@ -293,20 +308,21 @@ def parse_arguments(argv):
     args, unknown = p.parse_known_args(argv)
     if args.gen_ppl is not None:
         judge = " ".join(args.gen_ppl) or "JUDGE"
-        fail(f"--gen_ppl moved: python -m tasks.judge {args.ckpt} {judge}")
+        fail(f"--gen_ppl moved: python -m tasks.judge {shlex.quote(args.ckpt)} {judge}")
     if unknown:
-        fail(f"unrecognized arguments: {' '.join(unknown)}")
-    check_range(args, T=0, passes=1, batch_size=1, seed=0)
+        p.error(f"unrecognized arguments: {' '.join(unknown)}")
+    check_range(args, T=0, passes=1, windows=0, per_call=1, batch_size=1, seed=0)
+    if args.per_call and not args.order:
+        fail(f"--per_call {args.per_call}: only with --order")
     for name in ("split", "data"):
         if args.zero_shot is not None and getattr(args, name):
             fail(f"--{name}: not with --zero_shot")
     return args
 
 
-@command
-def main(argv=None):
-    args = parse_arguments(argv)
-    device, args.partials = pick_device(args.device), []
+def run(args, device):
+    """The result of the arguments; one of the processes prints it."""
+    args.partials = []
     model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
     if args.zero_shot is None:
         result, text = evaluate_one(model, cfg, args)
@@ -315,13 +331,22 @@ def main(argv=None):
 
         result, text = evaluate_sets(model, cfg, args)
     result |= {
-        "T": args.T, "passes": args.passes, "ckpt": args.ckpt, "step": model.step,
-        "seed": args.seed, "ema": not args.no_ema, "dtype": compute_dtype(device, args.dtype),
+        "T": args.T, "passes": args.passes, "windows": args.windows, "ckpt": args.ckpt,
+        "step": model.step, "seed": args.seed, "ema": not args.no_ema,
+        "dtype": compute_dtype(device, args.dtype),
     }  # fmt: skip
-    print(to_json(result) if args.json else text, flush=True)
+    if rank_and_world()[0] == 0:
+        print(to_json(result) if args.json else text, flush=True)
     for path in args.partials:
         path.unlink(missing_ok=True)
     return result
+
+
+@command
+def main(argv=None):
+    args = parse_arguments(argv)
+    with process_group(args):
+        return run(args, local_device(args))
 
 
 if __name__ == "__main__":

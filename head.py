@@ -125,7 +125,8 @@ def hidden_for_inference(model, x, t, at):
         pick = (at.byte().sort(dim=-1, descending=True, stable=True).indices[:, :count],)
         at = at.gather(1, *pick)
     tokens = 1024 if torch.is_autocast_enabled("cpu") else 512
-    rows = max(1, len(x) if x.is_cuda else tokens // x.shape[1])
+    whole = x.is_cuda or model.cfg.fsdp  # under FSDP all processes call the trunk equally often
+    rows = max(1, len(x) if whole else tokens // x.shape[1])
     return in_parts(model.hidden, x, t, *pick, rows=rows), at
 
 

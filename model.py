@@ -142,14 +142,22 @@ class DiT(nn.Module):
         tied embedding   normal 1/sqrt(d), cut at 3 sigma (nanoDD)
         ada, final_ada   zero: every block starts as the identity
         head             zero: every masked token starts at a cost of exactly ln V
-    Without adaLN (cond_dim = 0) attn_out and mlp_out are zero, for the same reason as ada."""
+    Without adaLN (cond_dim = 0) attn_out, mlp_out and Mamba's mix_out are zero, as ada is."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.ends, d = cfg, False, cfg.n_embd  # ends: rows are documents, see `load`
         self.embed = nn.Embedding(cfg.vocab_size + 1, d)  # the last row is MASK
         self.time = TimeEmbedding(cfg.cond_dim) if cfg.cond_dim else None
-        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
+        make_block = Block
+        if cfg.mixer == "mamba":
+            from extra.mamba import MambaBlock as make_block
+        self.blocks = nn.ModuleList([make_block(cfg) for _ in range(cfg.n_layer)])
+        self.latent = None
+        if cfg.latent_dim:
+            from extra.latent import Latent
+
+            self.latent = Latent(cfg)
         self.final_norm = norm(cfg)
         self.final_ada = nn.Linear(cfg.cond_dim, 2 * d) if cfg.cond_dim else None
         self.outputs = cfg.vocab_size + (not cfg.zero_masking)
@@ -167,7 +175,7 @@ class DiT(nn.Module):
         else:
             nn.init.uniform_(self.embed.weight, -std, std)
         adas = [b.ada for b in self.blocks] + [self.final_ada]
-        outs = [m for b in self.blocks for m in (b.attn_out, b.mlp_out)]
+        outs = [m for b in self.blocks for n, m in b.named_children() if n.endswith("_out")]
         for layer in (adas if self.cfg.cond_dim else outs) + [self.head]:
             for p in layer.parameters() if layer is not None else ():
                 nn.init.zeros_(p)
@@ -189,14 +197,15 @@ class DiT(nn.Module):
             return torch.zeros(1, device=t.device)
         if self.cfg.time_input == "step":
             return 1000 * t
-        return -torch.log(1e-3 + (1 - 1e-3) * alpha(self.cfg.schedule, t))
+        return -torch.log(1e-3 + (1 - 1e-3) * alpha(self.cfg, t))
 
     def trunk(self, x, t, pick=None, past=None):
         """ids (B, L), t (B,) -> (B, L, d). pick (B, m): only these positions of the last
         block's output. past (causal): a list per block of keys and values; x are then
         the tokens that follow."""
         start = count_held(past)
-        c = None if self.time is None else self.time(self.time_input(t))
+        t, shift = (t, 0) if self.latent is None else self.latent.split(t)
+        c = None if self.time is None else self.time(self.time_input(t)) + shift
         part = slice(start, start + x.shape[1])
         h, cos, sin = self.embed(x), self.cos[part], self.sin[part]
         recompute = self.cfg.recompute and self.training and torch.is_grad_enabled()
@@ -236,6 +245,7 @@ class DiT(nn.Module):
         """Logits (N, V) for the N True positions of at (B, L), in row-major order; (B, L, V)
         without `at`. With tokens (B, L, k): their `diffusion.cross_entropy`, (B, L, k) and (B, L),
         zero outside `at`."""
+        t = t if self.latent is None else self.latent(t, tokens)
         if at is None:
             return self.logits(self.hidden(x, t))
         if self.training or self.cfg.causal:
@@ -284,5 +294,9 @@ def flops_per_token(cfg, masked=None):
     mlp = (3 if cfg.mlp == "swiglu" else 2) * d * f
     matrices = cfg.n_layer * (4 * d * d + mlp)  # qkv 3, out 1
     attention = cfg.n_layer * 2 * d * cfg.seq_len * (0.5 if cfg.causal else 1)
+    if cfg.mixer == "mamba":
+        from extra.mamba import multiply_adds
+
+        matrices, attention = cfg.n_layer * multiply_adds(cfg), 0
     passes, heads = (1, masked) if cfg.carry_over else (2, masked + 1)
     return 6 * (passes * (matrices + attention) + heads * d * cfg.vocab_size)

@@ -3,35 +3,39 @@
 python sample.py out/pydocs_mdlm/ckpt.pt --num 4 --watch
 python sample.py out/owt_mdlm/ckpt.pt --prompt "The meaning of life" --steps 256 --top_p 0.9
 python sample.py out/owt_mdlm/ckpt.pt --infill "Once upon a time ____ and so [12] the end."
+python sample.py out/owt_mdlm/ckpt.pt --infill 'As in \\[1], x = data\\[0] + [3]'   # \\[1] is text
+python sample.py out/owt_mdlm/ckpt.pt --infill "Hi, my name is[*] and that is why I am late."
 python sample.py out/pydocs_mdlm/ckpt.pt --semi_ar --length 4096 --stride 128       # any length
 python sample.py out/pydocs_mdlm/ckpt.pt --sampler threshold --threshold 0.7        # fewer calls
+torchrun --nproc_per_node=8 -- sample.py out/owt_mdlm/ckpt.pt --num 64     # the same texts
 python sample.py out/pydocs_mdlm/ckpt.pt --serve                                    # in a browser
 """
 
-import re
 import sys
-from collections import deque
 from functools import partial
 
-import torch
-
 from common import (
-    add_model_options,
-    add_sampler_options,
     autocast,
     check_range,
-    check_top_p,
-    choose_sampler,
     command,
     fail,
     parser,
-    pick_device,
+    progress,
+)
+from data.canvas import infill_canvas, prompt_canvas
+from data.checkpoints import load
+from data.command_line import (
+    add_model_options,
+    add_sampler_options,
+    check_top_p,
+    choose_sampler,
     read_sampler_options,
 )
-from data.checkpoints import load
+from data.processes import gather, local_device, process_group, rank_and_world, share
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, row_generators
 from samplers import (
+    ORDERS,
     SAMPLERS,
     STEPLESS,
     cached_denoiser,
@@ -42,40 +46,6 @@ from samplers import (
     with_top_p,
 )
 
-HOLE = re.compile(r"_{4,}|\[\d{1,6}\]")  # ____: a token per underscore; [12]: 12 tokens
-
-
-def start_ids(tokenizer, cfg):
-    """The ids that every text begins with: the first token, if the model always gets it."""
-    if cfg.bos and tokenizer.bos is None:
-        raise ValueError("bos=True, but the tokenizer has no token that begins a text")
-    return [tokenizer.bos] if cfg.bos else []
-
-
-def prompt_canvas(tokenizer, prompt, length, cfg):
-    """(length,) ids: the prompt's tokens, then MASK. ValueError if it does not fit."""
-    ids = start_ids(tokenizer, cfg) + tokenizer.encode(prompt)
-    if len(ids) > length:
-        raise ValueError(f"the prompt has {len(ids)} tokens, but the length is {length}")
-    return torch.tensor(ids + [cfg.mask_id] * (length - len(ids)))
-
-
-def infill_canvas(tokenizer, text, cfg, subword):
-    """(L,) ids of a text with MASK in its holes. Sub-word tokens carry the space before a word, so
-    for them the space before a hole belongs to the hole. ValueError without a hole."""
-    ids, end = start_ids(tokenizer, cfg), 0
-    for hole in HOLE.finditer(text):
-        piece = text[end : hole.start()]
-        ids += tokenizer.encode(piece.removesuffix(" ") if subword else piece, inside=end > 0)
-        size = len(hole[0]) if hole[0][0] == "_" else int(hole[0][1:-1])
-        ids += [cfg.mask_id] * size
-        end = hole.end()
-    if cfg.mask_id not in ids:
-        raise ValueError(
-            "no hole in the text: write ____ (a token per underscore, 4 or more) or [12]"
-        )
-    return torch.tensor(ids + tokenizer.encode(text[end:], inside=True))
-
 
 def frames(
     model, cfg, canvas, rows, steps, sampler, guidance=0.0, temperature=1.0, top_p=1.0,
@@ -85,6 +55,9 @@ def frames(
     has its own random numbers, so its text does not depend on the batch. sampler_options:
     parameters of that sampler only. semi: {window, stride, eos} of `semi_ar`, or None. listen:
     a wrapper of `denoise`, inside temperature and top-p, for callers that show predictions."""
+    if sampler == "llada" and temperature and not (sampler_options or {}).get("lucky"):
+        fail("--sampler llada: keeps the luckiest draws above --temperature 0, no law of the model;"
+             " use --sampler confidence, or insist with --lucky 1")  # fmt: skip
     denoise = (cached_denoiser if cfg.causal else denoiser)(model, cfg)
     device = next(model.parameters()).device
     x = canvas.to(device).expand(len(rows), -1)
@@ -130,40 +103,50 @@ def generate(
     **options,
 ):  # fmt: skip
     """num texts from `canvas` (L,), by default all MASK, each up to `eos`, by default `end_id`;
-    options: see `frames`."""
+    options: see `frames`. All processes of torchrun share the work and return all texts."""
     eos = end_id(model, tokenizer) if eos is None else eos
     canvas = prompt_canvas(tokenizer, "", cfg.seq_len, cfg) if canvas is None else canvas
     texts, sampler = [], choose_sampler(cfg, sampler)
-    for first in range(0, num, batch_size):
-        rows = range(first, min(first + batch_size, num))
-        x = deque(frames(model, cfg, canvas, rows, steps, sampler, **options), maxlen=1).pop()
-        texts += [tokenizer.decode(text_ids(ids, canvas, cfg, eos)) for ids in x.tolist()]
-    return texts
+    numbers = range(num) if cfg.fsdp else share(range(num))  # FSDP: all call it equally often
+    masks, quiet = int((canvas == cfg.mask_id).sum()), rank_and_world()[0] > 0
+    with progress(total=len(numbers) * masks, unit=" tokens", disable=quiet) as bar:
+        for first in range(0, len(numbers), batch_size):
+            rows = numbers[first : first + batch_size]
+            for x in frames(model, cfg, canvas, rows, steps, sampler, **options):
+                bar.n = (first + len(rows)) * masks - int((x == cfg.mask_id).sum())
+                bar.update(0)
+            texts += [tokenizer.decode(text_ids(ids, canvas, cfg, eos)) for ids in x.tolist()]
+    return texts if cfg.fsdp else gather(texts)
 
 
 # --------------------------------------------------------------------------------------------------
 # The command
 
 
+def add_length_options(p):
+    p.add_argument("--length", type=int, help="tokens; default: the model's")
+    p.add_argument("--semi_ar", action="store_true", help="any length, window by window")
+    p.add_argument("--window", type=int, help="semi_ar: tokens of a window; default: the model's")
+    p.add_argument("--stride", type=int, help="semi_ar: new tokens of a window; default: half")
+    ends = ("sampled", "greedy")
+    p.add_argument("--noise_removal", default="sampled", choices=ends, help="the last step")
+
+
 def add_options(p):
     """The options of every command that writes texts; `check_arguments` reads them."""
     p.add_argument("--prompt", default="", help="text that the sample begins with")
-    p.add_argument("--infill", help='text with holes: "____" (a token per underscore) or "[12]"')
-    p.add_argument("--num", type=int, default=1, help="number of samples")
-    p.add_argument("--length", type=int, help="tokens; default: the model's")
-    add_sampler_options(p)
     p.add_argument(
-        "--noise_removal", default="sampled", choices=("sampled", "greedy"), help="the last step"
+        "--infill", help='text with holes: "____" (a token per underscore), "[12]", "[*]"'
     )
+    p.add_argument("--num", type=int, default=1, help="number of samples")
+    add_sampler_options(p)
+    add_length_options(p)
     p.add_argument(
         "--guidance", type=float, default=0.0, help="w of classifier-free guidance by the prompt"
     )
-    p.add_argument("--semi_ar", action="store_true", help="any length, window by window")
+    p.add_argument("--latent_of", metavar="TEXT", help="a latent model: texts with z of this one")
+    p.add_argument("--interpolate", nargs=2, metavar="TEXT", help="num texts, z between these two")
     p.add_argument("--stop", action="store_true", help="end a text at its first end-of-text")
-    p.add_argument("--window", type=int, help="semi_ar: tokens of a window; default: the model's")
-    p.add_argument(
-        "--stride", type=int, help="semi_ar: new tokens of a window; default: half of it"
-    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--fps", type=float, help="of the live view; default: 4 seconds or more a text")
     add_model_options(p)
@@ -208,13 +191,13 @@ def sampling_options(args, cfg, eos):
     if args.stride and args.stride >= window:
         fail(f"--stride {args.stride}: must be below the window, {window}")
     sampler = choose_sampler(cfg, args.sampler)
-    if args.noise_removal == "greedy" and sampler in STEPLESS:
-        fail(f"--noise_removal greedy: the sampler {sampler} has no steps, and so no last one")
+    if args.noise_removal == "greedy" and sampler in (*STEPLESS, *ORDERS, "llada"):
+        fail(f"--noise_removal greedy: the sampler {sampler} has no steps in time, so no last one")
     semi = dict(window=window, stride=args.stride, eos=eos) if args.semi_ar else None
     return dict(
         steps=args.steps, sampler=sampler, guidance=args.guidance, temperature=args.temperature,
         top_p=args.top_p, noise_removal=args.noise_removal, seed=args.seed, dtype=args.dtype,
-        sampler_options=read_sampler_options(args, sampler), semi=semi,
+        sampler_options=read_sampler_options(args, sampler, cfg), semi=semi,
     )  # fmt: skip
 
 
@@ -255,14 +238,23 @@ def main(argv=None):
         from tasks.view import watch
 
         return watch(args, [args.ckpt], [args.sampler])
-    model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
-    tokenizer = tokenizer_of(model.tokenizer)
-    canvas, options, eos = read_arguments(args, model, cfg, tokenizer)
-    texts = generate(model, tokenizer, cfg, args.num, canvas, args.batch_size, eos=eos, **options)
-    for i, text in enumerate(texts):
-        if args.num > 1:
-            print(f"--- sample {i + 1}")
-        print(text)
+    with process_group(args):
+        model, cfg = load(args.ckpt, not args.no_ema, local_device(args), args.dtype)
+        tokenizer = tokenizer_of(model.tokenizer, cfg.vocab_size)
+        canvas, options, eos = read_arguments(args, model, cfg, tokenizer)
+        if args.latent_of or args.interpolate:
+            from extra.with_latent import sample_given_z
+
+            texts = sample_given_z(model, tokenizer, cfg, canvas, eos, options, args)
+        else:
+            options |= dict(batch_size=args.batch_size, eos=eos)
+            texts = generate(model, tokenizer, cfg, args.num, canvas, **options)
+        if rank_and_world()[0] > 0:
+            return
+        for i, text in enumerate(texts):
+            if args.num > 1:
+                print(f"--- sample {i + 1}")
+            print(text)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from diffusion import (
     in_parts,
     log_probabilities,
     mass,
-    reveal_at,
     reveal_chance,
     reveal_rate,
     scatter,
@@ -38,8 +37,8 @@ class Shaped:
     """denoise with its predictions passed through shape(log_p (N, V) normalised, t (N,)) -> (N, V).
 
     The sum over the vocabulary that the predictions had is kept. `plain` is the innermost
-    denoise and `shapes` the functions around it, because `reveal_surest` ranks by the
-    network's own predictions."""
+    denoise and `shapes` the functions around it, because an order ranks by the network's
+    own predictions."""
 
     def __init__(self, denoise, *shapes):
         self.plain = getattr(denoise, "plain", denoise)
@@ -130,7 +129,7 @@ def cached_denoiser(model, cfg):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Samplers from the model: SEDD's two, left to right, and ReMDM's two, which take tokens back
+# 2. Samplers with steps: SEDD's two, and ReMDM's two, which take tokens back
 
 
 def analytic(denoise, x, steps, cfg, gen=None):
@@ -148,16 +147,6 @@ def euler(denoise, x, steps, cfg, gen=None):
     yield from step_by_step(denoise, x, steps, cfg, gen, chance)
 
 
-def left_to_right(denoise, x, steps, cfg, gen=None):
-    """From left to right, one token per call, each at the time of the fraction of masks that is
-    left; `steps` is not used. Given tokens stay, but a causal network does not see those to the
-    right."""
-    masked = x == cfg.mask_id
-    left = masked.flip(-1).cumsum(-1).flip(-1)  # masks from here on
-    time = time_at(cfg.schedule, left.double() / masked.sum(-1, keepdim=True).clamp(min=1))
-    yield from reveal_at(denoise, x, time, cfg, gen)
-
-
 def remdm(sigma, default):
     """ReMDM (arXiv 2503.00307, sections 3 and 4): each step from t to s masks a token that it has
     written again with probability sigma(eta, limit), limit = min(1, (1 - alpha_s) / alpha_t), and
@@ -170,7 +159,7 @@ def remdm(sigma, default):
         writable = x == cfg.mask_id
         for n in range(steps, 0, -1):
             t, s = torch.tensor([n, n - 1], dtype=torch.float64) / steps
-            alpha_t, alpha_s = alpha(cfg.schedule, t).item(), alpha(cfg.schedule, s).item()
+            alpha_t, alpha_s = alpha(cfg, t).item(), alpha(cfg, s).item()
             again = sigma(eta, min(1.0, (1 - alpha_s) / max(alpha_t, 1e-12)))
             masked, u = x == cfg.mask_id, uniform(writable, gen)
             reveal = masked & (u < (alpha_s - (1 - again) * alpha_t) / (1 - alpha_t))
@@ -185,77 +174,90 @@ def remdm(sigma, default):
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Samplers that choose by confidence which positions to reveal. Their laws are not the model's.
-# A score ranks positions: score(log_p (N, V), token (N,)) -> (N,), larger is revealed earlier.
+# 3. Orders. order(log_p (N, V)) -> (N,) ranks masked positions by the network's predictions, the
+# greatest first, the leftmost of equals; a token is drawn after its position is chosen. So one per
+# call samples an exact law of the model, prod p(x_i | visible); tasks/orders.py has its likelihood.
 
 
-def confidence(log_p, token):
-    """log p of the token that was drawn."""
-    return log_p.gather(-1, token[:, None])[:, 0]
+def confidence(log_p):
+    """The log of the largest probability."""
+    return log_p.amax(-1)
 
 
-def margin(log_p, token):
+def margin(log_p):
     """The lead of the likeliest token over the second."""
     best = log_p.exp().topk(min(2, log_p.shape[-1])).values
     return 2 * best[:, 0] - best.sum(-1)
 
 
-def negative_entropy(log_p, token):
+def negative_entropy(log_p):
     """Minus the entropy, nats."""
     return torch.special.xlogy(p := log_p.exp(), p).sum(-1)
 
 
-def reveal_surest(denoise, x, t, at, gen, score, count):
-    """Draw a token at every position of `at` and reveal those of the highest score in each row.
-
-    count(values (B, L)) -> (B,) is how many; values are the row's scores, sorted, -inf outside
-    `at`. Scores use the network's own log_p, whatever temperature the token is drawn at."""
-    shaped = Shaped(denoise)
-    log_p = shaped.plain(x, t, at)
-    token = categorical(shaped.reshape(log_p, t, at), uniform(at, gen)[at])
-    value = in_parts(lambda p, v: score(F.log_softmax(p.double(), -1), v), log_p, token)
-    value = scatter(value, at).masked_fill(~at, -math.inf)
-    value, order = value.sort(dim=-1, descending=True, stable=True)
-    reveal = at & (order.argsort(dim=-1) < count(value)[:, None])
-    return torch.where(reveal, x.masked_scatter(at, token), x)
+def choose(rank, masked, count):
+    """The positions (B, L) to reveal: of each row's masks those of the greatest rank (N,), at least
+    one. How many: count(rank (B, L) sorted, -inf at the end, number of masks (B,)) -> (B,)."""
+    rank = scatter(rank, masked).masked_fill(~masked, -math.inf)
+    rank, place = rank.sort(dim=-1, descending=True, stable=True)
+    number = count(rank, masked.sum(-1)).clamp(min=1)
+    return masked & (place.argsort(-1) < number[:, None])
 
 
-def by_confidence(score):
-    """After step n, a fraction 1 - alpha((n-1) / steps) of the row's masks is left, rounded up;
-    each step reveals the surest (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992)."""
+def count_by_schedule(x, steps, cfg, per_call):
+    """A count for `choose`: per_call, or, if that is 0, what the row's next step reveals: at the
+    end s of a step, a fraction 1 - alpha(s) of the masks of x is left, rounded up."""
+    total = (x == cfg.mask_id).sum(-1)
 
-    def sampler(denoise, x, steps, cfg, gen=None):
-        total = (x == cfg.mask_id).sum(-1)
-        left = 1 - alpha(cfg.schedule, torch.arange(steps, dtype=torch.float64) / steps)
-        for n in range(steps, 0, -1):
-            masked = x == cfg.mask_id
-            reveal = masked.sum(-1) - torch.ceil(total * left[n - 1].item() - 1e-9).long()  # (B,)
-            at = masked & (reveal > 0)[:, None]
-            if not at.any():  # nothing to reveal in this step
-                continue
-            t = torch.full(x.shape[:1], n / steps, device=x.device)
-            x = reveal_surest(denoise, x, t, at, gen, score, lambda value, reveal=reveal: reveal)
-            yield x
+    def count(rank, left):
+        if per_call:
+            return torch.full_like(left, per_call)
+        fewer = (left - 1).clamp(min=0).double() / total.clamp(min=1)
+        s = torch.floor(steps * time_at(cfg, fewer) + 1e-9) / steps
+        return left - torch.ceil(total * (1 - alpha(cfg, s)) - 1e-9).long()
+
+    return count
+
+
+def reveal_in_order(denoise, x, cfg, gen, order, count):
+    """Each call chooses positions by order(the network's own log_p), at the t at which the schedule
+    masks the same fraction of the canvas, then draws their tokens at whatever temperature."""
+    shaped = denoise if isinstance(denoise, Shaped) else Shaped(denoise)
+    total, u = (x == cfg.mask_id).sum(-1).clamp(min=1), uniform(x == cfg.mask_id, gen)
+    while (masked := x == cfg.mask_id).any():
+        t = time_at(cfg, masked.sum(-1).double() / total)
+        log_p = shaped.plain(x, t, masked)
+        rank = in_parts(lambda part: order(F.log_softmax(part.double(), -1)), log_p)
+        now = choose(rank, masked, count)
+        x = x.masked_scatter(now, categorical(shaped.reshape(log_p[now[masked]], t, now), u[now]))
+        yield x
+
+
+def by_order(order):
+    def sampler(denoise, x, steps, cfg, gen=None, per_call=0):
+        count = count_by_schedule(x, steps, cfg, per_call)
+        yield from reveal_in_order(denoise, x, cfg, gen, order, count)
 
     return sampler
 
 
-def reveal_while_sure(denoise, x, cfg, gen, score, count):
-    """Each call reveals the surest, count(values) of them but at least one, at the time at which
-    the schedule has the same fraction of the row's masks left. Takes no number of steps."""
-    total = (x == cfg.mask_id).sum(-1).clamp(min=1)
+def left_to_right(denoise, x, steps, cfg, gen=None, per_call=1):
+    """From left to right; `steps` is not used. The head runs only where a token is drawn. Given
+    tokens stay, but a causal network does not see those to the right."""
+    total, u = (x == cfg.mask_id).sum(-1).clamp(min=1), uniform(x == cfg.mask_id, gen)
     while (masked := x == cfg.mask_id).any():
-        t = time_at(cfg.schedule, masked.sum(-1).double() / total)
-        at_least_one = lambda value: count(value).clamp(min=1)
-        x = reveal_surest(denoise, x, t, masked, gen, score, at_least_one)
+        now = masked & (masked.cumsum(-1) <= max(per_call, 1))
+        t = time_at(cfg, masked.sum(-1).double() / total)
+        x = x.masked_scatter(now, categorical(denoise(x, t, now), u[now]))
         yield x
 
 
 def threshold(denoise, x, steps, cfg, gen=None, threshold=0.9):
-    """Reveal all tokens with a probability above `threshold` at once (Fast-dLLM, arXiv 2505.22618,
-    section 3.3). 0 reveals everything in one call, 1 one token per call. `steps` is not used."""
-    count = lambda value: (value.exp() > threshold).sum(-1)
-    yield from reveal_while_sure(denoise, x, cfg, gen, confidence, count)
+    """Reveal all positions whose largest probability is above `threshold` at once, as Fast-dLLM
+    (arXiv 2505.22618, section 3.3) at temperature 0. 0 reveals everything in one call, 1 one token
+    per call. `steps` is not used."""
+    count = lambda rank, left: (rank.exp() > threshold).sum(-1)
+    yield from reveal_in_order(denoise, x, cfg, gen, confidence, count)
 
 
 def entropy_bound(denoise, x, steps, cfg, gen=None, gamma=0.1):
@@ -264,10 +266,26 @@ def entropy_bound(denoise, x, steps, cfg, gen=None, gamma=0.1):
     bounds their mutual information. 0 reveals one token per call, more only where they are
     certain. `steps` is not used."""
 
-    def count(value):  # in a prefix, the last entropy is the largest
-        return (F.pad(-value, (1, -1)).cumsum(-1) <= gamma).sum(-1)
+    def count(rank, left):  # in a prefix, the last entropy is the largest
+        return (F.pad(-rank, (1, -1)).cumsum(-1) <= gamma).sum(-1)
 
-    yield from reveal_while_sure(denoise, x, cfg, gen, negative_entropy, count)
+    yield from reveal_in_order(denoise, x, cfg, gen, negative_entropy, count)
+
+
+def llada(denoise, x, steps, cfg, gen=None, per_call=0, lucky=0):
+    """MaskGIT's and LLaDA's rule (arXiv 2202.04200, 2502.09992): draw a token at every mask, keep
+    the likeliest draws. At temperature 0 this is `confidence`. Above, it keeps the luckiest: no law
+    of the model, and little entropy even with a perfect network. `frames` then demands lucky=1."""
+    shaped, count = Shaped(denoise), count_by_schedule(x, steps, cfg, per_call)
+    total = (x == cfg.mask_id).sum(-1).clamp(min=1)
+    while (masked := x == cfg.mask_id).any():
+        t = time_at(cfg, masked.sum(-1).double() / total)
+        log_p = shaped.plain(x, t, masked)
+        token = categorical(shaped.reshape(log_p, t, masked), uniform(masked, gen)[masked])
+        of_draw = lambda part, token: F.log_softmax(part.double(), -1).gather(-1, token)[:, 0]
+        rank = in_parts(of_draw, log_p, token[:, None])
+        x = torch.where(choose(rank, masked, count), x.masked_scatter(masked, token), x)
+        yield x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,15 +300,17 @@ SAMPLERS = {
     # defaults of ReMDM's code, for 1,024 steps and top_p 0.9
     "remdm_cap": remdm(min, 0.008),
     "remdm_rescale": remdm(lambda eta, limit: eta * limit, 0.015),
-    "confidence": by_confidence(confidence),
-    "margin": by_confidence(margin),
-    "entropy": by_confidence(negative_entropy),
+    "ar": left_to_right,
+    "confidence": by_order(confidence),
+    "margin": by_order(margin),
+    "entropy": by_order(negative_entropy),
     "threshold": threshold,
     "entropy_bound": entropy_bound,
-    "ar": left_to_right,
+    "llada": llada,
 }
+ORDERS = ("ar", "confidence", "margin", "entropy", "threshold", "entropy_bound")
 STEPLESS = ("first_hitting", "threshold", "entropy_bound", "ar")  # these ignore `steps`
-OPTIONS = {"eta": 1.0, "threshold": 1.0, "gamma": math.inf}  # name: maximum; the minimum is 0
+OPTIONS = dict(eta=1.0, threshold=1.0, gamma=math.inf, per_call=2**31, lucky=1)  # maxima
 
 
 def default_options(sampler):

@@ -27,42 +27,51 @@ except ModuleNotFoundError as e:
 import contextlib
 import copy
 import math
+import shlex
 import signal
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-from tqdm import tqdm
 
 from common import (
     autocast,
+    check_range,
     command,
-    compute_dtype,
     fail,
-    local_device,
-    process_group,
-    rank_and_world,
+    progress,
 )
-from configs import from_cli
-from data.batches import micro_batches, split_batch
-from data.checkpoints import save_checkpoint
-from data.corpus import folder_of, read_split
+from data.batches import micro_batches, split_batch, steps_of
+from data.canvas import sampling_inputs
+from data.command_line import from_cli
+from data.corpus import folder_of, read_split, read_val_sets
 from data.prepare import prepare
-from data.runs import catch_signals, copy_weights, find_checkpoint, open_log, restore
-from data.tokenizer import tokenizer_of
+from data.processes import local_device, process_group, rank_and_world
+from data.runs import (
+    catch_signals,
+    check_same_step,
+    copy_weights,
+    find_checkpoint,
+    introduce,
+    open_log,
+    restore,
+    save_run,
+    show_progress,
+)
 from diffusion import LOSSES
 from evaluate import bound, figure, report
 from head import keep_freed_memory
-from model import DiT, count_parameters, flops_per_token
-from sample import generate, prompt_canvas
+from model import DiT
+from sample import generate
 
 LOG_EVERY = 10  # steps
+AHEAD = 3  # steps whose batches are made while the device trains
 
 # --------------------------------------------------------------------------------------------------
 # Optimisation
@@ -126,7 +135,13 @@ def build(cfg, meta, device, init_from=""):
         copy_weights(model, init_from, meta)
     model.ends = meta.get("ends", False)
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else copy.copy(model)
-    if device.type == "cuda" and cfg.compile:
+    compiled = device.type == "cuda" and cfg.compile
+    if cfg.fsdp:
+        from extra.fsdp import shard
+
+        ema = shard(ema, device) if cfg.ema else model
+        shard(model, device, compiled)
+    elif compiled:
         model.hidden = torch.compile(model.hidden)  # the trunk has static shapes, the head does not
     return model, ema, make_optimizers(model, cfg)
 
@@ -149,11 +164,13 @@ def train_step(net, optimizers, batches, step, cfg, device):
         loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
+    norm = norm.full_tensor() if cfg.fsdp else norm
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, cfg) / cfg.lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients stay views of its buckets
+        # DDP's gradients stay views of its buckets
+        optimizer.zero_grad(set_to_none=world == 1 or cfg.fsdp)
     return total, norm
 
 
@@ -179,7 +196,7 @@ def prepare_run(cfg, resume, overwrite, closing):
     if world > 1:
         dist.barrier()
     train_ids, meta = read_split(cfg.data, "train", cfg)
-    val_ids, _ = read_split(cfg.data, "val", cfg)
+    val_sets = read_val_sets(cfg, meta)
     if cfg.short_rows and meta["given"]:
         fail(f"short_rows={cfg.short_rows}: would part prompts from their answers in {cfg.data}")
     tokenizer, canvas = sampling_inputs(cfg, meta)
@@ -194,64 +211,56 @@ def prepare_run(cfg, resume, overwrite, closing):
     net = model  # two names from here on: `model` is saved and averaged, `net` is called
     if world > 1:
         check_same_step(cfg, step)
+    if world > 1 and not cfg.fsdp:
         net = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
-    pool = ThreadPoolExecutor(1)  # makes the next batch while this one trains
+    pool = ThreadPoolExecutor(1)  # makes the next batches while this one trains
     closing.callback(pool.shutdown, cancel_futures=True)
-    load_step = partial(micro_batches, train_ids, meta, cfg, rank=rank, world=world)
-    upcoming = pool.submit(load_step, step)
-    upcoming.result()  # damaged data fails here, before anything is written
+    pin = device.type == "cuda"
+    load_step = partial(micro_batches, train_ids, meta, cfg, rank=rank, world=world, pin=pin)
+    upcoming = deque(pool.submit(load_step, step + i) for i in range(AHEAD))
+    upcoming[0].result()  # damaged data fails here, before anything is written
 
-    log = say = lambda *a: None
-    stderr = sys.stderr
-    if rank == 0:
-        log, say, stderr = open_log(cfg, step, closing)
-    work = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len / 1e9
-    out = cfg.out_dir
-    say(f"{out}: {count_parameters(cfg):,} parameters, {len(train_ids):,} tokens of {cfg.data}")
-    say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {world} x "
-        f"{device.type}, {accumulation} x {micro} rows each in {compute_dtype(device, cfg.dtype)}; "
-        f"{work:,.0f} GFLOP a step")  # fmt: skip
-    if resume:
-        say(f"resumed at step {step}" if step else f"{out} has no checkpoint: starting at step 0")
-    return SimpleNamespace(
-        cfg=cfg, rank=rank, world=world, device=device, micro=micro, meta=meta, val_ids=val_ids,
+    run = SimpleNamespace(
+        cfg=cfg, rank=rank, world=world, device=device, micro=micro, meta=meta, val_sets=val_sets,
         tokenizer=tokenizer, canvas=canvas, model=model, ema=ema, net=net, optimizers=optimizers,
-        pool=pool, load_step=load_step, upcoming=upcoming, log=log, say=say, stderr=stderr,
-        step=step, best=best, seconds=seconds, losses=losses, val=None,
-        first=step, status="", per_window=0.0,
+        pool=pool, load_step=load_step, upcoming=upcoming, step=step, best=best, seconds=seconds,
+        losses=losses, val=None, split_tokens={}, first=step, status="", per_window=0.0,
+        write_texts=None, log=lambda record: None, say=lambda text: None, stderr=sys.stderr,
     )  # fmt: skip
+    check_validation(run)
+    if rank == 0:
+        run.log, run.say, run.stderr = open_log(cfg, step, closing)
+    introduce(run, accumulation, resume or bool(state))
+    return run
 
 
-def sampling_inputs(cfg, meta):
-    """(tokenizer, canvas) for the samples at the end; fails now and not after days of training."""
-    if not cfg.samples:
-        return None, None
-    tokenizer = tokenizer_of(meta["tokenizer"])
-    try:
-        return tokenizer, prompt_canvas(tokenizer, "", cfg.seq_len, cfg)
-    except ValueError as e:
-        fail(f"{cfg.data}: {e}; --samples=0 trains without showing any")
+def check_validation(run, windows=8):
+    """A short validation, and two texts if validations log texts, before anything is written, so
+    that faults show now and not after hours. Training draws no number from what this draws from."""
+    cfg = run.cfg
+    for name, result in validate(run, windows).items():
+        if not math.isfinite(result["nats"]):
+            fail(f"{name} before step {run.step + 1}: {result['nats']} nats per token")
+    if cfg.val_samples:
+        from tasks.monitor import make_monitor
 
-
-def check_same_step(cfg, step):
-    """All processes must have read the same checkpoint."""
-    dist.all_gather_object(steps := [None] * dist.get_world_size(), step)
-    if len(set(steps)) > 1:
-        fail(f"{cfg.out_dir}: processes see checkpoints of steps {steps}; they must share it")
+        run.write_texts = make_monitor(cfg, run.tokenizer, run.canvas, run.device, run.micro)
+        run.write_texts(run.ema, 2, steps=2)
 
 
 def loop(run):
     """Train until cfg.steps; log, validate and save on the way. After a signal, save and exit."""
-    cfg, upcoming, stopping = run.cfg, run.upcoming, False
+    cfg, stopping = run.cfg, False
     layout = "{n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
-    run.bar = tqdm(total=cfg.steps, initial=run.step, disable=run.rank > 0, file=run.stderr,
-                   dynamic_ncols=True, bar_format=layout)  # fmt: skip
+    run.bar = progress(total=cfg.steps, initial=run.step, disable=run.rank > 0, file=run.stderr,
+                       leave=True, bar_format=layout)  # fmt: skip
     run.logged = run.timed = time.time()
     with catch_signals() as signals:
         while run.step < cfg.steps and not stopping:
-            batches, upcoming = upcoming.result(), run.pool.submit(run.load_step, run.step + 1)
-            if cfg.dropout:
+            batches = run.upcoming.popleft().result()
+            run.upcoming.append(run.pool.submit(run.load_step, run.step + AHEAD))
+            if cfg.dropout or cfg.latent_dim:
                 torch.manual_seed(hash((cfg.seed, run.step, run.rank)))
             loss, norm = train_step(run.net, run.optimizers, batches, run.step, cfg, run.device)
             run.losses.append(loss)
@@ -263,7 +272,8 @@ def loop(run):
             log_now, eval_now, save_now = (last or run.step % n == 0 for n in every)
             if run.world == 1:
                 stopping = bool(signals)
-            if log_now or eval_now or save_now or stopping:
+            keep_now = cfg.keep_every and run.step % cfg.keep_every == 0
+            if log_now or eval_now or save_now or keep_now or stopping:
                 loss, norm, stopping = synchronise(run, norm, signals)
             if log_now:
                 log_steps(run, loss, norm)
@@ -273,6 +283,8 @@ def loop(run):
                 validate_and_keep_best(run)
             if save_now or stopping:
                 save_run(run, "ckpt.pt")
+            if keep_now:
+                save_run(run, f"step_{run.step}.pt")
             run.logged += time.time() - pause
             run.timed += time.time() - pause
     run.bar.close()
@@ -307,29 +319,16 @@ def log_steps(run, loss, norm):
     run.status = f"loss {loss:.3f} nats/token, {speed:,.0f} tokens/s, "
 
 
-def show_progress(run):
-    """Move the bar and show the time that is left, with the validations to come. Until one has been
-    timed, its forward counts a third of a training step on as many tokens."""
-    cfg, now, done = run.cfg, time.time(), run.step - run.first
-    per_step = (now - run.timed) / max(done - 1, 1)
-    if done == 1:  # the first step warms up caches and kernels: it does not count
-        run.timed = now
-    windows = math.ceil(len(run.val_ids) / cfg.seq_len)
-    some = min(cfg.eval_windows or windows, windows)
-    per_window = run.per_window or per_step / cfg.batch_size / 3
-    to_come = math.ceil(cfg.steps / cfg.eval_every) - (run.step - 1) // cfg.eval_every
-    windows_left = some * to_come + (windows if cfg.eval_windows else 0)
-    left = (cfg.steps - run.step) * per_step + windows_left * per_window
-    run.bar.set_postfix_str(f"{run.status}{tqdm.format_interval(left)} left", refresh=False)
-    run.bar.update()
-
-
 def validate_and_keep_best(run):
-    """Log the validation bound and save best.pt if it is the lowest."""
+    """Log the validation bounds, and texts; save best.pt if the bound is the lowest."""
     start = time.time()
-    run.val = validate(run, run.cfg.eval_windows)
-    run.per_window = (time.time() - start) / run.val["forwards"]
-    run.log(dict(step=run.step, val=run.val))
+    results = validate(run, run.cfg.eval_windows)
+    run.val = results["val"]
+    run.per_window = (time.time() - start) / sum(r["forwards"] for r in results.values())
+    run.log(dict(step=run.step) | results)
+    if run.write_texts:
+        run.log(dict(step=run.step) | run.write_texts(run.ema, run.cfg.val_samples))
+        run.model.train()  # with ema=0 the average is the model
     bits = figure(run.val, "bits_per_char")
     run.say(f"step {run.step}: {bits} bits per character of validation text")
     if run.val["nats"] < run.best:
@@ -337,57 +336,53 @@ def validate_and_keep_best(run):
         save_run(run, "best.pt")
 
 
-def save_run(run, name):
-    """Write the checkpoint out_dir/name."""
-    losses = torch.stack(run.losses) if run.losses else torch.zeros(0, device=run.device)
-    losses = losses[None]  # (processes, steps since the last log)
-    if run.world > 1:
-        dist.all_gather(parts := [torch.empty_like(losses) for _ in range(run.world)], losses)
-        losses = torch.cat(parts)
-    if run.rank == 0:
-        save_checkpoint(
-            Path(run.cfg.out_dir) / name, model=run.model.state_dict(), ema=run.ema.state_dict(),
-            step=run.step, best=run.best, optimizer=[o.state_dict() for o in run.optimizers],
-            config=asdict(run.cfg), seconds=run.seconds, tokenizer=run.meta["tokenizer"],
-            data=run.meta["splits"]["train"]["sha256"], losses=losses.cpu(),
-            ends=run.model.ends,
-        )  # fmt: skip
-
-
 def validate(run, windows):
-    """The report on `windows` windows of the validation split (0: all), which all ranks share."""
-    model, cfg = run.ema.eval(), run.cfg
+    """{name: the report} on `windows` windows (0: all) of each validation set. All ranks share the
+    windows."""
+    model, cfg, reports = run.ema.eval(), run.cfg, {}
     options = dict(T=cfg.T, windows=windows, batch_size=run.micro, dtype=cfg.dtype)
-    result = bound(model, run.val_ids, run.meta, cfg, f"{cfg.data}/val.bin", **options)
+    for name, (ids, meta, corpus, split) in run.val_sets.items():
+        options["split_tokens"] = run.split_tokens.get(name)  # counted once per run
+        result = bound(model, ids, meta, cfg, f"{corpus}/{split}.bin", **options)
+        run.split_tokens[name] = result["split_tokens"]
+        reports[name] = report(result, meta, split)
     run.model.train()  # with ema=0 the average is the model
-    return report(result, run.meta, "val")
+    return reports
 
 
 def finish(run):
     """Validate on all windows, print samples and what to run next; returns the report."""
-    cfg, out = run.cfg, run.cfg.out_dir
-    val = validate(run, 0) if cfg.eval_windows or not run.val else run.val
-    run.log(dict(step=run.step, final=val))
+    cfg, out, texts = run.cfg, run.cfg.out_dir, []
+    results = {"val": run.val}
+    if cfg.eval_windows or not run.val:
+        results = validate(run, 0)
+    val = results.pop("val")
+    run.log(dict(step=run.step, final=val) | results)
+    if cfg.samples:
+        texts = generate(run.ema.eval(), run.tokenizer, cfg, cfg.samples, run.canvas)
     if run.rank == 0:
         bits, perplexity = figure(val, "bits_per_char", 3), figure(val, "perplexity", 1)
         run.say(f"\nvalidation: {bits} bits per character, perplexity {perplexity} per token, "
                 f"after {run.seconds:.0f} s of training")  # fmt: skip
-        if cfg.samples:
-            for text in generate(run.ema.eval(), run.tokenizer, cfg, cfg.samples, run.canvas):
-                run.say(f"\n--- sample\n{text}")
-        commands = f"  python sample.py {out}/ckpt.pt --watch\n  python evaluate.py {out}/ckpt.pt"
-        run.say(f"\nNext:\n{commands}")
+        for text in texts:
+            run.say(f"\n--- sample\n{text}")
+        out, ckpt = shlex.quote(out), shlex.quote(f"{out}/ckpt.pt")
+        run.say(f"\nNext:\n  python sample.py {ckpt} --watch\n  python evaluate.py {ckpt}\n"
+                f"  python -m tasks.plot {out}")  # fmt: skip
     return val
 
 
 @command
 def command_line(argv=None):
     flags = (
+        ("epochs", "passes over the training rows; sets steps", 0.0),
         ("resume", "continue from ckpt.pt of out_dir, if there is one, with its fields"),
         ("overwrite", "delete the run that is in out_dir"),
     )
     cfg, args = from_cli(argv, doc=__doc__, flags=flags)
+    check_range(args, epochs=0)
     with process_group(cfg):
+        cfg = replace(cfg, steps=steps_of(args.epochs, cfg)) if args.epochs else cfg
         main(cfg, args.resume, args.overwrite)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from common import fail
-from data.corpus import training_rows, unpack
+from data.corpus import read_meta, training_rows, unpack
 from diffusion import TIME_DRAWS, philox
 
 
@@ -65,11 +65,20 @@ def split_batch(cfg, world):
     return rows // micro, micro
 
 
-def micro_batches(ids, meta, cfg, step, rank=0, world=1):
-    """One process's share of the global batch of `step`: a list with an item per forward."""
+def steps_of(epochs, cfg):
+    """The optimiser steps in which a run sees its training rows so many times, at least one."""
+    sizes = read_meta(cfg.data)["splits"]
+    if "train" not in sizes:
+        fail(f"{cfg.data}: has no split train")
+    return max(1, round(epochs * (sizes["train"]["tokens"] // cfg.seq_len) / cfg.batch_size))
+
+
+def micro_batches(ids, meta, cfg, step, rank=0, world=1, pin=False):
+    """One process's share of the global batch of `step`: a list with an item per forward. pin: in
+    memory from which a GPU copies while it computes."""
     parts, _ = split_batch(cfg, world)
     rows = [np.arange(i * world + rank, cfg.batch_size, parts * world) for i in range(parts)]
     batches = [batch(ids, meta, cfg, step, r) for r in rows]  # strided: each has all strata of t
     if cfg.short_rows:
         batches = [b for r, whole in zip(rows, batches) for b in shorten(whole, cfg, step, r)]
-    return batches
+    return [tuple(a.pin_memory() for a in b) for b in batches] if pin else batches

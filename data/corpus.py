@@ -8,23 +8,36 @@ With "given": true, ids are uint32, and bit 31 marks given tokens, which are nev
 or counted. Marked tokens after a row's last unmarked one are padding; `given` counts the others.
 "ends" says whether rows are documents, which end: there a text stops at the first end that a model
 writes. Elsewhere an end of text is only a separator.
+
+Damage is found: whoever reads a split compares the file's sha256 with meta.json's (see `HASHED`),
+and meta.json holds a checksum of its own.
 """
 
+import functools
 import hashlib
 import json
+import math
 import os
 import re
+import shlex
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import fail
+from common import (
+    fail,
+    progress,
+)
+from data.json_files import check_fields, read_json
 from diffusion import philox
 
 ROOT = Path(__file__).parent
 GIVEN = 1 << 31  # bit of a stored id
+VERSION = 2  # of meta.json; 1 had neither a version nor a checksum, and means the same
+HASHED = 2**30  # bytes: larger files are hashed only by `prepare.py verify`
 
 
 def folder_of(name):
@@ -37,39 +50,41 @@ def dtype_of(vocab_size):
 
 
 # --------------------------------------------------------------------------------------------------
-# Folder names: name[_<dump>][_packed][_no_eot][_wrap<n>], of the options those not at their default
+# Folder names: name[_<dump>][_packed][_train][_no_eot][_wrap<n>], of options not at their default
 
 DUMP = r"CC-MAIN-\d{4}-\d\d"
 ZERO_SHOT_SETS = "ptb wikitext2 wikitext103 lm1b_gpt2 lambada ag_news pubmed arxiv".split()
 NAMES = {  # data set: {option in the folder's name: default of the data set's function}
     "pydocs": {}, "text8": {}, "slimpajama": {}, "text": {},
     "openwebtext": dict(wrap=0), "lm1b": dict(packed=False, wrap=128),
-    **dict.fromkeys(ZERO_SHOT_SETS, dict(no_eot=False, wrap=1024)),
+    **dict.fromkeys(ZERO_SHOT_SETS, dict(train=False, no_eot=False, wrap=1024)),
     "fineweb": dict(dump="CC-MAIN-2024-10"),
     "gsm8k": dict(wrap=256), "sharegpt": dict(wrap=2048), "reversal": dict(wrap=64),
 }  # fmt: skip
 
 
-def default_folder(name, packed=False, no_eot=False, wrap=None, dump=None, **options):
+def default_folder(name, packed=False, train=False, no_eot=False, wrap=None, dump=None, **options):
     """The folder of a data set prepared with these options; a dump is always in the name."""
-    dump = dump or NAMES[name].get("dump")
+    dump = dump or NAMES.get(name, {}).get("dump")
     if dump and not re.fullmatch(DUMP, dump):
         fail(f"--dump={dump}: must be named like CC-MAIN-2024-10")
-    wrap = None if wrap == NAMES[name].get("wrap") else wrap
-    parts = [name, dump, packed and "packed", no_eot and "no_eot"]
+    wrap = None if wrap == NAMES.get(name, {}).get("wrap") else wrap
+    parts = [name, dump, packed and "packed", train and "train", no_eot and "no_eot"]
     return "_".join(filter(None, parts)) + (f"_wrap{wrap}" if wrap is not None else "")
 
 
 def command_for(folder):
     """The inverse: the arguments of prepare.py that make a folder of this name, or None."""
     names = "|".join(NAMES)
-    found = re.fullmatch(rf"({names})(?:_({DUMP}))?(_packed)?(_no_eot)?(?:_wrap(\d+))?", folder)
+    flags = "(_packed)?(_train)?(_no_eot)?"
+    found = re.fullmatch(rf"({names})(?:_({DUMP}))?{flags}(?:_wrap(\d+))?", folder)
     if not found or found[1] == "text":
         return None
-    name, dump, packed, no_eot, wrap = found.groups()
+    name, dump, packed, train, no_eot, wrap = found.groups()
     options = dict(
-        dump=dump, packed=packed and True, no_eot=no_eot and True, wrap=wrap and int(wrap)
-    )
+        dump=dump, packed=packed and True, train=train and True, no_eot=no_eot and True,
+        wrap=wrap and int(wrap),
+    )  # fmt: skip
     options = {option: value for option, value in options.items() if value is not None}
     if options.keys() - NAMES[name] or default_folder(name, **options) != folder:
         return None
@@ -94,9 +109,12 @@ def finish(folder, source, tokenizer, vocab_size, characters, wrap=0, pad=None, 
     splits = {}
     for split in characters:
         sha256, tokens, padding, marked = hashlib.sha256(), 0, 0, 0
-        with open(partial / f"{split}.bin", "rb") as f:
+        size = (partial / f"{split}.bin").stat().st_size
+        bar = progress(total=size, unit="B", unit_scale=True, desc=f"checking {split}")
+        with open(partial / f"{split}.bin", "rb") as f, bar:
             while block := f.read(block_size):
                 sha256.update(block)
+                bar.update(len(block))
                 ids = np.frombuffer(block, dtype)
                 tokens += len(ids)
                 padding += int((ids == pad).sum()) if pad is not None else 0
@@ -115,7 +133,8 @@ def finish(folder, source, tokenizer, vocab_size, characters, wrap=0, pad=None, 
         dtype=dtype.name, wrap=wrap, pad=pad, given=given, ends=given or pad is not None,
         splits=splits,
     )  # fmt: skip
-    (partial / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    file = meta | dict(version=VERSION, checksum=checksum(meta))
+    (partial / "meta.json").write_text(json.dumps(file, indent=1), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
@@ -126,24 +145,50 @@ def finish(folder, source, tokenizer, vocab_size, characters, wrap=0, pad=None, 
 # Reading
 
 
+META = dict(  # fields of meta.json with their types
+    name=str, source=str, tokenizer=dict, vocab_size=int, dtype=str, wrap=int, pad=int | None,
+    given=bool, ends=bool, splits=dict,
+)  # fmt: skip
+SIZES = dict(tokens=int, characters=int, sha256=str)  # of a split, at least
+
+
+def checksum(meta):
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())
+
+
+def preparing(name):
+    """The command that prepares the corpus of this name."""
+    command = command_for(folder_of(name).name) or "text --input FILE..."
+    if "/" in str(name) or command.startswith("text "):
+        command += f" --out {shlex.quote(str(name))}"
+    return f"python data/prepare.py {command}"
+
+
 def read_meta(name):
-    """meta.json of a prepared corpus, as a dict; fails in one line if it is missing or damaged."""
-    path = folder_of(name) / "meta.json"
+    """meta.json of a prepared corpus, as a dict; fails in one line if it is missing, damaged or of
+    a later version."""
+    path, command = folder_of(name) / "meta.json", preparing(name)
     if not path.exists():
-        command = command_for(path.parent.name) or "text --input FILE..."
-        if "/" in str(name) or command.startswith("text "):
-            command += f" --out {name}"
-        fail(f"{path}: no such file; prepare the data first: python data/prepare.py {command}")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("tokenizer", "vocab_size", "wrap", "splits"):
-            meta[key]
-        for key, value in dict(pad=None, given=False).items():
-            meta.setdefault(key, value)  # older corpora lack these keys
-        meta.setdefault("ends", meta["given"] or meta["pad"] is not None)
-        np.dtype(meta["dtype"])
-    except (ValueError, KeyError, TypeError) as e:
-        fail(f"{path}: damaged ({e}); prepare the data again")
+        fail(f"{path}: no such file; prepare the data first: {command}")
+    again = f"; prepare the data again: {command} --overwrite"
+    meta = read_json(path, {}, again)
+    version = meta.pop("version", 1)
+    if version not in (1, VERSION):
+        fail(f"{path}: of version {version}, but this program reads versions 1 to {VERSION}{again}")
+    if version > 1 and meta.pop("checksum", None) != checksum(meta):
+        fail(f"{path}: damaged: wrong checksum{again}")
+    meta = (
+        dict(pad=None, given=False, name=path.parent.name, source="") | meta
+    )  # version 1 may lack
+    meta.setdefault("ends", meta["given"] or meta["pad"] is not None)
+    check_fields(meta, META, path, again)
+    wrong = [*(meta.keys() - META), *(k for k in ("vocab_size", "wrap") if meta[k] < 0)]
+    if wrong or meta["dtype"] not in ("uint16", "uint32"):
+        fail(f"{path}: damaged: {(wrong or ['dtype'])[0]}{again}")
+    for split, sizes in meta["splits"].items():
+        check_fields(sizes, SIZES, f"{path}: {split}", again)
+        if sizes["tokens"] < 0 or sizes["characters"] < 1:
+            fail(f"{path}: damaged: {split} has no text{again}")
     return meta
 
 
@@ -160,13 +205,45 @@ def read_split(name, split, cfg):
         )
     if meta["wrap"] and meta["wrap"] != cfg.seq_len:
         fail(f"{path}: cut into windows of {meta['wrap']} tokens, but seq_len is {cfg.seq_len}")
-    dtype, tokens = np.dtype(meta["dtype"]), meta["splits"][split]["tokens"]
-    size, expected = path.stat().st_size if path.exists() else 0, tokens * dtype.itemsize
-    if size != expected:
-        fail(f"{path}: {size} bytes, but meta.json says {expected}; prepare the data again")
-    if split == "train" and tokens < cfg.seq_len:
+    if split == "train" and (tokens := meta["splits"][split]["tokens"]) < cfg.seq_len:
         fail(f"{path}: {tokens} tokens, fewer than one row of seq_len {cfg.seq_len}")
-    return np.memmap(path, dtype, "r"), meta
+    check_file(path, meta, split, HASHED)
+    return np.memmap(path, meta["dtype"], "r"), meta
+
+
+def check_file(path, meta, split, most=math.inf):
+    """Compare a .bin file's size and, up to `most` bytes, its sha256 with meta.json."""
+    sizes, again = meta["splits"][split], "; prepare the data again"
+    size = path.stat().st_size if path.exists() else 0
+    expected = sizes["tokens"] * np.dtype(meta["dtype"]).itemsize
+    if size != expected:
+        fail(f"{path}: {size} bytes, but meta.json says {expected}{again}")
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each machine is enough
+    if first and size <= most and hash_file(path, path.stat().st_mtime_ns) != sizes["sha256"]:
+        fail(f"{path}: damaged: its sha256 is not that of meta.json{again}")
+
+
+@functools.cache
+def hash_file(path, changed):
+    """The file's sha256, computed once per process until the file has `changed`."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def verify(name):
+    """Check every file of a prepared corpus in full, however large."""
+    for split, sizes in (meta := read_meta(name))["splits"].items():
+        check_file(folder_of(name) / f"{split}.bin", meta, split)
+        print(f"{split:5} {sizes['tokens']:14,} tokens, size and sha256 as in meta.json")
+
+
+def count_tokens(ids, meta, cfg):
+    """The number of counted tokens of a whole split in windows of seq_len."""
+    L = cfg.seq_len
+    if meta.get("pad") is None and not meta.get("given"):
+        return len(ids) - cfg.bos * -(-len(ids) // L)  # a given first token per window
+    parts = (ids[i : i + 4096 * L].astype(np.int64) for i in range(0, len(ids), 4096 * L))
+    return sum(int(unpack(part.reshape(-1, L), meta, cfg)[2].sum()) for part in parts)
 
 
 def take(ids, starts, length, cfg, where):
@@ -223,3 +300,16 @@ def unpack(rows, meta, cfg):
     if cfg.bos:
         maskable[:, 0] = False
     return x0, maskable, maskable & ~padding
+
+
+def read_val_sets(cfg, meta):
+    """{name: (ids, meta, corpus, split)}: `val`, and with val_data also that corpus's val or test
+    split."""
+    sets = {"val": (read_split(cfg.data, "val", cfg)[0], meta, cfg.data, "val")}
+    if cfg.val_data:
+        other = read_meta(cfg.val_data)
+        if other["tokenizer"] != meta["tokenizer"]:
+            fail(f"val_data={cfg.val_data}: made with another tokenizer than {cfg.data}")
+        split = "val" if "val" in other["splits"] else "test"
+        sets["val_data"] = (*read_split(cfg.val_data, split, cfg), cfg.val_data, split)
+    return sets

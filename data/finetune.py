@@ -11,17 +11,15 @@ learns mainly EOS.
 """
 
 import json
-import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from common import fail, one_line
+from common import fail, one_line, progress
 from data.corpus import GIVEN, finish, partial_of
 from data.readers import read_records, report
-from data.shards import fetch, find_shards, name_of
+from data.shards import fetch, find_shards, name_of, split_of
 from data.tokenizer import llama_vocabulary, tokenizer_of, train_bpe
 
 GSM8K = "openai/gsm8k"
@@ -43,13 +41,13 @@ def gsm8k(
     thought -> answer.
 
     input: .jsonl or parquet with question and answer, as published, or .txt with lines
-    question||thought #### answer, SMDM's augmented training data. Files with test in their names
-    are the split test; test.jsonl has its prompts and answers as text. val is the last 5 % of the
-    training problems. Left out: rows over wrap, and answers without exactly one ####."""
+    question||thought #### answer, SMDM's augmented training data. A file's split is that of its
+    name (`split_of`); test.jsonl has the prompts and answers of the split test as text. Without a
+    file of val, it is the last 5 % of the training problems. Left out: rows over wrap, and answers
+    without exactly one ####."""
     check_options(tokenizer, vocab, vocab_size, wrap)
     source, shards = find_shards(input, GSM8K, r"main/(train|test)-.*\.parquet")
-    train, tests = read_items(shards, parse_problem)
-    problems = split_off_val(source, train) | join_tests(tests)
+    problems = join_files(source, read_items(shards, parse_problem))
     texts = [
         dict(prompt=question, answer=answer.removeprefix(" #### "))
         for question, _, answer in problems.get("test", [])
@@ -90,12 +88,12 @@ def sharegpt(
 
     input: JSON, a list of {"conversations": [{"from": "human" or "gpt", "value": text}, ...]}. A
     conversation ends before the first turn that is empty or out of turn, or whose answer ends
-    beyond wrap. val is the last 5 %."""
+    beyond wrap. Without a file of val, it is the last 5 %."""
     check_options(tokenizer, vocab, vocab_size, wrap)
     pattern = r"ShareGPT_V3_unfiltered_cleaned_split_no_imsorry\.json"
     source, shards = find_shards(input, SHAREGPT, pattern)
-    train, tests = read_items(shards, lambda record: parse_conversation(record, first_turn))
-    splits = split_off_val(source, train) | join_tests(tests)
+    files = read_items(shards, lambda record: parse_conversation(record, first_turn))
+    splits = join_files(source, files)
     spec = choose_vocabulary(tokenizer, vocab, vocab_size, splits["train"])
     return write_rows(folder, source, spec, splits, [], wrap, train_padding)
 
@@ -130,14 +128,21 @@ def reversal(
         fail("reversal: needs --input all_prompts_train.jsonl [*_prompts_test.jsonl]")
     check_options(tokenizer, vocab, vocab_size, wrap)
     source, shards = find_shards(input, None, None)
-    facts, tests = read_items(shards, lambda r: (r["prompt"] + "", r["completion"] + ""))
+    held_out = lambda shard: "test" if "reverse" in Path(shard).name else "val"
+    files = read_items(
+        shards, lambda r: (r["prompt"] + "", r["completion"] + ""),
+        lambda shard: "train" if split_of(shard) == "train" else held_out(shard),
+    )  # fmt: skip
+    facts = [fact for _, split, items in files for fact in items if split == "train"]
+    tests = [file for file in files if file[1] != "train"]
     splits = {"train": facts} if tests else split_off_val(source, facts)
     for split, part in splits.items():
         splits[split] = [[(prompt + completion, True)] for prompt, completion in part]
     texts = []
-    for name, pairs in tests:
-        split = splits.setdefault("test" if "reverse" in name else "val", [])
-        split += [[(prompt, False), (completion, True)] for prompt, completion in pairs]
+    for name, split, pairs in tests:
+        splits[split] = splits.get(split, []) + [
+            [(prompt, False), (completion, True)] for prompt, completion in pairs
+        ]
         about = name.removesuffix("_prompts_test.jsonl")
         texts += [dict(prompt=p, answer=c.strip(), of=about) for p, c in pairs]
     if "val" not in splits:
@@ -150,10 +155,10 @@ def reversal(
 # Files -> items
 
 
-def read_items(shards, parse):
-    """parse(record) for the records of all training files, and [(file name, the same)] of the test
-    files; a record is left out if that is None."""
-    train, tests = [], []
+def read_items(shards, parse, split_of=split_of):
+    """[(file name, split, parse(record) of its records)] of all files; a record is left out if that
+    is None. Prints what became of each file."""
+    files = []
     for shard in shards:
         name, items, notes = Path(name_of(shard)).name, [], Counter()
         try:
@@ -170,11 +175,21 @@ def read_items(shards, parse):
         report(name, notes)
         if skipped := len(items) - len(kept):
             print(f"{name}: left out {skipped:,} of {len(items):,}, not of the right form")
-        if "test" in re.split("[-_.]", name):
-            tests.append((name, kept))
-        else:
-            train += kept
-    return train, tests
+        files.append((name, split_of(shard), kept))
+        print(f"{name}: {split_of(shard)}, {len(kept):,} records")
+    return files
+
+
+def join_files(source, files):
+    """{split: the items of its files}; without a file of val, it is split off train."""
+    splits = {}
+    for _, split, items in files:
+        splits[split] = splits.get(split, []) + items
+    if not splits.get("train"):
+        fail(f"{source}: no file of train; a file's split is that of its name")
+    if "val" not in splits:
+        splits |= split_off_val(source, splits["train"])
+    return {split: splits[split] for split in ("train", "val", "test") if split in splits}
 
 
 def split_off_val(source, items):
@@ -182,11 +197,6 @@ def split_off_val(source, items):
     if n < 1:
         fail(f"{source}: needs two or more to train on, the last 5 % of which are val")
     return {"train": items[:n], "val": items[n:]}
-
-
-def join_tests(tests):
-    """{"test": the items of all test files}, or nothing if there are none."""
-    return {"test": [item for _, items in tests for item in items]} if tests else {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,7 +231,7 @@ def write_rows(folder, source, spec, splits, tests, wrap, train_padding):
     for split, items in splits.items():
         rows = n = 0
         with open(partial_of(folder) / f"{split}.bin", "wb") as f:
-            for i in tqdm(range(0, len(items), 1000), desc=split, leave=False, disable=None):
+            for i in progress(range(0, len(items), 1000), desc=split):
                 for ids, trained in make_rows(items[i : i + 1000], tokenizer, wrap):
                     np.array(ids + [padding] * (wrap - len(ids)), np.uint32).tofile(f)
                     rows, n = rows + 1, n + trained

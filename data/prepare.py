@@ -5,27 +5,30 @@ python data/prepare.py text8                       # or --input text8.zip
 python data/prepare.py openwebtext --wrap 1024     # parquet from the hub, or --input FILE...
 python data/prepare.py lm1b                        # a sentence per row, or --packed; WordPiece
 python data/prepare.py ptb                         # or another zero-shot set, in GPT-2's BPE
+python data/prepare.py wikitext103 --train         # all its splits, to train on
 python data/prepare.py slimpajama                  # in Llama-2's pieces, as in SMDM
 python data/prepare.py fineweb --dump CC-MAIN-2024-18   # start of a dump, a newer text to test on
 python data/prepare.py gsm8k                       # to fine-tune on: questions, thoughts, answers
 python data/prepare.py sharegpt                    # to fine-tune on: conversations
 python data/prepare.py text --input a.txt b.txt    # any UTF-8 text; --tokenizer bpe, char or gpt2
 python data/prepare.py text --input a.jsonl b.csv --column content      # a column of such files
+python data/prepare.py verify openwebtext          # compare files of any size with their hashes
 
 A data set is one function; its keyword arguments are the options that apply to it. A killed run of
 a set with --workers resumes when the command is repeated.
 """
 
 import inspect
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script's path is data/ alone
 
-from common import command, fail, one_line, parser
+from common import command, fail, one_line, parser, suggest
 from configs import CONFIGS
-from data.corpus import default_folder, folder_of, partial_of
+from data.corpus import NAMES, default_folder, folder_of, partial_of, verify
 from data.finetune import gsm8k, reversal, sharegpt
 from data.pretrain import fineweb, lm1b, openwebtext, slimpajama
 from data.texts import TEXT_KINDS, pydocs, text, text8
@@ -37,6 +40,7 @@ DATASETS = {
     "slimpajama": slimpajama, "fineweb": fineweb,
     "gsm8k": gsm8k, "sharegpt": sharegpt, "reversal": reversal, "text": text,
 }  # fmt: skip
+NAMES |= {name: {} for name in DATASETS if name not in NAMES}
 
 
 def dataset_options(name):
@@ -49,7 +53,7 @@ def prepare(name, out=None, overwrite=False, **options):
     """Make data/<name>, or the folder `out`; returns its meta. Bad input is one line and exit code
     2, and leaves the folder as it was."""
     if name not in DATASETS:
-        fail(f"unknown data set {name!r}; there are {', '.join(DATASETS)}")
+        fail(f"unknown data set {name!r}; {suggest(name, DATASETS)}")
     allowed = [*dataset_options(name), "out", "overwrite"]
     for option in options:
         if option not in allowed:
@@ -91,22 +95,23 @@ def announce(meta, name, out=None, **options):
         folder = default_folder(name, **options)
         print(f"now train on it: {training_command(meta, name, data, folder, example)}")
     else:
-        print(f"now evaluate a model on it: python evaluate.py out/{example}/ckpt.pt --data={data}")
+        command = f"python evaluate.py out/{example}/ckpt.pt --data={shlex.quote(data)}"
+        print(f"now evaluate a model on it: {command}")
 
 
 def training_command(meta, name, data, folder, example):
     config = closest_config(name, folder, example, meta["given"])
     cfg, command = CONFIGS[config](), f"python train.py {config}"
-    fields = dict(data=data, vocab_size=meta["vocab_size"], seq_len=meta["wrap"])
+    fields = dict(data=data, seq_len=meta["wrap"])
     for field, value in fields.items():
         if value and value != getattr(cfg, field):
-            command += f" --{field}={value}"
+            command += f" --{field}={shlex.quote(str(value))}"
     if meta["given"] and not cfg.bos:
         command += " --bos=True"
     if meta["given"] and example:
         command += f" --init_from=out/{example}/ckpt.pt"
-    if name == "text":  # the demo's config, but another run
-        command += f" --out_dir=out/{meta['name']}"
+    if data != cfg.data:  # another run than the config's
+        command += f" --out_dir={shlex.quote('out/' + meta['name'])}"
     return command
 
 
@@ -118,7 +123,8 @@ def closest_config(name, folder, example, given):
         made_for = CONFIGS[config]().data
         same_text = made_for.partition("_")[0] == name
         alike = same_text and ("_wrap" in made_for) == ("_wrap" in folder)
-        return made_for == folder, alike, same_text, (same_text or given) and config == example
+        in_kind = config == example and (same_text or given or name in ZERO_SHOT)
+        return made_for == folder, alike, same_text, in_kind
 
     return max(CONFIGS, key=rank)
 
@@ -141,6 +147,7 @@ def parse_arguments(argv):
     add("--tokens", type=int, help="fineweb: size of test [209715200]")
     add("--packed", help="lm1b: rows of many sentences", **flag)
     add("--wrap", type=int, help="rows of this length; openwebtext: [0], uncut")
+    add("--train", help="zero-shot sets: with the splits to train on", **flag)
     add("--no_eot", help="zero-shot sets: no EOT after documents", **flag)
     add(
         "--train_padding", help="gsm8k, sharegpt, reversal: train the EOS that fill rows up", **flag
@@ -154,6 +161,11 @@ def parse_arguments(argv):
 
 @command
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["verify"]:
+        for name in argv[1:] or fail("verify: needs the name or folder of a prepared data set"):
+            verify(name)
+        return
     options = parse_arguments(argv)
     announce(prepare(**options), **options)
 

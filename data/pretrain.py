@@ -1,12 +1,9 @@
 """Data sets of documents to train on: OpenWebText, LM1B, SlimPajama; FineWeb tests such models."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 
 from common import fail
-from data.shards import Recipe, find_shards, name_of, tokenize, write_splits
+from data.shards import Recipe, find_shards, refuse_held_out, split_of, tokenize, write_splits
 from data.tokenizer import bert_vocabulary, llama_vocabulary, tokenizer_of
 
 OPENWEBTEXT = "Skylion007/openwebtext"
@@ -41,6 +38,7 @@ def openwebtext(folder, input=(), column="text", wrap=0, val_docs=100_000, worke
     input: other parquet, .jsonl or .csv files with this column."""
     check_options(wrap=wrap, val_docs=val_docs, workers=workers)
     source, shards = find_shards(input, OPENWEBTEXT, r"data/train-.*\.parquet")
+    refuse_held_out(shards, "openwebtext")
     recipe = Recipe({"kind": "gpt2"}, column, after=(EOT,))
     documents = tokenize(folder, shards, recipe, workers, wrap=wrap, val_docs=val_docs)
     n = len(documents.tokens)
@@ -61,13 +59,15 @@ def lm1b(folder, input=(), packed=False, wrap=128, val_docs=30_000, vocab=None, 
     or padded to wrap ids (MDLM, SEDD), or packed, rows [CLS] wrap-2 ids [SEP] of a stream with
     [SEP] after every sentence (D3PM). val is the last val_docs training sentences; MDLM validates
     on test instead. input: parquet, or the original files news.en-* and news.en.heldout-*; those
-    with test or heldout in their names are test.
+    with test or heldout in their names are test (`split_of`).
     vocab: vocab.txt or tokenizer.json of bert-base-uncased; the default is downloaded."""
     check_options(wrap=wrap, val_docs=val_docs, workers=workers, padded=not packed)
     source, shards = find_shards(input, LM1B, r"plain_text/(train|test)/.*\.parquet", CONVERTED)
-    shards.sort(key=is_test)  # train first; the order is otherwise kept
-    n_train = sum(not is_test(shard) for shard in shards)
-    for split, n in {"train": n_train, "test": len(shards) - n_train}.items():
+    test = [shard for shard in shards if split_of(shard) == "test"]
+    shards = [shard for shard in shards if shard not in test] + test
+    n_train = len(shards) - len(test)
+    refuse_held_out(shards[:n_train], "lm1b")
+    for split, n in {"train": n_train, "test": len(test)}.items():
         if not n:
             rule = "files named test or heldout are test, the others train"
             fail(f"{source}: no {split} file; {rule}")
@@ -87,15 +87,8 @@ def lm1b(folder, input=(), packed=False, wrap=128, val_docs=30_000, vocab=None, 
     return write_splits(folder, source, documents, borders, spec, wrap, pad)
 
 
-def is_test(shard):
-    path = Path(name_of(shard))
-    return "test" in path.name or "heldout" in path.name or path.parent.name == "test"
-
-
 # --------------------------------------------------------------------------------------------------
 # slimpajama and fineweb: SMDM's text to train on, and to test on
-
-SPLITS = dict(train="train", validation="val", valid="val", val="val", test="test")  # in file names
 
 
 def slimpajama(folder, input=(), column="text", val_docs=None, vocab=None, workers=None):
@@ -103,17 +96,12 @@ def slimpajama(folder, input=(), column="text", val_docs=None, vocab=None, worke
     in SMDM.
 
     The hub's is a random hundredth, 6B tokens. input: parquet, .jsonl (.gz, .zst) or .csv files
-    with this column, e.g. those of cerebras/SlimPajama-627B. A file's split is the first word of
-    its name or the name of a folder, by default train. Without validation files, val is the last
-    val_docs documents, by default 10,000. vocab: Llama-2's tokenizer.json; the default is
-    downloaded."""
+    with this column, e.g. those of cerebras/SlimPajama-627B, in the splits that `split_of` reads
+    from their names. Without validation files, val is the last val_docs documents, by default
+    10,000. vocab: Llama-2's tokenizer.json; the default is downloaded."""
     source, shards = find_shards(input, SLIMPAJAMA, r"data/(train|validation|test)-.*\.parquet")
-    splits = ["train", "val", "test"]
-    shards.sort(key=lambda shard: splits.index(split_of(shard)))  # the order is otherwise kept
-    present = {split_of(shard) for shard in shards}
-    if "train" not in present:
-        fail(f"{source}: has no file of train")
-    if "val" in present and val_docs is not None:
+    shards = sort_splits(shards, source)
+    if val_docs is not None and "val" in map(split_of, shards):
         fail(f"--val_docs={val_docs}: val is made of the validation files")
     val_docs = 10_000 if val_docs is None else val_docs
     check_options(val_docs=val_docs, workers=workers)
@@ -121,23 +109,30 @@ def slimpajama(folder, input=(), column="text", val_docs=None, vocab=None, worke
     github = "meta", "redpajama_set_name", "RedPajamaGithub"
     recipe = Recipe(spec, column, after=(tokenizer_of(spec).eos,), skip=github)
     documents = tokenize(folder, shards, recipe, workers, val_docs=val_docs)
-    counts = dict.fromkeys(splits, 0)
-    for shard, count in zip(shards, documents.counts):
-        counts[split_of(shard)] += count
-    if "val" not in present:
-        counts |= dict(train=find_border(val_docs, counts["train"], "slimpajama"), val=val_docs)
-    if not counts["test"]:
-        del counts["test"]
-    ends = np.cumsum([*counts.values()]).tolist()
-    borders = {split: (end - counts[split], end) for split, end in zip(counts, ends)}
+    borders = borders_of(shards, documents.counts, "slimpajama", lambda train: val_docs)
     return write_splits(folder, source, documents, borders, spec)
 
 
-def split_of(shard):
-    """test for test-00000-of-00001.parquet, val for validation/chunk1/a_holdout_0.jsonl.zst."""
-    *folders, file = Path(name_of(shard)).parts[-3:]
-    words = [re.split("[-_.]", file)[0], *folders[::-1]]
-    return next((SPLITS[word] for word in words if word in SPLITS), "train")
+def sort_splits(shards, source):
+    """The shards of train, then of val, then of test; their order is otherwise kept."""
+    shards = sorted(shards, key=lambda shard: ("train", "val", "test").index(split_of(shard)))
+    if split_of(shards[0]) != "train":
+        fail(f"{source}: has no file of train; a file's split is that of its name")
+    return shards
+
+
+def borders_of(shards, counts, name, val_docs):
+    """{split: (first document, last + 1)} of sorted shards of so many documents; without a file of
+    val, it is the last val_docs(n) of the n documents of train."""
+    sizes = {}
+    for shard, count in zip(shards, counts):
+        sizes[split_of(shard)] = sizes.get(split_of(shard), 0) + count
+    if "val" not in sizes:
+        val = val_docs(sizes["train"])
+        train = find_border(val, sizes.pop("train"), name)
+        sizes = dict(train=train, val=val) | sizes
+    ends = np.cumsum([*sizes.values()]).tolist()
+    return {split: (end - sizes[split], end) for split, end in zip(sizes, ends)}
 
 
 def fineweb(

@@ -1,21 +1,27 @@
 """A run's folder, out/<config>/: ckpt.pt (last), best.pt (lowest validation bound), log.jsonl and
-config.json. Who may continue it, who may write to it, and its log.
+config.json. Who may continue it, who may write to it, its log and its bar.
 """
 
 import contextlib
 import errno
 import json
+import math
 import signal
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from common import fail, one_line, to_json
-from configs import from_dict
-from data.checkpoints import check_weights, load, read_checkpoint
+from common import compute_dtype, fail, one_line, to_json
+from configs import Config, from_dict
+from data.checkpoints import VERSION, check_weights, load, read_checkpoint, save_checkpoint
+from data.processes import is_ours, take_over
+from data.trackers import start_trackers
+from model import count_parameters, flops_per_token
 
 try:
     import fcntl
@@ -24,23 +30,30 @@ except ImportError:  # Windows: no lock on a run's folder
 
 # Fields that a resumed run may change; all others are its recipe.
 MAY_CHANGE = set(
-    "data micro_batch recompute device dtype compile eval_every eval_windows save_every samples"
-    " out_dir wandb steps init_from".split()
+    "data micro_batch recompute device dtype compile fsdp eval_every eval_windows save_every"
+    " samples out_dir wandb tensorboard val_data val_samples judge keep_every steps"
+    " init_from".split()
 )
 
 
 def find_checkpoint(cfg, meta, resume, overwrite):
-    """The checkpoint to resume from, or None for a new run. Changes nothing on disk."""
-    out = Path(cfg.out_dir)
-    paths = [p for p in (out / "ckpt.pt", out / "best.pt") if p.exists()]
+    """The checkpoint to resume from, or None for a new run. Changes nothing on disk. A run that
+    torchrun starts again resumes, whatever the options say, also if it was killed at its end."""
+    out, again = Path(cfg.out_dir), is_ours(cfg.out_dir)
+    path, files = out / "ckpt.pt", ("ckpt.pt", "best.pt", "log.jsonl")
+    if again:
+        resume, overwrite = True, False
     if resume and overwrite:
         fail("--resume and --overwrite exclude each other")
-    if not resume and not overwrite and (paths or (out / "log.jsonl").exists()):
+    if not resume and not overwrite and any((out / name).exists() for name in files):
         fail(f"{out}: holds a run; --resume continues it, --overwrite deletes it; or use --out_dir")
-    if not resume or not paths:
+    if not resume or not path.exists():
         return None  # new, or stopped before its first checkpoint
-    state = read_checkpoint(paths[0])
-    check_same_recipe(state, paths[0], cfg, meta)
+    state = read_checkpoint(path)
+    check_same_recipe(state, path, cfg, meta)
+    step = state["step"]
+    if step > cfg.steps or step == cfg.steps and not again and is_finished(out / "log.jsonl", step):
+        fail(f"{path}: already at step {step} of {cfg.steps}; raise --steps to continue")
     return state
 
 
@@ -60,18 +73,29 @@ def check_same_recipe(state, path, cfg, meta):
         fail(f"{cfg.data}: made with another tokenizer than {path}")
     if state["data"] != meta["splits"]["train"]["sha256"]:
         fail(f"{cfg.data}: not the data that {path} was trained on")
-    step = state["step"]
-    if step > cfg.steps or step == cfg.steps and is_finished(path.parent / "log.jsonl", step):
-        fail(f"{path}: already at step {step} of {cfg.steps}; raise --steps to continue")
+    if state["version"] < VERSION:
+        start = f"--init_from={path} --out_dir=NEW starts from its weights"
+        fail(f"{path}: of version {state['version']}, which drew rows and noise otherwise; {start}")
 
 
-def is_finished(log, step):
+def is_finished(path, step):
     """Whether the log holds the final validation of this step: a run killed during it is not."""
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        with open(path, encoding="utf-8", errors="replace") as log:
+            return any("final" in r and r.get("step") == step for r in read_log(log))
     except OSError:
         return False
-    return any(f'"step": {step}, "final"' in line for line in lines)
+
+
+def read_log(log):
+    """Yield the records of an open log.jsonl up to the first line that is damaged or cut short."""
+    while (line := log.readline()).endswith("\n"):
+        try:
+            record = json.loads(line)
+            record.get("step", 0) + 0  # a note has no step
+        except (AttributeError, TypeError, ValueError, RecursionError):
+            return
+        yield record
 
 
 def copy_weights(model, path, meta):
@@ -87,10 +111,13 @@ def copy_weights(model, path, meta):
 
 def restore(state, model, ema, optimizers, cfg, rank, world):
     """Copy a checkpoint's weights and moments; returns the losses that it had not logged yet."""
-    where = f"{cfg.out_dir}/ckpt.pt"
+    where, share = f"{cfg.out_dir}/ckpt.pt", lambda tensor, like: tensor
+    if cfg.fsdp:
+        from extra.fsdp import share
     for network, name in ((model, "model"), (ema, "ema")):
         check_weights(state[name], cfg, where)
-        network.load_state_dict(state[name])
+        own = network.state_dict()
+        network.load_state_dict({n: share(tensor, own[n]) for n, tensor in state[name].items()})
     if len(state["optimizer"]) != len(optimizers):
         fail(f"{where} has {len(state['optimizer'])} optimizers, must have {len(optimizers)}")
     for optimizer, saved in zip(optimizers, state["optimizer"]):
@@ -101,6 +128,7 @@ def restore(state, model, ema, optimizers, cfg, rank, world):
                     shape = () if name == "step" else params[i].shape
                     if moment.shape != shape or moment.dtype != torch.float32:
                         fail(f"{where}: {name} of tensor {i} must be float32 {tuple(shape)}")
+                    moments[name] = share(moment, params[i])
             groups = optimizer.state_dict()["param_groups"]  # rates are those of cfg
             optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
@@ -108,6 +136,35 @@ def restore(state, model, ema, optimizers, cfg, rank, world):
     losses = state.get("losses", torch.zeros(world, 0))  # (processes, steps since the last log)
     losses = losses[rank] if len(losses) == world else losses.mean(0)
     return list(losses.to(next(model.parameters()).device))
+
+
+def check_same_step(cfg, step):
+    """All processes must have read the same checkpoint."""
+    dist.all_gather_object(steps := [None] * dist.get_world_size(), step)
+    if len(set(steps)) > 1:
+        fail(f"{cfg.out_dir}: processes see checkpoints of steps {steps}; they must share it")
+
+
+def save_run(run, name):
+    """Write the checkpoint out_dir/name. Only best.pt cannot be resumed: it has no moments."""
+    losses = torch.stack(run.losses) if run.losses else torch.zeros(0, device=run.device)
+    losses = losses[None]  # (processes, steps since the last log)
+    if run.world > 1:
+        dist.all_gather(parts := [torch.empty_like(losses) for _ in range(run.world)], losses)
+        losses = torch.cat(parts)
+    optimizer = [o.state_dict() for o in run.optimizers if name != "best.pt"]
+    state = dict(model=run.model.state_dict(), ema=run.ema.state_dict(), optimizer=optimizer)
+    if run.cfg.fsdp:
+        from extra.fsdp import whole
+
+        state = whole(state)
+    if run.rank == 0:
+        save_checkpoint(
+            Path(run.cfg.out_dir) / name, **state, step=run.step, best=run.best,
+            config=asdict(run.cfg), seconds=run.seconds, tokenizer=run.meta["tokenizer"],
+            data=run.meta["splits"]["train"]["sha256"], losses=losses.cpu(),
+            ends=run.model.ends,
+        )  # fmt: skip
 
 
 def open_folder(cfg, step):
@@ -124,17 +181,16 @@ def open_folder(cfg, step):
         fail(f"out_dir={out}: {e.strerror}")
     log.seek(0)
     end = 0
-    while step and (line := log.readline()).endswith("\n"):
-        try:
-            if json.loads(line).get("step", 0) > step:  # a note has no step
-                break
-        except (AttributeError, TypeError, ValueError, RecursionError):
+    for record in read_log(log) if step else ():
+        if record.get("step", 0) > step or "final" in record:
             break
         end = log.tell()
     log.truncate(end)
     if not step:
-        for name in ("ckpt.pt", "best.pt"):
-            (out / name).unlink(missing_ok=True)
+        names = ("ckpt.pt", "best.pt", "wandb_id.txt")
+        for path in (*map(out.joinpath, names), *out.glob("step_*.pt")):
+            path.unlink(missing_ok=True)
+    take_over(out)
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1), encoding="utf-8")
     return log
 
@@ -180,25 +236,12 @@ class Stream:
     __hash__ = object.__hash__
 
 
-def start_wandb(cfg):
-    """(log, finish) of wandb for this run, or one line on why there is none."""
-    try:
-        import wandb
-
-        run = wandb.init(project="nanomdlm", name=Path(cfg.out_dir).name, config=asdict(cfg))
-    except Exception as e:  # not installed, not logged in, no network: each raises another type
-        fail(f"wandb=True: {one_line(e)}; WANDB_MODE=offline needs no account")
-
-    def send(record):
-        run.log(record, step=record["step"])
-
-    return send, run.finish
-
-
 def open_log(cfg, step, closing):
-    """(log, say, stderr): log(record) appends to log.jsonl and to wandb, say(text) prints above the
-    bar, which writes to stderr. Trouble with wandb or the terminal is noted once, in the log."""
-    send, finish = start_wandb(cfg) if cfg.wandb else (None, None)
+    """(log, say, stderr): log(record) appends to log.jsonl and to the trackers, say(text) prints
+    above the bar, which writes to stderr. Trouble with a tracker or the terminal is noted once, in
+    the log."""
+    trackers = start_trackers(cfg, step)
+    sending = {name: send for name, (send, _) in trackers.items()}
     file = closing.enter_context(open_folder(cfg, step))
     stdout, stderr, noted = Stream(sys.stdout), Stream(sys.stderr), set()
 
@@ -208,30 +251,63 @@ def open_log(cfg, step, closing):
             file.write(to_json({"note": f"{where}: {error}; training continues"}) + "\n")
 
     def log(record):
-        nonlocal send
         file.write(to_json(record) + "\n")
         note("stdout", stdout.error)
         note("stderr", stderr.error)
-        try:
-            if send:
+        for name, send in [*sending.items()]:
+            try:
                 send(record)
-        except Exception as e:  # any type: wandb wraps those of its network library
-            send = None
-            note("wandb", one_line(e))
-            say(f"wandb: {one_line(e)}; training continues without it")
+            except Exception as e:  # any type: wandb wraps those of its network library
+                del sending[name]
+                note(name, one_line(e))
+                say(f"{name}: {one_line(e)}; training continues without it")
 
     def end(error, *_):
-        try:
-            if finish:
-                finish(exit_code=int(error is not None))
-        except Exception as e:
-            note("wandb", one_line(e))
+        for name, (_, finish) in trackers.items():
+            try:
+                finish(int(error is not None))
+            except Exception as e:
+                note(name, one_line(e))
 
     def say(text):
         tqdm.write(text, file=stdout)
 
     closing.push(end)
     return log, say, stderr
+
+
+def introduce(run, accumulation, resume):
+    """Say what is trained, on what and from where."""
+    cfg, out, say = run.cfg, run.cfg.out_dir, run.say
+    work = flops_per_token(cfg) * cfg.batch_size * cfg.seq_len / 1e9
+    tokens, dtype = run.meta["splits"]["train"]["tokens"], compute_dtype(run.device, cfg.dtype)
+    say(f"{out}: {count_parameters(cfg):,} parameters, {tokens:,} tokens of {cfg.data}")
+    say(f"{cfg.steps:,} steps of {cfg.batch_size} rows of {cfg.seq_len} tokens: {run.world} x "
+        f"{run.device.type}, {accumulation} x {run.micro} rows each in {dtype}; "
+        f"{work:,.0f} GFLOP a step")  # fmt: skip
+    differing = asdict(cfg).items() - asdict(Config(out_dir=out)).items()
+    fields = " ".join(f"{name}={value}" for name, value in sorted(differing))
+    say(f"fields that are not at their default: {fields}")
+    if resume:
+        say(f"resumed at step {run.step}" if run.step
+            else f"{out} has no checkpoint: starting at step 0")  # fmt: skip
+
+
+def show_progress(run):
+    """Move the bar and show the time that is left, with the validations to come. Until one has been
+    timed, its forward counts a third of a training step on as many tokens."""
+    cfg, now, done = run.cfg, time.time(), run.step - run.first
+    per_step = (now - run.timed) / max(done - 1, 1)
+    if done == 1:  # the first step warms up caches and kernels: it does not count
+        run.timed = now
+    sizes = [math.ceil(len(ids) / cfg.seq_len) for ids, *_ in run.val_sets.values()]
+    windows, some = sum(sizes), sum(min(cfg.eval_windows or n, n) for n in sizes)
+    per_window = run.per_window or per_step / cfg.batch_size / 3
+    to_come = math.ceil(cfg.steps / cfg.eval_every) - (run.step - 1) // cfg.eval_every
+    windows_left = some * to_come + (windows if cfg.eval_windows else 0)
+    left = (cfg.steps - run.step) * per_step + windows_left * per_window
+    run.bar.set_postfix_str(f"{run.status}{tqdm.format_interval(left)} left", refresh=False)
+    run.bar.update()
 
 
 @contextlib.contextmanager

@@ -20,11 +20,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from common import fail, one_line
+from common import (
+    fail,
+    one_line,
+    progress,
+)
 from data.corpus import dtype_of, finish, partial_of
 from data.detokenize import DETOKENIZERS
+from data.json_files import read_json
 from data.readers import read_documents, report
 from data.tokenizer import load_tokenizer, tokenizer_of
 
@@ -52,6 +56,7 @@ class Documents(NamedTuple):
     characters: np.ndarray  # (N,) characters of text that they stand for
     counts: list  # documents of each shard
     sha256: list  # of each shard
+    names: list  # of the shards
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,6 +94,45 @@ def name_of(shard):
         return shard
     _, repo, commit, name, _ = shard.split(":")
     return f"{repo}@{commit}/{name}"
+
+
+SPLITS = {  # words of file names
+    "test": ("test", "heldout"), "val": ("val", "valid", "validation", "dev"),
+    "train": ("train", "training"),
+}  # fmt: skip
+
+
+def split_of(shard):
+    """The split that the name of a file says, or else that of its folder, by default train: test
+    for test-00000-of-00001.parquet, val for validation/chunk1/a_holdout_0.jsonl.zst. A file with
+    test anywhere in its name, such as gtest.jsonl, is never train unless its name says so too."""
+    *folders, file = Path(name_of(shard)).parts[-3:]
+    file = file.lower()
+    folders = [folder.removeprefix("partial-") for folder in folders[::-1]]
+    for words in (re.split("[^a-z]+", file), ["test" if "test" in file else ""], *zip(folders)):
+        for split, names in SPLITS.items():
+            if any(word in names for word in words):
+                return split
+    return "train"
+
+
+def refuse_held_out(shards, data):
+    """Fail if the name of a file says that it is no training text; `data` would train on it."""
+    for shard in shards:
+        if (split := split_of(shard)) != "train":
+            fail(f"{name_of(shard)}: {split} by its name, but {data} trains on every file")
+
+
+def announce(names, splits, counts, most=20):
+    """Print what became of each file, or of more than `most` files, of how many what."""
+    rows = [(name, split, count) for name, split, count in zip(names, splits, counts)]
+    if len(rows) > most:
+        rows = [
+            (f"{splits.count(s)} files", s, sum(n for _, split, n in rows if split == s))
+            for s in dict.fromkeys(splits)
+        ]
+    for name, split, count in rows:
+        print(f"{name}: {split}, {count:,} documents")
 
 
 def fingerprint(shard):
@@ -140,7 +184,7 @@ def tokenize(folder, shards, recipe, workers=None, **plan):
         for target in new:
             sizes.append(np.fromfile(target.with_suffix(".sizes"), np.uint32).reshape(-1, 2))
             have += int(sizes[-1][:, 0].sum(dtype=np.int64))
-    records = [json.loads(t.with_suffix(".json").read_text(encoding="utf-8")) for t in targets]
+    records = [read_record(target) for target in targets]
     for shard, record in zip(shards, records):
         report(name_of(shard), record.get("notes", {}), recipe.column)
     return Documents(
@@ -150,13 +194,14 @@ def tokenize(folder, shards, recipe, workers=None, **plan):
         characters=np.concatenate([s[:, 1] for s in sizes]),
         counts=[len(s) for s in sizes],
         sha256=[record["sha256"] for record in records],
+        names=[name_of(shard) for shard in shards[: len(sizes)]],
     )
 
 
 def begin_or_resume(work, plan):
     """Write the plan of a new run, or check that the run in `work` had the same one."""
     path, plan = work / "plan.json", json.loads(json.dumps(plan))  # turns tuples into lists
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plan:
+    if path.exists() and read_json(path, {}, f"; remove {work.parent}") != plan:
         fail(f"{work.parent}: from a run with other inputs or options; repeat those, or remove it")
     for temporary in work.glob("*.tmp"):
         temporary.unlink()
@@ -170,7 +215,7 @@ def run_workers(shards, targets, recipe, workers):
     processes, threads = min(workers, len(shards)), max(1, workers // len(shards))
     with (
         ProcessPoolExecutor(processes, initializer=begin_worker, initargs=[done]) as pool,
-        tqdm(unit=" documents", unit_scale=True, disable=None) as bar,
+        progress(unit=" documents", unit_scale=True) as bar,
     ):
         jobs = zip(shards, targets)
         waiting = {pool.submit(tokenize_shard, *job, recipe, threads) for job in jobs}
@@ -186,8 +231,8 @@ def run_workers(shards, targets, recipe, workers):
 
 
 def begin_worker(done):
-    global progress
-    progress = done
+    global documents_done
+    documents_done = done
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker without a traceback
     # Without this, the workers of a killed run would wait for work for ever.
@@ -216,12 +261,17 @@ def tokenize_shard(shard, target, recipe, threads):
         raise ValueError(f"{name_of(shard)}: {one_line(e)}") from None
 
 
+def read_record(target):
+    fields, path = dict(input=list, sha256=str, bytes=list, notes=dict), target.with_suffix(".json")
+    return read_json(path, fields, f"; remove {path}")
+
+
 def is_complete(target, source):
     """Whether an earlier run completed this shard, from the same source."""
     record_file, *files = (target.with_suffix(suffix) for suffix in (".json", ".bin", ".sizes"))
     if not all(path.exists() for path in (record_file, *files)):
         return False
-    record = json.loads(record_file.read_text(encoding="utf-8"))
+    record = read_record(target)
     sizes = [path.stat().st_size for path in files]
     return record["input"] == source and record["bytes"] == sizes
 
@@ -242,8 +292,8 @@ def write_ids(path, recipe, threads, ids_file, sizes_file, notes):
             sizes.append([len(recipe.before) + len(ids) + len(recipe.after), characters])
         np.array(out, dtype).tofile(ids_file)
         np.array(sizes, np.uint32).tofile(sizes_file)
-        with progress.get_lock():
-            progress.value += len(texts)
+        with documents_done.get_lock():
+            documents_done.value += len(texts)
         if recipe.tokens and ids_file.tell() >= recipe.tokens * dtype.itemsize:
             return
 
@@ -258,6 +308,9 @@ def write_splits(folder, source, documents, borders, spec, wrap=0, pad=None, tok
     wrap: cut the stream of documents into rows [BOS] wrap-2 ids [EOS]; with pad: a row per
     document, filled up. tokens: write only the first ids of each split."""
     tokenizer, characters = tokenizer_of(spec), {}
+    ends = np.cumsum(documents.counts).tolist()
+    spans = list(zip([0, *ends], ends))
+    announce(documents.names, [name_splits(*span, borders) for span in spans], documents.counts)
     for split, (first, last) in borders.items():
         path, part = partial_of(folder) / f"{split}.bin", slice(first, last)
         characters[split] = int(documents.characters[part].sum(dtype=np.int64))
@@ -277,6 +330,12 @@ def write_splits(folder, source, documents, borders, spec, wrap=0, pad=None, tok
     return finish(folder, source, spec, tokenizer.vocab_size, characters, wrap, pad)
 
 
+def name_splits(first, last, borders):
+    """The splits that have some of the documents [first, last), as text."""
+    names = [split for split, (a, b) in borders.items() if max(a, first) < min(b, last)]
+    return " and ".join(names) or "left out"
+
+
 def read_ids(documents, start, stop):
     """Ids [start, stop) of all files one after the other, as arrays of at most 32 MB."""
     at, dtype = 0, documents.dtype
@@ -284,7 +343,8 @@ def read_ids(documents, start, stop):
         n = path.stat().st_size // dtype.itemsize
         if max(start, at) < min(stop, at + n):  # an empty file cannot be mapped
             ids = np.memmap(path, dtype, "r")[max(start - at, 0) : stop - at]
-            yield from (ids[i : i + 2**24] for i in range(0, len(ids), 2**24))
+            pieces = progress(range(0, len(ids), 2**24), desc=f"writing {path.name}")
+            yield from (ids[i : i + 2**24] for i in pieces)
         at += n
 
 

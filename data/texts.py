@@ -15,12 +15,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from common import fail, one_line
+from common import fail, one_line, progress
 from data.corpus import dtype_of, finish, partial_of
 from data.readers import COLUMN_FILES, kind_of, open_bytes, read_documents, report
-from data.tokenizer import KINDS, Progress, tokenizer_of, train_bpe
+from data.shards import refuse_held_out
+from data.tokenizer import KINDS, tokenizer_of, train_bpe
 
 TEXT8_URL = "http://mattmahoney.net/dc/text8.zip"
 TEXT8_CHARACTERS = 100_000_000
@@ -39,11 +39,9 @@ def write_texts(folder, source, spec, splits):
     tokenizer, piece = tokenizer_of(spec), 2**20  # a list of Python ints takes 36 bytes a token
     dtype = dtype_of(tokenizer.vocab_size)
     for split, text in splits.items():
-        with open(partial_of(folder) / f"{split}.bin", "wb") as f, Progress() as progress:
-            for i in range(0, len(text), piece):
+        with open(partial_of(folder) / f"{split}.bin", "wb") as f:
+            for i in progress(range(0, len(text), piece), desc=f"encoding {split}", unit="MB"):
                 np.array(tokenizer.encode(text[i : i + piece]), dtype).tofile(f)
-                done = min(i + piece, len(text))
-                progress.show(f"encoding {split}: {done:,} of {len(text):,} characters")
     characters = {split: len(text) for split, text in splits.items()}
     return finish(folder, source, spec, tokenizer.vocab_size, characters)
 
@@ -94,7 +92,7 @@ def read_docstrings():
     for folder, folders, files in os.walk(library_folder()):
         folders[:] = set(folders) - set(skip)  # os.walk skips the folders that are removed here
         paths += [Path(folder) / name for name in files if name.endswith(".py")]
-    for path in paths:
+    for path in progress(paths, desc="reading docstrings", unit=" files"):
         try:
             with warnings.catch_warnings(action="ignore"):  # some files have invalid escapes
                 tree = ast.parse(path.read_bytes())
@@ -132,11 +130,14 @@ def text8(folder, input=None):
     if input and len(input) > 1:
         fail(f"{input[1]}: text8 is made of one file, text8.zip or text8")
     path = Path(input[0]) if input else download(TEXT8_URL, partial_of(folder) / "text8.zip")
-    name, text = input[0] if input else TEXT8_URL, path.read_bytes()
-    if path.suffix == ".zip" or text.startswith(b"PK"):
+    name = input[0] if input else TEXT8_URL
+    with open(path, "rb") as f:
+        zipped = path.suffix == ".zip" or f.read(2) == b"PK"
+    if zipped:
         text = unzip_text8(path, name)
-    if len(text) != TEXT8_CHARACTERS:
-        fail(f"{name}: {len(text):,} characters, but text8 has {TEXT8_CHARACTERS:,}")
+    else:
+        check_size(path.stat().st_size, name)
+        text = path.read_bytes()
     characters = " abcdefghijklmnopqrstuvwxyz"
     table = np.full(256, 255, np.uint16)
     table[list(characters.encode())] = np.arange(27)
@@ -152,9 +153,16 @@ def text8(folder, input=None):
     return finish(folder, "text8, " + TEXT8_URL, spec, 27, sizes)
 
 
+def check_size(size, name):
+    """Before anything is read: a zip bomb or another file may be larger than the memory."""
+    if size != TEXT8_CHARACTERS:
+        fail(f"{name}: {size:,} characters, but text8 has {TEXT8_CHARACTERS:,}")
+
+
 def unzip_text8(path, name):
     try:
         with zipfile.ZipFile(path) as z:
+            check_size(z.getinfo("text8").file_size, name)
             return z.read("text8")
     except KeyError:
         fail(f"{name}: has no member named text8")
@@ -166,7 +174,7 @@ def download(url, path):
     try:
         with urllib.request.urlopen(url, timeout=60) as response, open(f"{path}.tmp", "wb") as f:
             size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+            with progress(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
                 while block := response.read(2**20):
                     f.write(block)
                     bar.update(len(block))
@@ -193,11 +201,14 @@ def text(folder, input=(), tokenizer="bpe", vocab_size=None, column=None):
         fail(f"--vocab_size={vocab_size}: only for --tokenizer=bpe, 257 to {2**16}")
     if column and all(kind_of(path) == "plain" for path in input):
         fail(f"--column={column}: needs a {COLUMN_FILES}")
+    if len(input) > 1:  # of one file the user surely means to cut all splits
+        refuse_held_out(input, "text")
     parts = []
     for path in input:
         if parts and not parts[-1].endswith("\n"):
             parts.append("\n")
         parts.append(read_file(path, column or "text"))
+        print(f"{path}: {len(parts[-1]):,} characters, for train, val and test")
     whole = "".join(parts)
     if len(whole) < 20:
         fail(f"{input[0]}: {len(whole)} characters are too few to cut into train, val and test")

@@ -14,14 +14,12 @@ Text that looks like a special token, [MASK] or <|endoftext|>, is encoded like a
 import hashlib
 import json
 import re
-import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common import fail, one_line
+from common import fail, one_line, progress
 
 MASK_SHOWN = "█"
 
@@ -41,10 +39,16 @@ class Tokenizer(NamedTuple):
 
 def load_tokenizer(spec):
     """The Tokenizer that a spec describes; ValueError, one line, if the kind is unknown."""
-    if spec.get("kind") not in KINDS:
+    if str(spec.get("kind")) not in KINDS:
         kinds = ", ".join(KINDS)
         raise ValueError(f"unknown kind of tokenizer {spec.get('kind')!r}; there are {kinds}")
-    kind = KINDS[spec["kind"]](spec)
+    try:
+        kind = KINDS[spec["kind"]](spec)
+    except ValueError:
+        raise
+    except Exception as e:  # a spec lacks its vocabulary; the library raises plain Exceptions
+        reason = f"{type(e).__name__}: {one_line(e)}"
+        raise ValueError(f"a {spec['kind']} tokenizer that cannot be built ({reason})") from None
     table = [*kind["table"], MASK_SHOWN.encode()]  # the bytes of every id
     prefix = kind.get("prefix", "")
 
@@ -71,12 +75,16 @@ def load_tokenizer(spec):
     )
 
 
-def tokenizer_of(spec):
-    """load_tokenizer for the scripts: an error is one line and exit code 2."""
+def tokenizer_of(spec, pieces=None):
+    """load_tokenizer for the scripts: an error is one line and exit code 2. pieces: how many ids
+    the model has that will be decoded."""
     try:
-        return load_tokenizer(spec)
+        tokenizer = load_tokenizer(spec)
     except ValueError as e:
-        fail(e)
+        fail(one_line(e))
+    if pieces not in (None, tokenizer.vocab_size):
+        fail(f"a tokenizer of {tokenizer.vocab_size} pieces, but the model has {pieces}")
+    return tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -278,7 +286,6 @@ def fetch_from_hub(repo, file):
 # Training a BPE
 
 LONGEST_WORD = 256  # bytes
-REPORT_EVERY = 5  # seconds
 
 
 def train_bpe(texts, vocab_size):
@@ -323,31 +330,15 @@ def run_interruptibly(train, texts):
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    with Progress() as progress:
+    with progress(desc="training the tokenizer", unit=" characters", unit_scale=True) as bar:
         try:
             while thread.is_alive():
                 thread.join(0.2)
-                progress.show(f"training the tokenizer: counted {characters:,} characters")
+                bar.n = characters
+                bar.update(0)
         except KeyboardInterrupt:
             interrupted = True
             thread.join(2)  # a thread that takes the GIL while the interpreter ends could abort it
             raise
     if errors:
         raise errors[0]
-
-
-class Progress:
-    """A line on stderr every REPORT_EVERY seconds; on a terminal always the same line."""
-
-    def __enter__(self):
-        self.start = self.shown = time.monotonic()
-        return self
-
-    def show(self, line):
-        if (now := time.monotonic()) - self.shown >= REPORT_EVERY:
-            self.shown, end = now, "\r" if sys.stderr.isatty() else "\n"
-            print(f"{line}, {now - self.start:.0f} s", end=end, file=sys.stderr, flush=True)
-
-    def __exit__(self, *error):
-        if self.shown > self.start and sys.stderr.isatty():
-            print(" " * 79, end="\r", file=sys.stderr, flush=True)

@@ -1,9 +1,10 @@
 """The zero-shot benchmark: other kinds of text than a model was trained on, in GPT-2's BPE."""
 
+import re
 from typing import NamedTuple
 
 from common import fail
-from data.pretrain import CONVERTED, EOT, LM1B, check_options
+from data.pretrain import CONVERTED, EOT, LM1B, borders_of, check_options, sort_splits
 from data.shards import Recipe, find_shards, tokenize, write_splits
 
 
@@ -56,7 +57,7 @@ ZERO_SHOT = {
 def zero_shot(name):
     """The function that prepares a row of ZERO_SHOT."""
 
-    def prepare_zero_shot(folder, input=(), wrap=1024, no_eot=False):
+    def prepare_zero_shot(folder, input=(), wrap=1024, no_eot=False, train=False):
         """One split, test: detokenised documents in GPT-2's BPE, in rows [BOS] wrap-2 ids [EOS].
 
         <|endoftext|> ends every document (each line of WikiText, even an empty one), as in MDLM's
@@ -64,19 +65,27 @@ def zero_shot(name):
         every 1000 documents and drops the rest. input: parquet, .jsonl, or plain text as first
         published: ptb.valid.txt, wiki.valid.raw, news.en.heldout-*, val.txt of arXiv and PubMed.
         Parquet of ccdv/arxiv-summarization and ccdv/pubmed-summarization also works; their white
-        space differs, and so will the numbers."""
+        space differs, and so will the numbers.
+
+        train: the published splits train, val and test, to train on; a file's split is that of its
+        name (`split_of`). A set without val, such as AG News, gets the last 5 % of train."""
         row = ZERO_SHOT[name]
         check_options(wrap=wrap)
-        source, shards = find_shards(input, row.repo, row.files, row.revision)
+        files = re.sub("validation|test", "(train|validation|test)", row.files)
+        source, shards = find_shards(input, row.repo, files if train else row.files, row.revision)
         if row.sha256 and not input:
             shards = [f"{shard.rpartition(':')[0]}:{row.sha256}" for shard in shards]
+        shards = sort_splits(shards, source) if train else shards
         after = () if no_eot else (EOT,)
         recipe = Recipe({"kind": "gpt2"}, row.column, row.lines, row.detokenizer, after=after)
         documents = tokenize(folder, shards, recipe)
         n = len(documents.tokens)
-        if not input and n != row.documents:
+        borders = {"test": (0, n)}
+        if train:
+            borders = borders_of(shards, documents.counts, name, lambda train: max(1, train // 20))
+        if not input and not train and n != row.documents:
             fail(f"{source}: {n:,} documents, must be {row.documents:,}")
         source += ", sha256 " + " ".join(documents.sha256)
-        return write_splits(folder, source, documents, {"test": (0, n)}, recipe.tokenizer, wrap)
+        return write_splits(folder, source, documents, borders, recipe.tokenizer, wrap)
 
     return prepare_zero_shot

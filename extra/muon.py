@@ -37,6 +37,12 @@ class Muon(torch.optim.Muon):
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 nesterov = p.grad.lerp(momentum, group["momentum"])
-                update = orthogonalize(nesterov, getattr(torch, compute_dtype(p.device, "auto")))
+                dtype = getattr(torch, compute_dtype(p.device, "auto"))
+                if hasattr(p, "full_tensor"):  # every process orthogonalises the whole matrix
+                    from extra.fsdp import share
+
+                    update = share(orthogonalize(nesterov.full_tensor(), dtype), p)
+                else:
+                    update = orthogonalize(nesterov, dtype)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * math.sqrt(max(1, len(p) / p.shape[1])))

@@ -1,10 +1,12 @@
-"""Answers of a fine-tuned checkpoint: to GSM8K's problems, which are scored, and to MT-Bench's
-questions, for FastChat's judge. Answers are appended to --out batch by batch; the same command
-resumes a killed run.
+"""Answers of a fine-tuned checkpoint: to GSM8K's problems and the reversal test, which are scored,
+and to MT-Bench's questions, for a judge (tasks/mt_judge.py). Answers are appended to --out batch by
+batch; the same command resumes a killed run.
 
 python -m tasks.answer gsm8k out/gsm8k/ckpt.pt             # test.jsonl of its training data
 python -m tasks.answer gsm8k smdm_gsm8k.pt --data gsm8k --length 256 --dtype auto
-python -m tasks.answer mt_bench out/sharegpt/ckpt.pt --input question.jsonl --out mine.jsonl
+python -m tasks.answer reversal out/facts/ckpt.pt          # SMDM's evaluate_reverse.py
+python -m tasks.answer mt_bench out/sharegpt/ckpt.pt --input question.jsonl --out mine.jsonl \\
+    --num_choices 4                                           # four answers to each question
 
 Texts are joined as in data/finetune.py. A later text follows the ids that the model wrote, not
 their decoded text. A row has --length tokens: everything after the prompt is masked, and the answer
@@ -12,46 +14,47 @@ ends at the first end-of-text. A model has seen such rows if it was fine-tuned w
 as SMDM's are. Without --train_padding the model always saw where answers end, so pass the length:
 with --new N only N tokens are masked.
 
-Defaults are SMDM's. gsm8k: the sampler confidence, 256 steps, temperature 0.1 and guidance 0.1, for
+Defaults are SMDM's. gsm8k: the sampler llada, 256 steps, temperature 0.1 and guidance 0.1, for
 thought and answer alike. mt_bench: ancestral sampling, 128 steps, temperature 1 and guidance 0.6.
+reversal: greedy, llada, 32 steps, guidance 0.8 and rows of 52 tokens with their prompts.
 AR models write from left to right, at the same temperatures and without guidance.
 """
 
 import hashlib
 import json
 import os
-import re
 import sys
 import time
 from collections import defaultdict
-from fractions import Fraction
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from common import (
-    add_model_options,
-    add_sampler_options,
     check_range,
-    check_top_p,
-    choose_sampler,
     command,
     compute_dtype,
     fail,
     one_line,
     parser,
     pick_device,
-    read_sampler_options,
+    progress,
     to_json,
 )
-from data.checkpoints import load, sibling
+from data.checkpoints import fingerprint, load, sibling
+from data.command_line import (
+    add_model_options,
+    add_sampler_options,
+    check_top_p,
+    choose_sampler,
+    read_sampler_options,
+)
 from data.corpus import folder_of, read_meta
 from data.finetune import format_question
 from data.readers import read_records
 from data.tokenizer import tokenizer_of
-from evaluate import fingerprint
 from sample import frames
+from tasks.scoring import character_bleu, contains, is_right, summarise
 
 # --------------------------------------------------------------------------------------------------
 # Writing
@@ -74,7 +77,8 @@ def complete(model, cfg, eos, prompts, rows, new, length, sampler, **options):
             row[: len(prompts[i])] = torch.tensor(prompts[i])
             row[len(prompts[i]) :][:new] = cfg.mask_id
         given = (canvas != cfg.mask_id).to(next(model.parameters()).device)
-        for x in frames(model, cfg, canvas, [rows[i] for i in batch], sampler=sampler, **options):
+        sampling = frames(model, cfg, canvas, [rows[i] for i in batch], sampler=sampler, **options)
+        for x in progress(sampling, unit=" calls"):
             if sampler == "ar" and ((x == eos) & ~given).any(-1).all():
                 break  # every row has ended
         for i, ids in zip(batch, x.tolist()):
@@ -83,12 +87,14 @@ def complete(model, cfg, eos, prompts, rows, new, length, sampler, **options):
     return answers
 
 
-def converse(model, tokenizer, cfg, questions, between, new, length, batch_size=32, **options):
+def converse(
+    model, tokenizer, cfg, questions, between, new, length, guidance=0.0, batch_size=32, **options
+):
     """Yield {number: answers} batch by batch, for questions {number: one or two texts}.
 
     The model answers a text after reading all before it, with the ids `between` after an answer.
-    new: the masks of the first and the second answer, or None. Answers depend on the question and
-    its number only."""
+    new: the masks of the first and the second answer, or None; guidance: a number, or one for each
+    of the two. Answers depend on the question and its number only."""
     numbers = list(questions)
     for batch in (numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)):
         context, answers = {i: [tokenizer.bos] for i in batch}, {i: [] for i in batch}
@@ -99,7 +105,10 @@ def converse(model, tokenizer, cfg, questions, between, new, length, batch_size=
                 context[i] += between * (turn > 0) + text
             prompts, rows = [context[i] for i in active], [2 * i + turn for i in active]
             masks = new[min(turn, len(new) - 1)] if new else length
-            written = complete(model, cfg, tokenizer.eos, prompts, rows, masks, length, **options)
+            w = guidance[min(turn, len(guidance) - 1)] if isinstance(guidance, list) else guidance
+            written = complete(
+                model, cfg, tokenizer.eos, prompts, rows, masks, length, guidance=w, **options
+            )
             for i, ids in zip(active, written):
                 context[i] += ids
                 text = tokenizer.decode([id for id in ids if id != tokenizer.bos])
@@ -129,45 +138,18 @@ def gsm8k(record, cfg, args):
     return [prompt, begin], make_record
 
 
-def is_right(text, reference):
-    r"""Whether the line after the last #### states the number of the reference.
+def reversal(record, cfg, args):
+    """A prompt of the reversal test; its kind, "of", says whether it asks for a description."""
+    prompt, reference, of = (record[key] + "" for key in ("prompt", "answer", "of"))
 
-    SMDM's evaluate_gsm8k.py reads what follows the first "#### ", with its space, of the last line
-    by sympy's LaTeX parser. The two differ in answers such as these:
+    def make_record(id, answer):
+        made = dict(id=id, prompt=prompt, answer=answer, reference=reference, of=of)
+        made["right"] = contains(answer, reference)
+        if of in ("p2d", "d2p_reverse"):
+            made["bleu"] = character_bleu(answer, reference)
+        return made
 
-        text                    reference  here   SMDM
-        ' #### 0018'            '18'       right  wrong
-        ' #### .5'              '0.5'      right  wrong
-        ' #### 0.5'             '.5'       right  wrong
-        ' #### 18.'             '18'       right  wrong
-        ' #### 18 #### 19'      '19'       right  wrong
-        ' ####18'               '18'       right  wrong
-        ' #### 18\nmore'        '18'       right  wrong
-        ' #### (18)'            '18'       wrong  right
-        ' #### "18"'            '18'       wrong  right
-        ' #### 6*3'             '18'       wrong  right
-        ' #### 18=2*9'          '18'       wrong  right
-        ' #### \\frac{36}{2}'   '18'       wrong  right
-        ' #### \\boxed{18}'     '18'       wrong  right
-    """
-    stated = text.rpartition("####")[2].strip().split("\n")[0]
-    return "####" in text and parse_number(stated) == parse_number(reference)
-
-
-UNITS = (
-    "square|ways|integers|dollars|mph|inches|ft|hours|km|units|points|feet|minutes|digits|cents|"
-    "degrees|cm|gm|pounds|meters|meals|edges|students|multiples"
-)
-
-
-def parse_number(text):
-    """The number that an answer states, as a Fraction, or the rest of the text if it states none.
-
-    As Minerva (arXiv 2206.14858, appendix D) and SMDM do, remove everything up to the last =,
-    articles, spaces, commas, $ and UNITS; also a full stop at the end, which they keep. They read
-    LaTeX and sums too, of which this reads fractions only: 36/2 is 18."""
-    text = re.sub(rf"an? |\\?\$|[\s,]|{UNITS}", "", text.rpartition("=")[2]).removesuffix(".")
-    return Fraction(text) if re.fullmatch(r"[+-]?(\d+(\.\d+|/0*[1-9]\d*)?|\.\d+)", text) else text
+    return [prompt], make_record
 
 
 def mt_bench(record, cfg, args):
@@ -179,24 +161,31 @@ def mt_bench(record, cfg, args):
     if not isinstance(question, int | str):
         raise TypeError
     texts = [format_question(turn.strip(), first=i == 0) for i, turn in enumerate(turns)]
+    texts = texts[: 1 if args.first_turn else 2]
 
     def make_record(id, *answers):
-        choice = dict(index=0, turns=[*answers, *[""] * (len(turns) - len(answers))])
+        parts = [answers[i : i + len(texts)] for i in range(0, len(answers), len(texts))]
+        choices = [
+            dict(index=i, turns=[*part, *[""] * (len(turns) - len(part))])
+            for i, part in enumerate(parts)
+        ]
         return dict(
-            question_id=question, answer_id=id, model_id=Path(args.out).stem, choices=[choice],
+            question_id=question, answer_id=id, model_id=Path(args.out).stem, choices=choices,
             tstamp=time.time(),
         )  # fmt: skip
 
-    return texts[: 1 if args.first_turn else 2], make_record
+    return texts, make_record
 
 
-TASKS = {"gsm8k": gsm8k, "mt_bench": mt_bench}
+TASKS = {"gsm8k": gsm8k, "reversal": reversal, "mt_bench": mt_bench}
 FIELDS = {
     "gsm8k": "prompt and answer, texts",
+    "reversal": "prompt, answer and of, texts",
     "mt_bench": "question_id and turns, a list of one or two texts",
 }
 DEFAULTS = {  # SMDM's
-    "gsm8k": dict(sampler="confidence", steps=256, temperature=0.1, guidance=0.1),
+    "gsm8k": dict(sampler="llada", steps=256, temperature=0.1, guidance=0.1),
+    "reversal": dict(sampler="llada", steps=32, temperature=0.0, guidance=0.8, length=52),
     "mt_bench": dict(sampler=None, steps=128, temperature=1.0, guidance=0.6),
 }
 
@@ -207,8 +196,8 @@ DEFAULTS = {  # SMDM's
 
 def read_questions(path, cfg, tokenizer, args):
     """[(texts, make_record)] of the records of a file of JSON lines, and a key of each record."""
-    if args.task == "gsm8k" and not path.exists():
-        tests = "python data/prepare.py gsm8k makes it of files with test in their names"
+    if args.task != "mt_bench" and not path.exists():
+        tests = f"python data/prepare.py {args.task} makes it of files with test in their names"
         fail(f"{path}: no such file; {tests}")
     try:
         found, questions, seen = [record for _, record in read_records(path)], [], set()
@@ -243,7 +232,7 @@ def read_answers(path, numbers):
         try:
             record = json.loads(line)
             found[numbers[record.get("answer_id") or record["id"]]] = record
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             others = "answers of another checkpoint, other options or questions"
             fail(f"{path}: {others}; --out writes elsewhere")
         size += len(line)
@@ -260,9 +249,10 @@ def parse_arguments(argv):
     p = parser(__doc__)
     p.add_argument("task", choices=TASKS)
     p.add_argument("ckpt")
-    p.add_argument("--data", help="gsm8k: prepared data with a test.jsonl [the training data]")
+    p.add_argument("--data", help="prepared data with a test.jsonl [the training data]")
     p.add_argument("--input", metavar="FILE", help="mt_bench: FastChat's question.jsonl")
     p.add_argument("--first_turn", action="store_true", help="mt_bench: leave the second empty")
+    p.add_argument("--num_choices", type=int, default=1, help="mt_bench: answers to a question [1]")
     p.add_argument("--out", metavar="FILE", help="JSON lines [<task>.jsonl beside the checkpoint]")
     p.add_argument("--limit", type=int, help="number of questions, from the first")
     p.add_argument("--length", type=int, help="tokens of a row with its prompt [the model's]")
@@ -270,19 +260,36 @@ def parse_arguments(argv):
         "--new", type=int, nargs="+", metavar="N", help="masks of each answer, or of all"
     )
     add_sampler_options(p, steps=None, temperature=None)
-    p.add_argument("--guidance", type=float, help="w of classifier-free guidance by the prompt")
+    p.add_argument(
+        "--guidance", type=float, nargs="+", metavar="W",
+        help="of classifier-free guidance by the prompt, of each answer or of all",
+    )  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch_size", type=int, default=32, help="for memory and speed only")
     add_model_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else")
     args = p.parse_args(argv)
-    check_range(args, limit=1, length=2, steps=1, temperature=0, guidance=0, seed=0, batch_size=1)
+    check_range(
+        args,
+        num_choices=1,
+        limit=1,
+        length=2,
+        steps=1,
+        temperature=0,
+        guidance=0,
+        seed=0,
+        batch_size=1,
+    )
     check_top_p(args)
     if args.new and (len(args.new) > 2 or not all(0 < n < 2**31 for n in args.new)):
         fail(f"--new {' '.join(map(str, args.new))}: must be one or two numbers, at least 1")
-    for option in ("input", "first_turn") if args.task == "gsm8k" else ("data",):
+    if args.guidance and len(args.guidance) > 2:
+        fail(f"--guidance {' '.join(map(str, args.guidance))}: must be one or two numbers")
+    for option in ("data",) if args.task == "mt_bench" else ("input", "first_turn"):
         if getattr(args, option):
             fail(f"--{option}: not for {args.task}")
+    if args.task != "mt_bench" and args.num_choices > 1:
+        fail(f"--num_choices: not for {args.task}")
     if args.task == "mt_bench" and not args.input:
         fail("mt_bench: needs --input question.jsonl")
     return args
@@ -292,15 +299,21 @@ def settle_options(args, cfg, device):
     """The options of `converse` that change the answers: given, the task's, or the model's."""
     if args.length and args.length > cfg.seq_len:
         fail(f"--length {args.length}: must be at most the model's, {cfg.seq_len}")
-    if cfg.causal and args.guidance:
+    if cfg.causal and any(args.guidance or []):
         fail("--guidance: not for an AR model")
+    if args.guidance and len(args.guidance) == 1:
+        args.guidance = args.guidance[0]
     options = DEFAULTS[args.task] | (dict(sampler=None, guidance=0.0) if cfg.causal else {})
+    options.setdefault("length", cfg.seq_len)
     options |= {name: value for name in options if (value := getattr(args, name)) is not None}
     options["sampler"] = choose_sampler(cfg, options["sampler"])
+    given = read_sampler_options(args, options["sampler"], cfg)
+    if args.sampler is None and options["sampler"] == "llada":
+        given = dict(lucky=1) | given  # SMDM's rule, at its temperature
     return options | dict(
-        length=args.length or cfg.seq_len, new=args.new, top_p=args.top_p, seed=args.seed,
+        length=min(options["length"], cfg.seq_len), new=args.new, top_p=args.top_p, seed=args.seed,
         dtype=compute_dtype(device, args.dtype),
-        sampler_options=read_sampler_options(args, options["sampler"]),
+        sampler_options=given,
     )  # fmt: skip
 
 
@@ -318,38 +331,29 @@ def answer_questions(model, cfg, tokenizer, questions, ids, options, args):
     out, n = Path(args.out), min(args.limit or len(ids), len(ids))
     out.parent.mkdir(parents=True, exist_ok=True)
     done = read_answers(out, {id: i for i, id in enumerate(ids)})
-    waiting = {i: questions[i][0] for i in range(n) if i not in done}
+    waiting = {  # choice c of question i has the number i + c N of N questions
+        i + c * len(ids): questions[i][0]
+        for i in range(n)
+        if i not in done
+        for c in range(args.num_choices)
+    }
+    written = defaultdict(list)  # answers to questions that lack some of their choices
     note_untrained_padding(cfg, args)
-    between = [] if args.task == "gsm8k" else [tokenizer.eos]
-    bar = tqdm(total=n, initial=n - len(waiting), unit="question", leave=False, disable=args.json)
+    wanted = lambda i: args.num_choices * len(questions[i][0])
+    between = [tokenizer.eos] if args.task == "mt_bench" else []
+    left = len(waiting) // args.num_choices
+    bar = progress(total=n, initial=n - left, unit=" questions", disable=args.json)
     with open(out, "ab") as f, bar:
         options = options | dict(batch_size=args.batch_size)
         for batch in converse(model, tokenizer, cfg, waiting, between, **options):
-            done |= {i: questions[i][1](ids[i], *answers) for i, answers in batch.items()}
-            f.write("".join(json.dumps(done[i]) + "\n" for i in batch).encode())
+            for number, answers in batch.items():
+                written[number % len(ids)] += answers
+            whole = [i for i in written if len(written[i]) == wanted(i)]
+            done |= {i: questions[i][1](ids[i], *written.pop(i)) for i in whole}
+            f.write("".join(json.dumps(done[i]) + "\n" for i in whole).encode())
             f.flush()
-            bar.update(len(batch))
+            bar.update(len(whole))
     return [done[i] for i in range(n)]
-
-
-def summarise(done, questions, args):
-    """The figures of the records, and the same as text."""
-    n, empty = len(done), 0
-    for record, (texts, _) in zip(done, questions):
-        if args.task == "gsm8k":
-            answers = record["thought"], record["answer"]
-        else:
-            answers = record["choices"][0]["turns"]
-        empty += sum(not answer.strip("#") for _, answer in zip(texts, answers))
-    result = dict(task=args.task, questions=n, empty=empty)
-    text = f"{n:,} questions, {empty:,} of their answers empty, in {args.out}"
-    if args.task == "gsm8k":
-        right = sum(record["right"] for record in done)
-        accuracy, error = right / n, (right / n * (1 - right / n) / n) ** 0.5
-        result |= dict(right=right, accuracy=accuracy, accuracy_se=error)
-        share = f"accuracy {100 * accuracy:.2f} ± {100 * error:.2f} %"
-        text = f"{share}, {right:,} of {n:,} problems\n{text}"
-    return result, text
 
 
 @command
@@ -364,7 +368,8 @@ def main(argv=None):
     path = Path(args.input) if args.input else folder_of(args.data or cfg.data) / "test.jsonl"
     args.out = str(args.out or sibling(args.ckpt, f"{args.task}.jsonl"))
     questions, keys = read_questions(path, cfg, tokenizer, args)
-    run = fingerprint(model, task=args.task, first_turn=args.first_turn, **options)
+    about = dict(task=args.task, first_turn=args.first_turn, num_choices=args.num_choices)
+    run = fingerprint(model, **about, **options)
     ids = [hashlib.sha256(f"{run} {key}".encode()).hexdigest()[:24] for key in keys]
 
     try:
@@ -372,7 +377,7 @@ def main(argv=None):
     except OSError as e:
         fail(one_line(e))
 
-    result, text = summarise(done, questions, args)
+    result, text = summarise(done, questions, args.task, args.out)
     options |= options.pop("sampler_options")
     shown = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
     about = dict(out=args.out, ckpt=args.ckpt, step=model.step, ema=not args.no_ema)

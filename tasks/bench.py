@@ -22,23 +22,21 @@ from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import train
 from common import (
-    add_model_options,
     autocast,
     check_range,
-    choose_sampler,
     command,
     compute_dtype,
     fail,
     parser,
     pick_device,
+    progress,
 )
-from configs import from_cli
 from data.batches import micro_batches, split_batch
 from data.checkpoints import load
+from data.command_line import add_model_options, choose_sampler, from_cli
 from data.corpus import read_split, take, unpack
 from diffusion import LOSSES, alpha, mask_tokens, stratify, training_time
 from evaluate import bound, report
@@ -59,7 +57,7 @@ def load_model(args):
 def time_in_turns(jobs, repeats):
     """{name: (median seconds, calls, head rows)} of jobs {name: () -> those three}."""
     results = {name: [] for name in jobs}
-    for _ in tqdm(range(repeats), unit="repeat", leave=False):
+    for _ in progress(range(repeats), unit="repeat"):
         for name, job in jobs.items():
             results[name].append(job())
     return {
@@ -142,7 +140,7 @@ def estimate_by_time(model, cfg, x0, maskable, counted, draw, args):
         for rows in torch.randperm(len(x0)).split(args.batch_size):
             x, m, c = (a[rows.to(x0.device)] for a in (x0, maskable, counted))
             t = training_time(draw(len(x)), cfg).to(x0.device)
-            xt = mask_tokens(x, alpha(cfg.schedule, t), m, cfg.mask_id)
+            xt = mask_tokens(x, alpha(cfg, t), m, cfg.mask_id)
             nats += LOSSES[loss](model, x, c, cfg, t, xt).double().sum().item()
     return nats / counted.sum().item()
 
@@ -163,7 +161,7 @@ def bench_evaluate(args):
     draws, ours = {"iid t": iid, "stratified t (MDLM)": stratify}, "exact counts"
     estimates, reported = {name: [] for name in (*draws, ours)}, []
     settings = dict(batch_size=args.batch_size, dtype=args.dtype)
-    for seed in tqdm(range(args.repeats), unit="repeat", leave=False):
+    for seed in progress(range(args.repeats), unit="repeat"):
         torch.manual_seed(seed)
         for name, draw in draws.items():
             estimates[name].append(estimate_by_time(model, cfg, *data, draw, args))
@@ -269,7 +267,7 @@ def make_step(cfg, device, pool):
     return step
 
 
-def serve_training(pipe, cfg, threads):
+def serve_training(pipe, cfg, clock, threads):
     """The process of one case. The message is a number of steps to train, the answer (seconds per
     step, fraction of the tokens that pass the head, peak MB so far). Message None: the answer is
     `profile_parts`. Message 0: end."""
@@ -285,17 +283,17 @@ def serve_training(pipe, cfg, threads):
                 pipe.send(profile_parts(step, wait, cuda))
                 continue
             wait()
-            start = time.perf_counter()
+            start = clock()
             predicted = statistics.fmean(step() for _ in range(n))
             wait()
-            seconds = (time.perf_counter() - start) / n
+            seconds = (clock() - start) / n
             MB = peak_memory() - before
             if cuda:
                 MB = torch.cuda.max_memory_allocated(device) / 2**20
             pipe.send((seconds, predicted, MB))
 
 
-def bench_train(cases, repeats, profile):
+def bench_train(cases, repeats, profile, clock=time.perf_counter):
     """(rows, parts) of {name: Config}, whose steps run in turns; parts only with `profile`. tflops
     are those of flops_per_token, for the fraction of tokens that was masked. of_peak is their share
     of peak_<dtype>, the fastest product of two matrices between the rounds (TFLOP/s), in the dtype
@@ -303,12 +301,14 @@ def bench_train(cases, repeats, profile):
     device = pick_device(next(iter(cases.values())).device)
     runs = {name: [] for name in cases}
     peak = dict.fromkeys(("float32", compute_dtype(device, "auto")), 0.0)
-    with start_processes(serve_training, {name: (cfg,) for name, cfg in cases.items()}) as request:
+    with start_processes(
+        serve_training, {name: (cfg, clock) for name, cfg in cases.items()}
+    ) as request:
         n = {}  # steps per message: long enough that the clock's resolution does not matter
         for name in cases:
             request(name, 1)  # warm-up, and compilation
             n[name] = max(1, round(0.2 / request(name, 1)[0]))
-        for _ in tqdm(range(repeats), unit="repeat", leave=False):
+        for _ in progress(range(repeats), unit="repeat"):
             for name in cases:
                 runs[name].append(request(name, n[name]))
             for dtype in peak:
@@ -348,6 +348,7 @@ def parse_cases(argv):
     flags = (
         ("repeats", "rounds, of which the medians are taken", 5),
         ("profile", "also where the time of a step goes"),
+        ("cpu_time", "time of the CPU instead of the clock's: on a machine that others use too"),
         ("json", "one JSON line per row instead of the table"),
         ("sweep", "FIELD=VALUE,VALUE,...: a case for each", ""),
     )
@@ -368,7 +369,8 @@ def parse_cases(argv):
 
 def main_train(argv):
     cases, args = parse_cases(argv)
-    for rows in bench_train(cases, args.repeats, args.profile):
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    for rows in bench_train(cases, args.repeats, args.profile, clock):
         if rows:
             print(format_rows(rows, args.json) + "\n" * (not args.json))
 

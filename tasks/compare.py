@@ -8,16 +8,22 @@ Writes to out/compare_<config>/: a folder per run, table.md, curves.png and samp
 runs are kept; a stopped run is resumed.
 """
 
-import json
 import statistics
 import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from common import check_range, command, fail, local_device, process_group, rank_and_world
-from configs import from_cli
+from common import (
+    check_range,
+    command,
+    fail,
+)
 from data.checkpoints import load
+from data.command_line import from_cli
+from data.processes import local_device, process_group, rank_and_world
+from data.runs import read_log
 from data.tokenizer import tokenizer_of
+from diffusion import LOSSES
 from model import count_parameters
 from sample import generate
 from tasks.report import (
@@ -39,8 +45,8 @@ COLUMNS = (
 
 def read_curve(cfg):
     """{step: validation bits per character} from the log of a run."""
-    records = map(json.loads, (Path(cfg.out_dir) / "log.jsonl").read_text().splitlines())
-    return {r["step"]: r["val"]["bits_per_char"] for r in records if "val" in r}
+    with open(Path(cfg.out_dir) / "log.jsonl", encoding="utf-8", errors="replace") as log:
+        return {r["step"]: r["val"]["bits_per_char"] for r in read_log(log) if "val" in r}
 
 
 def format_table(runs, results):
@@ -106,14 +112,15 @@ def main(cfg, seeds, passes):
     """Train what is missing; write and print the table and samples. Returns {loss: reports}."""
     if cfg.loss != "mdlm":
         fail(f"loss={cfg.loss}: compare starts from a config of loss=mdlm")
-    runs = {name: make_runs(cfg, name, seeds) for name in VARIANTS}
+    runs = {name: make_runs(cfg, name, seeds) for name in VARIANTS | LOSSES}
     for same_seed in zip(*runs.values()):
         for run in same_seed:
             train_if_missing(run)
     results = {name: [evaluate_final(run, passes) for run in runs[name]] for name in runs}
+    texts = generate_samples(runs)
     if rank_and_world()[0] == 0:
         out = Path(cfg.out_dir)
-        table, samples = format_table(runs, results), join_columns(generate_samples(runs))
+        table, samples = format_table(runs, results), join_columns(texts)
         (out / "table.md").write_text(table)
         (out / "samples.txt").write_text(samples)
         plot_curves(runs, out / "curves.png")

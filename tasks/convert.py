@@ -20,6 +20,7 @@ state: it is for sampling, evaluation and as a start.
 
 import json
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import torch
 
 from common import command, fail, one_line, parser
 from configs import from_dict
-from data.checkpoints import KIND, read_checkpoint, save_checkpoint
+from data.checkpoints import KIND, check_archive, read_checkpoint, save_checkpoint
 from diffusion import LOSSES
 from model import DiT, count_parameters
 from tasks.convert_hub import OLD_VOCABULARIES, SPEC, WEIGHTS, push, read_folder, write_folder
@@ -106,7 +107,11 @@ def read_tensors(path):
 
     Pickles are read by torch's weights-only reader. It imports nothing and calls nothing but what
     rebuilds a tensor, and stops at any other name. Lightning's files have many, of OmegaConf and
-    tokenizers: each gets its own stand-in, as would builtins.eval. Names in os are refused."""
+    tokenizers: each gets its own stand-in, as would builtins.eval. Names in os are refused. The
+    checksums of the zip file are verified first; safetensors checks that its offsets fit the file,
+    but it has no checksums."""
+    if path.suffix != ".safetensors":
+        check_archive(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -193,8 +198,10 @@ def main(argv=None):
     args = read_arguments(argv)
     check_arguments(args)
     tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else None
+    sys.stderr.write(f"reading {args.source}\n")
     state, cfg = read(args.source, args.loss, tokenizer)
     out = Path(args.out)
+    sys.stderr.write(f"writing {out}\n")
     write(out, state, cfg, args)
     if args.push:
         push(out, args.push)

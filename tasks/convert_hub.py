@@ -8,6 +8,7 @@ modeling_nanomdlm.py and the core files that it imports
 README.md                the card
 """
 
+import hashlib
 import json
 import math
 import re
@@ -174,12 +175,19 @@ def write_folder(out, state, cfg, name, ema=True):
     files, names = write_fast(state["tokenizer"], cfg)
     files |= collect_code() | {"README.md": write_card(state, cfg, name, names)}
     files[SPEC] = json.dumps(state["tokenizer"], ensure_ascii=False, indent=1)
-    files["config.json"] = json.dumps(describe(state, cfg, names), indent=1)
     out.mkdir(parents=True, exist_ok=True)
-    for file, text in files.items():
-        (out / file).write_text(text, "utf-8")
     weights = {f"model.{name}": tensor for name, tensor in state["ema" if ema else "model"].items()}
     save_file(weights, out / WEIGHTS, metadata={"format": "pt"})
+    config = describe(state, cfg, names)
+    config["nanomdlm"]["sha256"] = hash_file(out / WEIGHTS)  # safetensors has no checksums
+    files["config.json"] = json.dumps(config, indent=1)
+    for file, text in files.items():
+        (out / file).write_text(text, "utf-8")
+
+
+def hash_file(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def describe(state, cfg, names):
@@ -198,6 +206,8 @@ def describe(state, cfg, names):
 
 def read_folder(path, weights, config):
     """What `convert.read` returns of the weights in a folder that `write_folder` made."""
+    if config.get("sha256") not in (None, hash_file(path)):
+        fail(f"{path}: damaged: its sha256 is not that of config.json")
     weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     state = dict(model=weights, ema=weights, step=config["step"], seconds=0.0)
     state |= dict(best=config["best"] or math.inf, config=config["config"])

@@ -1,7 +1,8 @@
 """Other projects' checkpoints as ours, for `tasks.convert`. What a file holds tells its layout:
 
 MDLM's Lightning file   tensors "backbone...." in state_dict; ema, a list in the order of
-                        parameters(); configuration and tokenizer, pickled, in hyper_parameters
+                        parameters(); configuration and tokenizer, pickled, in hyper_parameters;
+                        backbone=dimamba: tensors "backbone.model.bimamba....", see `from_dimamba`
 MDLM's hub model        tensors "backbone....", a flat config.json
 SEDD                    plain tensors, a nested config.json; those of a run are in model, beside
                         ema and step
@@ -46,6 +47,19 @@ NANODD_MODULES = MODULES | {
     "embed.weight": "vocab_embed.weight", "time.fc1": "c_embed.mlp.0", "time.fc2": "c_embed.mlp.2",
     "final_norm": "norm_final", "final_ada": "adaLN_modulation",
 }  # fmt: skip
+DIMAMBA = {  # pattern of DiMamba's names: what the tensor is called below
+    r"model\.bimamba\.backbone\.embeddings\.word_embeddings\.weight": "vocab_embed.embedding",
+    r"model\.bimamba\.backbone\.layers\.(\d+)\.norm\.": r"blocks.\1.norm1.",
+    r"model\.bimamba\.backbone\.layers\.(\d+)\.adaLN": r"blocks.\1.adaLN",
+    r"model\.bimamba\.backbone\.layers\.(\d+)\.mixer\.mamba_fwd\.in_proj": r"blocks.\1.in_proj",
+    r"model\.bimamba\.backbone\.layers\.(\d+)\.mixer\.mamba_fwd\.out_proj": r"blocks.\1.mix_out",
+    r"model\.bimamba\.backbone\.layers\.(\d+)\.mixer\.mamba_fwd": r"blocks.\1.forward_pass",
+    r"model\.bimamba\.backbone\.layers\.(\d+)\.mixer\.mamba_rev": r"blocks.\1.backward_pass",
+    r"dt_proj\.bias": "dt_bias",
+    r"model\.bimamba\.backbone\.norm_f\.": "output_layer.norm_final.",
+    r"model\.bimamba\.backbone\.adaLN_modulation_final\.": "output_layer.adaLN_modulation.",
+    r"model\.lm_head\.": "output_layer.linear.",
+}
 NOT_WEIGHTS = {
     "rotary_emb.inv_freq", "betas", "alpha_bars", "initted", "step",
     "sampling_eps_min", "sampling_eps_max",
@@ -69,6 +83,8 @@ def from_upstream(path, data, config, loss=None, tokenizer=None):
     args = {name: data[name] for name in ("model_args", "training_args") if name in data}
     settings = flatten(config) | flatten(args) | flatten(hyper.get("config", {}))
     weights = strip_prefixes(data.get("state_dict", data.get("model", data)))
+    if any(name.startswith("model.bimamba.") for name in weights):
+        weights = from_dimamba(path, weights, settings)
     if "transformer.wte.weight" in weights:
         return from_smdm(path, weights, int(data.get("step_count", 0)), loss, tokenizer)
     words = (getattr(hyper.get("tokenizer"), "state", None) or {}).get("vocab")  # BERT's
@@ -105,6 +121,23 @@ def strip_prefixes(weights):
     if len(inner) < len(weights):
         raise ValueError("some tensors are there twice, with a prefix and without")
     return inner
+
+
+def from_dimamba(path, weights, settings):
+    """DiMamba's tensors by the names of MDLM's DiT where it has them, else by ours. Its two
+    directions share their projections, which parameters() and so the average have once."""
+    for name, only in {"model.temb_strategy": "adaln", "model.tie_word_embeddings": False}.items():
+        if (value := settings.get(name, only)) != only:
+            fail(f"{path}: {name}={value}: must be {only}")
+    found = {}
+    for name, tensor in weights.items():
+        name = re.sub(r"(mixer\.)mamba_rev(\.(?:in|out)_proj)", r"\1mamba_fwd\2", name)
+        for pattern, ours in DIMAMBA.items():
+            name = re.sub(pattern, ours, name)
+        if name in found and not torch.equal(found[name], tensor):
+            fail(f"{path}: {name}: differs between the two directions, which must share it")
+        found.setdefault(name, tensor)
+    return found
 
 
 def name_averages(ema, weights, path):
@@ -157,6 +190,8 @@ def describe(path, weights, settings, sedd, loss=None, tokenizer=None, words=Non
     known["n_layer"] = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     known |= dict(vocab_size=rows - (mask == rows - 1), n_embd=width)
     known["cond_dim"] = 0 if clock is None else len(clock)
+    if any(".forward_pass." in name for name in weights):  # its head has no bias
+        known |= dict(mixer="mamba", norm="rms", bias=mask < rows - 1)
     types = {f.name: f.type for f in fields(Config)}
     known = {name: types[name](value) for name, value in known.items()}
     return replace(text8_d3pm() if nanodd else owt_mdlm(), **known), spec, mask
@@ -278,12 +313,17 @@ def translate(weights, cfg, mask, where):
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in DiT(cfg).state_dict().items()}
     inside = mask < cfg.vocab_size
+    if cfg.mixer == "mamba":
+        weights = {n: w.flatten() if n.endswith("A_log") else w for n, w in weights.items()}
+        if inside:  # the bias that keeps MASK from being predicted
+            weights["output_layer.linear.bias"] = torch.zeros(cfg.vocab_size)
     for name in {"embed.weight", "head.weight", "head.bias"} & shapes.keys():
         shapes[name][0] = cfg.vocab_size + (not inside)
     table, theirs = NANODD_MODULES if cfg.tied else MODULES, {}
     for name in shapes:
-        block, module, kind = re.fullmatch(r"(blocks\.\d+\.|)(.+)\.(weight|bias)", name).groups()
-        theirs[name] = table.get(name) or f"{block}{table.get(module, module)}.{kind}"
+        parts = re.fullmatch(r"(blocks\.\d+\.|)(.+?)(\.weight|\.bias|)", name)
+        block, module, kind = parts.groups()
+        theirs[name] = table.get(name) or f"{block}{table.get(module, module)}{kind}"
     check_tensors(weights, {theirs[name]: shape for name, shape in shapes.items()}, where)
     ours = {name: weights[theirs[name]].float() for name in shapes}
     outputs = [name for name in ("head.weight", "head.bias") if name in ours]

@@ -6,8 +6,9 @@ python -m tasks.harness smdm_1028.pt --tasks openbookqa --estimator chain --guid
 python -m tasks.harness out/pydocs_mdlm/ckpt.pt --tasks mine --include_path my_tasks   # YAML files
 python -m tasks.harness out/gsm8k/ckpt.pt --tasks gsm8k --sampler threshold --threshold 0.7
 
-The likelihood of a target given its prefix is a Monte Carlo bound (mc) or exact for the order from
-left to right (chain); an AR model's is exact. Free text is greedy, the surest token first, or, with
+The likelihood of a target given its prefix is a Monte Carlo bound (mc), exact for the order from
+left to right (chain), or exact for another order, one or --per_call tokens per call (tasks/orders);
+an AR model's is exact. Free text is greedy, the surest token first, or, with
 a temperature or --sampler, sampled; --temperature and --top_p replace the task's and --gen_kwargs'.
 
 A time-conditioned network gets t by the masked fraction of the target, since the prefix is never
@@ -27,28 +28,32 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import (
-    add_model_options,
-    add_sampler_options,
     autocast,
     check_range,
-    check_top_p,
-    choose_sampler,
     command,
     compute_dtype,
     fail,
     parser,
-    pick_device,
-    read_sampler_options,
+    progress,
     to_json,
 )
+from data.canvas import start_ids
 from data.checkpoints import load
+from data.command_line import (
+    add_model_options,
+    add_sampler_options,
+    check_top_p,
+    choose_sampler,
+    read_sampler_options,
+)
+from data.processes import gather, local_device, process_group, rank_and_world, share
 from data.tokenizer import tokenizer_of
 from diffusion import denoiser, draw_count, mask_exactly, scatter, time_at
-from sample import frames, start_ids
-from samplers import with_guidance
+from sample import frames
+from samplers import ORDERS, with_guidance
+from tasks.orders import describe, order_arguments, order_nats
 
 
 class Request(NamedTuple):
@@ -82,7 +87,7 @@ def batches(requests, rows, batch_size=32, device="cpu", quiet=True):
     as text. Request i takes rows[i] rows. Yields i (B,) the request of each row, k (B,) the row's
     number within it, x0 (B, L) ids, offset (B, L) positions from the target's first token."""
     sizes = [len(r.prefix + r.target) for r in requests]
-    with tqdm(total=sum(rows), disable=quiet, unit="row", leave=False) as bar:
+    with progress(total=sum(rows), disable=quiet, unit=" rows") as bar:
         for L in sorted(set(sizes), reverse=True):
             jobs = ((i, k) for i, size in enumerate(sizes) if size == L for k in range(rows[i]))
             while batch := list(islice(jobs, batch_size)):
@@ -111,7 +116,7 @@ def normalized_denoiser(model, cfg, given, w):
 def time_of(x, maskable, cfg):
     """t (B,) at which the schedule masks the fraction of `maskable` (B, L) that x (B, L) masks."""
     masked = (x == cfg.mask_id).sum(-1).double()
-    return time_at(cfg.schedule, masked / maskable.sum(-1))
+    return time_at(cfg, masked / maskable.sum(-1))
 
 
 def sum_log_p(make_rows, rows, model, cfg, requests, w, **batching):
@@ -140,6 +145,16 @@ def chain(model, cfg, requests, w=0.0, **batching):
     return sum_log_p(make_rows, rows, model, cfg, requests, w, **batching)
 
 
+def by_order(model, cfg, requests, w=0.0, order=None, **batching):
+    """Exact for an order, {sampler, its option}: `order_nats` of the target."""
+    total, rows = torch.zeros(len(requests)).double(), [min(len(r.target), 1) for r in requests]
+    for i, _, x0, offset in batches(requests, rows, **batching):
+        denoise = normalized_denoiser(model, cfg, offset < 0, w)
+        nats, _ = order_nats(denoise, x0, offset >= 0, cfg, **order)
+        total[i.cpu()] = -nats.sum(-1).cpu()
+    return total.tolist()
+
+
 def draw_noise(request, k, seed):
     """Uniforms of sample k: one for the number of masks, then one per token of the target. They
     depend on nothing else, so a question's options are compared under the same masks."""
@@ -159,7 +174,7 @@ def mc(model, cfg, requests, w=0.0, samples=128, seed=0, **batching):
         n = target.sum(-1)
         count = draw_count(n, (k + torch.stack([v[0] for v in noise])) / samples)
         x, fraction = mask_exactly(x0, count, target, cfg.mask_id, u)
-        return x, time_at(cfg.schedule, fraction), x == cfg.mask_id, n / count / samples
+        return x, time_at(cfg, fraction), x == cfg.mask_id, n / count / samples
 
     rows = [samples * min(len(r.target), 1) for r in requests]
     return sum_log_p(make_rows, rows, model, cfg, requests, w, **batching)
@@ -203,11 +218,11 @@ def fill(model, cfg, x, rows, w, dtype, sampler=None, steps=1000, temperature=0.
     if temperature or sampler or cfg.causal:
         options |= dict(guidance=w, temperature=temperature, dtype=dtype)
         xs = frames(model, cfg, x, rows, steps, choose_sampler(cfg, sampler), **options)
-        return deque(xs, maxlen=1).pop()
+        return deque(progress(xs, unit=" calls"), maxlen=1).pop()
     maskable = x == cfg.mask_id
     denoise = normalized_denoiser(model, cfg, ~maskable, w)
     with autocast(x.device, dtype):
-        for _ in range(int(maskable.sum(-1).max())):
+        for _ in progress(range(int(maskable.sum(-1).max())), unit=" calls"):
             x = commit(denoise, x, maskable, cfg)
     return x
 
@@ -249,7 +264,8 @@ def text_after(prompt, ids, until, tokenizer):
 
 def make_adapter(model, cfg, tokenizer, estimator, w, dtype, overrides, writing, **batching):
     """The harness's LM of a checkpoint. estimator: `chain` or `mc`; overrides: temperature, top_p
-    that replace the task's; writing: options of `fill`; batching: batch_size and quiet."""
+    that replace the task's; writing: options of `fill`; batching: batch_size and quiet. Under
+    torchrun every process runs the harness, on answers of which it computes its share."""
     from lm_eval.api.model import LM
 
     start = start_ids(tokenizer, cfg)
@@ -264,34 +280,38 @@ def make_adapter(model, cfg, tokenizer, estimator, w, dtype, overrides, writing,
     class Checkpoint(LM):
         def loglikelihood(self, requests):
             parts = [split_text(encode, *r.args, (r.doc_id or 0,)) for r in requests]
-            parts = truncate(parts, start, cfg)
+            parts = share(truncate(parts, start, cfg))
             with autocast(device, dtype):
                 log_p = estimator(model, cfg, parts, w=w, **batching)
-                return list(zip(log_p, is_greedy(model, cfg, parts, w=w, **batching)))
+                greedy = is_greedy(model, cfg, parts, w=w, **batching)
+            return gather(zip(log_p, greedy))
 
         def loglikelihood_rolling(self, requests):
             """In disjoint windows, as evaluate.py: each token is counted once."""
             room, windows, counts = cfg.seq_len - len(start), [], []
-            for r in requests:
+            for r in share(requests):
                 ids = encode(r.args[0])
                 parts = [(first, ids[first : first + room]) for first in range(0, len(ids), room)]
                 windows += [Request(start, part, (r.doc_id or 0, first)) for first, part in parts]
                 counts.append(len(parts))
             with autocast(device, dtype):
                 log_p = iter(estimator(model, cfg, windows, w=w, **batching))
-            return [sum(islice(log_p, count), 0.0) for count in counts]
+            return gather(sum(islice(log_p, count), 0.0) for count in counts)
 
         def generate_until(self, requests):
-            texts = [""] * len(requests)
+            texts, mine = [""] * len(requests), set(share(range(len(requests))))
             groups = group_prompts(requests, encode, start, cfg, overrides)
+            size, bar = batching["batch_size"], partial(progress, disable=batching["quiet"])
             for (_, temperature, top_p), group in groups.items():
-                options, group = dict(temperature=temperature, top_p=top_p, **writing), iter(group)
-                while part := list(islice(group, batching["batch_size"])):
+                options = dict(temperature=temperature, top_p=top_p, **writing)
+                group = [item for item in group if item[0] in mine]
+                for first in bar(range(0, len(group), size), desc="writing"):
+                    part = group[first : first + size]
                     x = torch.tensor([prompt + [cfg.mask_id] * new for _, prompt, new, _ in part])
                     x = fill(model, cfg, x.to(device), [i for i, *_ in part], w, dtype, **options)
                     for (i, prompt, _, until), ids in zip(part, x.tolist()):
                         texts[i] = text_after(prompt, ids, until, tokenizer)
-            return texts
+            return gather(share(texts))
 
     return Checkpoint()
 
@@ -335,7 +355,8 @@ def parse_arguments(argv):
     p = parser(__doc__)
     p.add_argument("ckpt")
     p.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="any of lm-eval's")
-    p.add_argument("--estimator", default="mc", choices=("mc", "chain"), help="of likelihoods [mc]")
+    estimators = "mc", "chain", *ORDERS
+    p.add_argument("--estimator", default="mc", choices=estimators, help="of likelihoods [mc]")
     p.add_argument("--mc", type=int, default=128, help="masked copies of a text [128]")
     p.add_argument("--guidance", type=float, default=0.0, help="w, classifier-free, by the prompt")
     p.add_argument("--limit", type=float, help="documents of a task; below 1: a share of them")
@@ -359,27 +380,33 @@ def parse_arguments(argv):
     return args
 
 
-@command
-def main(argv=None):
-    args = parse_arguments(argv)
-    try:
-        import lm_eval.utils
-    except ImportError:
-        fail("tasks.harness needs the LM Evaluation Harness: pip install lm_eval==0.4.13")
-    device = pick_device(args.device)
+def evaluate_tasks(args, device):
+    """The harness's results with all that they depend on, and the same as text."""
+    import lm_eval.utils
+
     model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
-    given = read_sampler_options(args, choose_sampler(cfg, args.sampler))
+    in_order = args.estimator in ORDERS  # then the own options are those of the estimator
+    given = read_sampler_options(
+        args, args.estimator if in_order else choose_sampler(cfg, args.sampler), cfg
+    )
     if cfg.causal and args.guidance:
         fail("--guidance: not for an AR model")
+    if cfg.causal and in_order:
+        fail(f"--estimator {args.estimator}: an AR model has one order, and is exact without it")
     estimator, kind = chain, "exact" if cfg.causal else "chain rule"
+    if in_order:
+        order = order_arguments(args.estimator, given)
+        estimator, kind = partial(by_order, order=order), describe(order)
     if args.estimator == "mc" and not cfg.causal:
         estimator, kind = partial(mc, samples=args.mc, seed=args.seed), f"bound, {args.mc} samples"
 
     writing = dict(sampler=args.sampler, steps=args.steps, seed=args.seed)
     overrides = {k: v for k in ("temperature", "top_p") if (v := getattr(args, k)) is not None}
+    quiet = args.json or rank_and_world()[0] > 0
     lm = make_adapter(
         model, cfg, tokenizer_of(model.tokenizer), estimator, args.guidance, args.dtype, overrides,
-        writing | dict(sampler_options=given), batch_size=args.batch_size, quiet=args.json,
+        writing | dict(sampler_options={} if in_order else given),
+        batch_size=args.batch_size, quiet=quiet,
     )  # fmt: skip
     with packages_only(), redirect_stdout(sys.stderr):  # the harness prints to stdout
         results = run_tasks(lm, args)
@@ -394,8 +421,21 @@ def main(argv=None):
     make_table = partial(lm_eval.utils.make_table, results)
     tables = [make_table(part) for part in ("results", "groups") if part in parts]
     footer = f"likelihood: {kind}; guidance {args.guidance:g}, seed {args.seed}, {record['dtype']}"
-    print(to_json(record) if args.json else "\n".join([*tables, footer]))
-    return record
+    return record, "\n".join([*tables, footer])
+
+
+@command
+def main(argv=None):
+    args = parse_arguments(argv)
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        fail("tasks.harness needs the LM Evaluation Harness: pip install lm_eval==0.4.13")
+    with process_group(args):
+        record, text = evaluate_tasks(args, local_device(args))
+        if rank_and_world()[0] == 0:
+            print(to_json(record) if args.json else text)
+        return record
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 python -m tasks.judge out/owt_mdlm/ckpt.pt gpt2-large --steps 256             # a judge of the hub
 python -m tasks.judge out/text8_mdlm/ckpt.pt out/text8_ar/ckpt.pt --num 256   # our AR checkpoint
+python -m tasks.judge out/owt_mdlm/ckpt.pt gpt2-large --semi_ar --length 2048 --stride 512 \\
+    --noise_removal greedy                                      # long text, MDLM's section 4.2
 
 A judge is a function score(texts) -> (nats, tokens), two arrays with one number per text: its cost
 under the judge, and how many tokens were counted. Texts contain END where the model wrote BOS or
@@ -16,24 +18,29 @@ import torch
 import torch.nn.functional as F
 
 from common import (
-    add_model_options,
-    add_sampler_options,
     check_range,
-    check_top_p,
-    choose_sampler,
     command,
     compute_dtype,
     fail,
     parser,
-    pick_device,
-    read_sampler_options,
+    progress,
     to_json,
 )
+from data.canvas import start_ids
 from data.checkpoints import load
+from data.command_line import add_model_options, add_sampler_options
+from data.processes import gather, local_device, process_group, rank_and_world, share
 from data.tokenizer import tokenizer_of
 from diffusion import ar
 from evaluate import figure, widen
-from sample import generate, start_ids
+from sample import (
+    add_length_options,
+    check_arguments,
+    end_id,
+    generate,
+    make_canvas,
+    sampling_options,
+)
 from samplers import SAMPLERS, STEPLESS, default_options
 
 END = "<|endoftext|>"
@@ -89,13 +96,16 @@ def generative_perplexity(texts, score):
 # Judges
 
 
-def make_judge(nll, encode, eos, length, start, cut):
+def make_judge(nll, encode, eos, length, start, cut, stride=None):
     """score() of a causal network, text by text: no padding, and sampling takes far longer.
 
     nll: ids -> nats (n,) of all of them, or of all but the first; encode: text without END -> ids;
     eos: the id for END, or None. A window has `length` ids; `start` precedes each and is not
-    counted. cut: read only the first window of a text."""
+    counted. cut: read only the first window of a text. Windows advance by `stride` ids, by default
+    by their length, as in MDLM's code. A shorter stride counts each id once, in the first window
+    that has it, so that all but the first ids have at least `length - stride` before them."""
     room = length - len(start)
+    stride = min(stride or room, room)
 
     def cost(text):
         ids = []
@@ -104,20 +114,27 @@ def make_judge(nll, encode, eos, length, start, cut):
         counted = np.array([i != eos or eos not in ids[:k] for k, i in enumerate(ids)], bool)
         if start and ids[: len(start)] == start:  # the text already begins with it
             ids, counted = ids[len(start) :], counted[len(start) :]
-        nats, tokens = 0.0, 0
-        for i in range(0, min(len(ids), room) if cut else len(ids), room):
-            part, count = ids[i : i + room], counted[i : i + room]
-            costs = nll([*start, *part])[-len(part) :].double().cpu().numpy()
-            count = count[len(part) - len(costs) :]
-            nats, tokens = nats + costs[count].sum(), tokens + count.sum()
+        if cut:
+            ids, counted = ids[:room], counted[:room]
+        nats, tokens, done = 0.0, 0, 0
+        while done < len(ids):
+            i = done - (room - stride) if done else 0
+            end = min(i + room, len(ids))
+            costs = nll([*start, *ids[i:end]])[done - end :].double().cpu().numpy()
+            count = counted[end - len(costs) : end]
+            nats, tokens, done = nats + costs[count].sum(), tokens + count.sum(), end
         return nats, tokens
 
-    return torch.no_grad()(lambda texts: np.array([cost(text) for text in texts]).T)
+    def judge(texts):
+        texts = progress(texts, desc="judging", disable=rank_and_world()[0] > 0)
+        return np.array([*map(cost, texts)]).reshape(-1, 2).T
+
+    return torch.no_grad()(judge)
 
 
-def our_judge(path, device):
-    """An AR checkpoint of this project, in windows of its seq_len. It predicts the first token too,
-    unless that is a given BOS."""
+def our_judge(path, device, whole=True, context=None, stride=None):
+    """An AR checkpoint of this project, in windows of its seq_len. It always reads the whole text
+    and predicts the first token too, unless that is a given BOS."""
     model, cfg = load(path, device=device)
     if not cfg.causal:
         fail(f"judge {path}: must be an AR model, but this one has loss={cfg.loss}")
@@ -128,13 +145,21 @@ def our_judge(path, device):
         return ar(model, x, x >= 0, cfg)[0]
 
     start = start_ids(tokenizer, cfg)
-    return make_judge(nll, tokenizer.encode, tokenizer.eos, cfg.seq_len, start, cut=False)
+    length = limit_context(cfg.seq_len, context)
+    return make_judge(nll, tokenizer.encode, tokenizer.eos, length, start, False, stride)
 
 
-def transformers_judge(name, device):
+def limit_context(length, context):
+    """The ids of a judge's window: --judge_context, which is at most the network's length."""
+    if context and not 2 <= context <= length:
+        fail(f"--judge_context {context}: must be from 2 to the judge's {length} tokens")
+    return context or length
+
+
+def transformers_judge(name, device, whole=False, context=None, stride=None):
     """A causal language model of the hub or of a local folder, in float32. As in MDLM's code, it
     reads a text up to its context's length and does not count the first token: GPT-2 has no start
-    symbol to predict it from."""
+    symbol to predict it from. whole: it reads the text to its end, window by window."""
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError:
@@ -152,17 +177,19 @@ def transformers_judge(name, device):
     encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
     start = [i for i in tokenizer("").input_ids if i == tokenizer.bos_token_id]  # GPT-2: none
     length = getattr(model.config, "max_position_embeddings", None) or 1024
-    return make_judge(nll, encode, tokenizer.eos_token_id, length, start, cut=True)
+    length = limit_context(length, context)
+    return make_judge(nll, encode, tokenizer.eos_token_id, length, start, not whole, stride)
 
 
-def load_judge(name, device):
-    """The judge of this name: an AR checkpoint of this project, or a model of transformers."""
+def load_judge(name, device, **reading):
+    """The judge of this name: an AR checkpoint of this project, or a model of transformers. All
+    processes of torchrun share the texts. reading: whole, context and stride of the judge."""
     is_ours = Path(name).suffix == ".pt" or (Path(name) / "ckpt.pt").exists()
-    score = (our_judge if is_ours else transformers_judge)(name, device)
+    score = (our_judge if is_ours else transformers_judge)(name, device, **reading)
 
     def score_or_fail(texts):
         try:
-            return score(texts)
+            return np.array(gather(zip(*score(share(texts))))).T
         except ValueError as e:
             fail(f"judge {name}: cannot read what the model wrote: {e}")
 
@@ -181,23 +208,29 @@ def judge_rows(rows, tokenizer, score):
 # The command
 
 
-def sample_and_judge(model, cfg, args):
+def sample_and_judge(args, device):
     """The figures of samples under the judge, and all that they depend on, as one dict."""
-    sampler = choose_sampler(cfg, args.sampler)
-    given = read_sampler_options(args, sampler)
-    device, tokenizer = next(model.parameters()).device, tokenizer_of(model.tokenizer)
-    score = load_judge(args.judge, device)
-    law = "steps", "temperature", "top_p"
-    options = dict(sampler=sampler) | {name: getattr(args, name) for name in law}
-    rows = generate(
-        model, tokenizer._replace(decode=list), cfg, args.num, batch_size=args.batch_size,
-        seed=args.seed, dtype=args.dtype, sampler_options=given, **options,
-    )  # fmt: skip
+    model, cfg = load(args.ckpt, not args.no_ema, device, args.dtype)
+    tokenizer = tokenizer_of(model.tokenizer)
+    options = sampling_options(args, cfg, end_id(model, tokenizer))
+    canvas = make_canvas(args, cfg, tokenizer, subword=True)
+    whole = args.semi_ar or args.judge_stride is not None
+    score = load_judge(
+        args.judge, device, whole=whole, context=args.judge_context, stride=args.judge_stride
+    )
+    ids_only = tokenizer._replace(decode=list)  # generate then returns ids
+    rows = generate(model, ids_only, cfg, args.num, canvas, args.batch_size, **options)
     result = judge_rows(rows, tokenizer, score)
-    if sampler in STEPLESS:
-        options["steps"] = None
-    return result | options | default_options(SAMPLERS[sampler]) | given | {
-        "judge": args.judge, "samples": len(rows), "length": cfg.seq_len,
+    law = "sampler", "steps", "temperature", "top_p", "noise_removal"
+    shown, given = {name: options[name] for name in law}, options["sampler_options"]
+    if shown["sampler"] in STEPLESS:
+        shown["steps"] = None
+    if args.semi_ar:
+        window = args.window or cfg.seq_len
+        shown |= dict(window=window, stride=args.stride or window // 2)
+    return result | shown | default_options(SAMPLERS[shown["sampler"]]) | given | {
+        "judge": args.judge, "judge_context": args.judge_context,
+        "judge_stride": args.judge_stride, "samples": len(rows), "length": len(canvas),
         "tokens_per_sample": result["tokens"] / len(rows), "draws": "float64",
         "ckpt": args.ckpt, "step": model.step, "seed": args.seed, "ema": not args.no_ema,
         "dtype": compute_dtype(device, args.dtype),
@@ -210,6 +243,10 @@ def describe(result):
     law = [f"{name} {result[name]:g}" for name in default_options(SAMPLERS[sampler])]
     if result["steps"]:
         law.append(f"{result['steps']} steps")
+    if "window" in result:
+        law.append(f"windows of {result['window']} that advance by {result['stride']}")
+    if result["noise_removal"] == "greedy":
+        law.append("greedy last step")
     law = ", ".join([sampler, *(law or ["a token per call"])])
     size = f"{length} tokens, {result['tokens_per_sample']:.1f} each by the judge's tokenizer"
     return (
@@ -220,24 +257,34 @@ def describe(result):
     )
 
 
-@command
-def main(argv=None):
+def parse_arguments(argv):
     p = parser(__doc__)
     p.add_argument("ckpt")
     p.add_argument("judge", help="a model of transformers or an AR checkpoint")
     p.add_argument("--num", type=int, default=64, help="samples [64]")
     add_sampler_options(p)
+    add_length_options(p)
+    p.add_argument("--judge_context", type=int, metavar="N", help="tokens of a judge's window")
+    p.add_argument("--judge_stride", type=int, metavar="N", help="by which it moves [its length]")
     p.add_argument("--batch_size", type=int, default=32)
     p.add_argument("--seed", type=int, default=0)
     add_model_options(p)
     p.add_argument("--json", action="store_true", help="one JSON line on stdout, nothing else")
+    p.set_defaults(prompt="", infill=None, guidance=0.0, fps=None)  # sample.py's own options
     args = p.parse_args(argv)
-    check_range(args, num=1, steps=1, temperature=0, batch_size=1, seed=0)
-    check_top_p(args)
-    model, cfg = load(args.ckpt, not args.no_ema, pick_device(args.device), args.dtype)
-    result = sample_and_judge(model, cfg, args)
-    print(to_json(result) if args.json else describe(result))
-    return result
+    check_arguments(args)
+    check_range(args, judge_stride=1)
+    return args
+
+
+@command
+def main(argv=None):
+    args = parse_arguments(argv)
+    with process_group(args):
+        result = sample_and_judge(args, local_device(args))
+        if rank_and_world()[0] == 0:
+            print(to_json(result) if args.json else describe(result))
+        return result
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class NanoMDLMPreTrainedModel(PreTrainedModel):
         cfg = self.model.cfg
         if timesteps is None:  # the time at which this fraction of the row is masked
             masked = ((input_ids == cfg.mask_id) & real).sum(1) / real.sum(1).clamp(min=1)
-            timesteps = time_at(cfg.schedule, masked.double())
+            timesteps = time_at(cfg, masked.double())
         t = timesteps.float()
         if real.all():
             return self.model.hidden(input_ids, t)

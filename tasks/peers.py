@@ -26,9 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from common import autocast, check_range, command, compute_dtype, fail, parser
+from common import autocast, check_range, command, compute_dtype, fail, parser, progress
 from configs import Config
 from data.corpus import read_split, training_rows, unpack
 from diffusion import cross_entropy, scatter
@@ -121,7 +120,7 @@ def run_in_turns(target, sides, args, cfg, warm, *more):
     }
     runs = {name: [] for name in cases}
     with start_processes(target, cases) as request:
-        for r in tqdm(range(warm + args.repeats), unit="round", leave=False):
+        for r in progress(range(warm + args.repeats), unit="round"):
             for name in cases:
                 answer = request(name, 1)
                 runs[name] += [answer] * (r >= warm)
@@ -176,7 +175,8 @@ class OurInterface(torch.nn.Module):
 def train_for(seconds, step):
     """Call step(0), step(1), ... until the time is over: (number of steps, seconds)."""
     number, spent, start = 0, 0.0, time.perf_counter()
-    with tqdm(total=seconds, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s {postfix}") as bar:
+    layout = "{l_bar}{bar}| {n:.0f}/{total:.0f} s {postfix}"
+    with progress(total=seconds, bar_format=layout) as bar:
         while spent < seconds:
             loss, number = step(number), number + 1
             before, spent = spent, time.perf_counter() - start
@@ -195,7 +195,8 @@ def learn(args, cfg):
 
     def rows(i):
         index = i * cfg.batch_size + np.arange(cfg.batch_size)
-        return unpack(training_rows(ids, meta, cfg, index), meta, cfg)[0]
+        x0, _, counted = unpack(training_rows(ids, meta, cfg, index), meta, cfg)
+        return x0, counted.long()
 
     rows(0)  # damaged data fails here
     enter_clone(args.clones / "mdlm")

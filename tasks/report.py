@@ -18,10 +18,16 @@ import torch
 
 import data.runs
 import train
-from common import UserError, autocast, fail, local_device, to_json
+from common import (
+    UserError,
+    autocast,
+    fail,
+    to_json,
+)
 from configs import as_ar, as_d3pm, as_sedd
 from data.checkpoints import load
 from data.corpus import read_split
+from data.processes import local_device
 from diffusion import denoiser, row_generators
 from evaluate import bound, report
 from samplers import cached_denoiser
@@ -34,12 +40,13 @@ MAY_CHANGE = data.runs.MAY_CHANGE - {"data", "steps"}  # fields in which a finis
 
 
 def make_runs(cfg, variant, seeds, name=None):
-    """Configs of one of VARIANTS with the seeds cfg.seed, cfg.seed + 1, ...; the folder of a run is
-    <name>_<seed> in out_dir. The name is the variant's unless given."""
+    """Configs of one of VARIANTS, or of a loss that is none, with the seeds cfg.seed, cfg.seed + 1,
+    ...; the folder of a run is <name>_<seed> in out_dir. The name is the variant's unless given."""
     name = name or variant
+    change = VARIANTS.get(variant, lambda cfg: replace(cfg, loss=variant))
     try:
         return [
-            replace(VARIANTS[variant](cfg), seed=seed, out_dir=f"{cfg.out_dir}/{name}_{seed}")
+            replace(change(cfg), seed=seed, out_dir=f"{cfg.out_dir}/{name}_{seed}")
             for seed in range(cfg.seed, cfg.seed + seeds)
         ]
     except ValueError as e:  # a field that the variant does not allow

@@ -10,33 +10,35 @@ scores every test prompt, in a wording that training did not have, with its true
 nine answers of other facts to the same wording, and counts how often the true one is the likeliest;
 chance is one in ten. Grammar would rule out answers to another wording: "was once" continues with
 "the", not with "being". Writes out/reversal/: a folder per run, and table.md.
+
+SMDM's own test, in which a fine-tuned model writes the answer, is python -m tasks.answer reversal.
 """
 
-import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from common import autocast, check_range, command, fail, local_device
-from configs import from_cli
+from common import (
+    autocast,
+    check_range,
+    command,
+    fail,
+    progress,
+)
 from data.checkpoints import load
-from data.corpus import folder_of, read_meta
+from data.command_line import from_cli
+from data.corpus import folder_of
+from data.json_files import read_json
+from data.processes import local_device
 from data.tokenizer import tokenizer_of
 from diffusion import ar, draw_count, exact_count_bound
 from tasks.report import format_mean, make_runs, to_markdown, train_if_missing
+from tasks.scoring import DIRECTIONS
 
 CHOICES = 10
 WORDINGS = 10  # of a question about a fact; they are neighbours in the file, always in one order
-DIRECTIONS = {  # of the test files: what the prompt gives and the answer states
-    "p2d": "who -> what, as trained",
-    "d2p": "what -> who, as trained",
-    "d2p_reverse": "who -> what, reversed",
-    "p2d_reverse": "what -> who, reversed",
-}
 
 
 def make_questions(path, tokenizer, cfg, limit):
@@ -44,7 +46,9 @@ def make_questions(path, tokenizer, cfg, limit):
 
     A question is a prompt with each of its answers, the true answer first, in rows as in training:
     [BOS] prompt answer [EOS] ...; the answer is counted, all but the prompt is maskable."""
-    items = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    fields = dict(of=str, prompt=str, answer=str)
+    lines = Path(path).read_bytes().decode(errors="replace").splitlines()
+    items = [read_json(path, fields, text=line) for line in lines]
     x0, given, counted, directions, rng = [], [], [], [], np.random.default_rng(0)
     for direction in DIRECTIONS:
         group = [item for item in items if item["of"] == direction]
@@ -76,7 +80,7 @@ def measure_nats(model, cfg, x0, maskable, counted, passes, batch_size=512):
     exact counts of masks that are stratified over `passes` forwards."""
     nats = []
     batches = list(zip(*(rows.split(batch_size) for rows in (x0, maskable, counted))))
-    for x, m, c in tqdm(batches, leave=False, unit="batch"):
+    for x, m, c in progress(batches, unit="batch"):
         with autocast(x.device, cfg.dtype):
             if cfg.causal:
                 nats.append(ar(model, x, c, cfg).double().sum(-1))
@@ -142,7 +146,6 @@ def main(argv=None):
     path = folder_of(cfg.data) / "test.jsonl"
     if not path.exists():
         fail(f"{path}: no such file; data/prepare.py reversal also needs the four test files")
-    cfg = replace(cfg, vocab_size=read_meta(cfg.data)["vocab_size"])
     results = train_and_measure(cfg, args.seeds, args.passes, args.questions)
     table = make_table(results)
     (Path(cfg.out_dir) / "table.md").write_text(table)

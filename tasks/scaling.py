@@ -28,9 +28,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import check_range, command, fail, parser, process_group, rank_and_world, to_json
-from configs import SMDM_SIZES, Config, from_cli
+from common import (
+    check_range,
+    command,
+    fail,
+    parser,
+    to_json,
+)
+from configs import SMDM_SIZES, Config
+from data.command_line import from_cli
 from data.corpus import read_meta
+from data.json_files import read_json
+from data.processes import process_group, rank_and_world
 from model import DiT
 from tasks import report
 
@@ -79,9 +88,9 @@ def read_runs(path, *more):
     """The lines of a runs.jsonl as dicts. Each needs loss, N, C, nats and the keys `more`; se may
     be null or absent."""
     runs = []
-    for i, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for i, line in enumerate(Path(path).read_bytes().decode(errors="replace").splitlines(), 1):
+        run = read_json(f"{path}, line {i}", {}, "; not a run", text=line)
         try:
-            run = json.loads(line)
             numbers, se = [float(run[key]) for key in ("N", "C", "nats")], float(run.get("se") or 0)
             if not all(0 < x < math.inf for x in numbers) or not 0 <= se < math.inf:
                 raise ValueError("N, C and nats must be above 0, and se not below")

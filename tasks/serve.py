@@ -25,7 +25,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import sample
-from common import UserError, choose_sampler, fail, one_line
+from common import UserError, fail, one_line
+from data.canvas import split_holes
+from data.command_line import choose_sampler
 from samplers import OPTIONS, SAMPLERS, default_options
 from tasks import view
 
@@ -58,12 +60,15 @@ class Refused(Exception):
 # From a request to lanes
 
 
-def check_holes(text, limit):
-    """Refuse holes that are too long before they become a list of ids."""
-    holes = (hole[0] for hole in sample.HOLE.finditer(text))
-    total = sum(len(hole) if hole[0] == "_" else int(hole[1:-1]) for hole in holes)
-    if total > limit:
+def find_holes(text, limit):
+    """The sizes of the holes, None for [*]; refuses too long ones before they become ids."""
+    try:
+        _, holes = split_holes(text)
+    except ValueError as e:
+        raise UserError(one_line(e)) from None
+    if (total := sum(size or 0 for size in holes)) > limit:
         raise UserError(f"the holes have {total} tokens, but the model has {limit}")
+    return holes
 
 
 def read_request(request, ckpt, limit):
@@ -75,8 +80,7 @@ def read_request(request, ckpt, limit):
         raise UserError("text: must be a string; samplers: a list of at most two names")
     if wrong := [s for s in samplers if s not in list(SAMPLERS)]:
         raise UserError(f"samplers: {wrong[0]} is none of {', '.join(SAMPLERS)}")
-    check_holes(text, limit)
-    holes = sample.HOLE.search(text)
+    holes = find_holes(text, limit)
     argv = [ckpt, f"--infill={text}" if holes else f"--prompt={text}"]
     for name in FIELDS:
         value = request.get(name)

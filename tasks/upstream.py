@@ -131,12 +131,21 @@ class SwiGLU(torch.nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # One function per project: a Config of ours -> step(i), which does one step of the project's
-# training loop and returns the loss. The network is the project's own, without dropout.
+# training loop and returns the loss. The network is the project's own, without dropout: step.net is
+# the module, step.average() its averaged tensors. rows(i) is the batch of step i: ids (B, L) and an
+# attention mask (B, L), 0 on padding, which only MDLM's code has.
 
 
 def random_rows(cfg):
-    """rows(i): a batch of random token ids, which cost as much as real ones."""
-    return lambda i: torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.seq_len))
+    """rows(i): a batch of random token ids, which cost as much as real ones, without padding."""
+    shape = (cfg.batch_size, cfg.seq_len)
+    return lambda i: (torch.randint(cfg.vocab_size, shape), torch.ones(shape, dtype=torch.long))
+
+
+def warmed_up(optimizer, cfg, i, warmup):
+    """Set the learning rate of step i = 0, 1, ...: linear from 0, then constant."""
+    for group in optimizer.param_groups:
+        group["lr"] = cfg.lr * min(1, i / warmup) if warmup else cfg.lr
 
 
 def build_mdlm(cfg, sampler="ddpm_cache", steps=0):
@@ -176,10 +185,9 @@ def mdlm(cfg, rows=None, warmup=2500):
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
 
     def step(i):
-        x = rows(i)
         with autocast(CPU, cfg.dtype):
-            loss = model._loss(x, torch.ones_like(x)).loss
-        optimizer.param_groups[0]["lr"] = cfg.lr * min(1, (i + 1) / warmup)
+            loss = model._loss(*rows(i)).loss
+        warmed_up(optimizer, cfg, i, warmup)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -187,34 +195,43 @@ def mdlm(cfg, rows=None, warmup=2500):
         model.ema.update(params)
         return loss.item()
 
-    step.model = model
+    def average():
+        model.ema.copy_to(params)
+        return model.backbone.state_dict()
+
+    step.model, step.net, step.average = model, model.backbone, average
     return step
 
 
-def nanodd(cfg):
+def nanodd(cfg, rows=None, warmup=0):
     from d3pm_absorbing import D3PMAbsorbing
     from ema_pytorch import EMA
 
-    rows, shape = random_rows(cfg), (cfg.vocab_size, cfg.n_embd, cfg.n_head, cfg.n_layer)
+    shape = (cfg.vocab_size, cfg.n_embd, cfg.n_head, cfg.n_layer)
     model = D3PMAbsorbing(*shape, cfg.cond_dim, dropout=0.0, T=1000, lambda_ce=0.05)
     settings = dict(update_after_step=100, update_every=1, inv_gamma=1.0, power=1.0)
     ema = EMA(model, beta=0.9999, include_online_model=False, **settings)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98))
+    optimizer, rows = (
+        torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.98)),
+        rows or random_rows(cfg),
+    )
     model.train()
 
     def step(i):
         with autocast(CPU, cfg.dtype):
-            _, loss, _ = model(rows(i))
+            _, loss, _ = model(rows(i)[0])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        warmed_up(optimizer, cfg, i, warmup)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update()
         return loss.item()
 
+    step.net, step.average = model, ema.ema_model.state_dict
     return step
 
 
@@ -251,10 +268,10 @@ def sedd(cfg):
     )  # fmt: skip
     graph, optimize = graph_lib.Absorbing(cfg.vocab_size), losses.optimization_manager(settings)
     step = losses.get_step_fn(noise, graph, True, optimize, 1)
-    return lambda i: step(state, rows(i)).item()
+    return lambda i: step(state, rows(i)[0]).item()
 
 
-def smdm(cfg):
+def smdm(cfg, rows=None, warmup=0):
     """Its network has no adaLN; the loop is that of its pretrain/train_mdm.py."""
     add_module("xformers.ops", SwiGLU=SwiGLU)
     add_module("rotary_emb", apply_rotary=rotate_into)
@@ -270,13 +287,13 @@ def smdm(cfg):
         n_embd=cfg.n_embd, intermediate_size=4 * cfg.n_embd, block_size=cfg.seq_len,
         vocab_size=cfg.vocab_size, padded_vocab_size=cfg.vocab_size,
     )  # fmt: skip
-    net, rows = diffmodel.TransEncoder(settings), random_rows(cfg)
+    net, rows = diffmodel.TransEncoder(settings), rows or random_rows(cfg)
     net.apply(partial(net._init_weights, n_layer=cfg.n_layer))
     adamw = dict(lr=cfg.lr, weight_decay=0.1, betas=(0.9, 0.95), foreach=False)
     optimizer = torch.optim.AdamW(net.parameters(), **adamw)
 
     def step(i):
-        x = rows(i)
+        x, _ = rows(i)
         p = ((1 - 1e-3) * torch.rand(len(x), 1) + 1e-3).expand(x.shape)
         masked = torch.rand(x.shape) < p
         with autocast(CPU, cfg.dtype):
@@ -285,10 +302,13 @@ def smdm(cfg):
             loss = (nats / p[masked]).sum() / x.numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        warmed_up(optimizer, cfg, i, warmup)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
 
+    step.net = net
+    step.average = net.state_dict  # there is none
     return step
 
 

@@ -205,7 +205,7 @@ def make_lanes(args, models, samplers):
              for name in OPTIONS}  # fmt: skip
     lanes = []
     for name, (model, cfg) in models.items():
-        tokenizer = tokenizer_of(model.tokenizer)
+        tokenizer = tokenizer_of(model.tokenizer, cfg.vocab_size)
         for sampler in samplers:
             others = {o: None for o, have in users.items() if have and sampler not in have}
             own = Namespace(**{**vars(args), **others, "sampler": sampler})

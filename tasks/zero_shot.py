@@ -1,10 +1,17 @@
 """The bound on the zero-shot sets: python evaluate.py CKPT --zero_shot [SET ...]."""
 
+import contextlib
 import re
+import sys
 
-from common import fail
+import torch.distributed as dist
+
+from common import (
+    fail,
+)
 from data.corpus import DUMP, default_folder, folder_of
 from data.prepare import prepare
+from data.processes import rank_and_world
 from data.zeroshot import ZERO_SHOT
 from evaluate import evaluate_split, figure, settle_T
 
@@ -33,11 +40,15 @@ def evaluate_sets(model, cfg, args):
     """The bound on each set, in rows of the model's length; prepares a set that is missing. Dumps
     of FineWeb, from after the model's training data, are SMDM's temporal test."""
     sign, kind = settle_T(args, cfg)
+    rank, world = rank_and_world()
     recipes = choose_recipes(model, cfg, args)
     folders = {name: default_folder(**recipe) for name, recipe in recipes.items()}
     for name, folder in folders.items():
-        if not folder_of(folder).exists():
-            prepare(**recipes[name])
+        if rank == 0 and not folder_of(folder).exists():
+            with contextlib.redirect_stdout(sys.stderr):  # stdout may be for JSON only
+                prepare(**recipes[name])
+    if world > 1:
+        dist.barrier()
     sets = {
         name: evaluate_split(folder, "test", model, cfg, args) for name, folder in folders.items()
     }

@@ -1,7 +1,9 @@
 """What test files share: paths, prepared data, checkpoints, a web server, and the check that a
 command refuses its input."""
 
+import hashlib
 import http.server
+import json
 import math
 import os
 import re
@@ -20,7 +22,7 @@ import torch
 from common import UserError
 from configs import Config
 from data.checkpoints import save_checkpoint
-from data.corpus import GIVEN, finish, partial_of, read_meta, read_split
+from data.corpus import GIVEN, VERSION, checksum, finish, partial_of, read_meta, read_split
 from model import DiT
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
@@ -105,6 +107,16 @@ def make_corpus(folder, characters=LETTERS, wrap=0, n=4000):
     spec = {"kind": "char", "characters": characters}
     finish(folder, "words", spec, len(characters), {s: len(p) for s, p in cut.items()}, wrap)
     return folder
+
+
+def rewrite_meta(folder, **values):
+    """Change fields of meta.json, so that it fits them and the files as they are now."""
+    path = Path(folder) / "meta.json"
+    meta = json.loads(path.read_text()) | values
+    for split, sizes in meta["splits"].items():
+        sizes["sha256"] = hashlib.sha256((path.parent / f"{split}.bin").read_bytes()).hexdigest()
+    meta = {name: value for name, value in meta.items() if name not in ("version", "checksum")}
+    path.write_text(json.dumps(meta | dict(version=VERSION, checksum=checksum(meta))))
 
 
 def write_rows(folder, rows, real, **options):

@@ -189,6 +189,59 @@ def law_of(state):
     return torch.tensor([state.get(tuple(x), 0.0) for x in TEXTS.tolist()], dtype=torch.float64)
 
 
+def outcomes(key, p, score, count):
+    """Yield (canvas, probability) of a call that draws a token at every mask of the canvas `key`
+    from p (64, L, V) and reveals the best by score(p (V,), token): count(scores, best first). A
+    score that ignores the token is an order."""
+    x = torch.tensor(key)
+    holes = (x == MASK).nonzero()[:, 0].tolist()
+    q = [p[index(x), i] for i in holes]
+    for tokens in itertools.product(range(V), repeat=len(holes)):
+        scores = [float(score(q[j], v)) for j, v in enumerate(tokens)]
+        best = sorted(range(len(holes)), key=lambda j: -scores[j])
+        y = x.clone()
+        for j in best[: max(1, count([scores[j] for j in best]))]:
+            y[holes[j]] = tokens[j]
+        yield tuple(y.tolist()), math.prod(q[j][v].item() for j, v in enumerate(tokens))
+
+
+def law_of_choice(score, count):
+    """The law(model, canvas, schedule, steps) of a sampler that draws all masks and keeps
+    count(scores, best first) of them, at least one, until none is left. In a call with `left` of
+    the canvas's masks left, t is that at which the schedule masks this fraction."""
+
+    def law(model, canvas, schedule, steps):
+        state, total = {tuple(canvas.tolist()): 1.0}, int((canvas == MASK).sum())
+        for left in range(total, 0, -1):  # canvases with most masks first: a call leaves fewer
+            t = time_at(schedule, torch.tensor(left / total, dtype=torch.float64)).item()
+            p = predictions(model, t).exp()
+            keep = lambda scores: count(scores, total, schedule, steps)  # noqa: B023
+            for key in [key for key in state if key.count(MASK) == left]:
+                chance = state.pop(key)
+                for y, q in outcomes(key, p, score, keep):
+                    state[y] = state.get(y, 0) + chance * q
+        return law_of(state)
+
+    return law
+
+
+def by_schedule(scores, total, schedule, steps):
+    """How many to keep: step n = steps .. 1 leaves a fraction 1 - alpha((n - 1) / steps) of the
+    masks, rounded up; steps that reveal nothing are passed over."""
+    for n in range(steps, 0, -1):
+        left = 1 - alpha(schedule, torch.tensor((n - 1) / steps, dtype=torch.float64)).item()
+        if reveal := max(0, len(scores) - math.ceil(total * left - 1e-9)):
+            return reveal
+
+
+SCORES = {  # of the orders, (p (V,), token) -> number
+    "ar": lambda p, v: 0,
+    "confidence": lambda p, v: p.max(),
+    "margin": lambda p, v: p.topk(2).values.diff().neg(),
+    "entropy": lambda p, v: (p * p.log()).sum(),
+}
+
+
 def chi_square_p(texts, law):
     """p-value of samples (N, L) under law (27,) of texts or (64,) of canvases. Cells of less than 5
     expected samples are pooled."""
@@ -233,7 +286,7 @@ def expected_loss(loss, model, text, cfg, nodes=400):
     else:
         x, w = np.polynomial.legendre.leggauss(nodes)
         t, dt = torch.from_numpy((x + 1) / 2), torch.from_numpy(w / 2)
-    mass = 1 - alpha(cfg.schedule, t)[:, None]  # (n, 1)
+    mass = 1 - alpha(cfg, t)[:, None]  # (n, 1)
     probability = mass ** SUBSETS.sum(-1) * (1 - mass) ** (~SUBSETS).sum(-1)  # (n, 8)
     x0 = text.repeat(len(t) * len(SUBSETS), 1)
     xt = x0.masked_fill(SUBSETS.repeat(len(t), 1), MASK)

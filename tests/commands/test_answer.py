@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import warnings
 from argparse import Namespace
 from dataclasses import replace
 
@@ -26,7 +27,8 @@ from data.prepare import prepare
 from data.tokenizer import load_tokenizer, train_bpe
 from samplers import OPTIONS, SAMPLERS, default_options
 from tasks import answer
-from tasks.answer import complete, converse, is_right
+from tasks.answer import complete, converse
+from tasks.scoring import DIRECTIONS, character_bleu, contains, is_right
 
 REAL_QUESTIONS = SHARED / "data" / "mt_bench" / "question.jsonl"
 
@@ -128,7 +130,7 @@ def test_what_was_learnt_is_answered(folders, run, tmp_path):
     result = run("gsm8k", memory(folders / "trained", **SIZE), "--out", out)
     assert result["right"] == result["questions"] == 8
     assert result["accuracy_se"] == result["empty"] == 0
-    assert result["sampler"] == "confidence" and (result["steps"], result["step"]) == (256, 5)
+    assert result["sampler"] == "llada" and (result["steps"], result["step"]) == (256, 5)
     assert (result["temperature"], result["guidance"], result["length"]) == (0.1, 0.1, 48)
     for line, problem in zip(lines_of(out), PROBLEMS):
         thought, number = problem["answer"].split("\n#### ")
@@ -254,6 +256,77 @@ def test_the_docstring_lists_the_answers_that_smdms_code_reads_differently():
 
 
 # --------------------------------------------------------------------------------------------------
+# The reversal test
+
+FACTS = [  # prompt, answer, kind
+    ("Ann Lee, known far and wide for being", "the first to sing on Mars.", "p2d"),
+    ("Known for being the first to fly,", "Bob Ray.", "d2p"),
+    ("Immersed in being the one who runs,", "Cyd Orr.", "p2d_reverse"),
+    ("Dee Fox once was", "the finder of a lost road.", "d2p_reverse"),
+    ("Eve Nye once was", "the maker of blue glass.", "d2p_reverse"),
+]
+
+
+@pytest.fixture
+def facts(checkpoints, tmp_path):
+    records = [dict(prompt=prompt, answer=answer, of=of) for prompt, answer, of in FACTS]
+    jsonl(tmp_path / "test.jsonl", records)
+    return tmp_path
+
+
+def test_smdms_reversal_test(checkpoints, facts, run, capsys, monkeypatch):
+    """Greedy, 32 steps, guidance 0.8, rows of 52 tokens or the model's 48; accuracy by containment
+    of each kind, BLEU of descriptions."""
+    model, _ = load(checkpoints["mdlm"])
+    tokenizer, seen = load_tokenizer(model.tokenizer), []
+    texts = {
+        "Ann": " He is THE FIRST to sing on Mars. Really",
+        "Dee": " the finder of a lost toad.",
+    }
+
+    def write(model, cfg, eos, prompts, rows, new, length, **options):
+        seen.append((length, options["steps"], options["temperature"], options["guidance"]))
+        assert options["sampler"] == "confidence"
+        names = [tokenizer.decode(prompt[1:]).split()[0] for prompt in prompts]
+        return [tokenizer.encode(texts.get(name, " nobody"), inside=True) for name in names]
+
+    monkeypatch.setattr(answer, "complete", write)
+    argv = ["reversal", checkpoints["mdlm"], "--data", facts, "--out", facts / "out"]
+    kinds = run(*argv)["kinds"]
+    assert seen == [(48, 32, 0.0, 0.8)]
+    accuracy = {kind: (kinds[kind]["questions"], kinds[kind]["accuracy"]) for kind in kinds}
+    assert accuracy == {"p2d": (1, 1), "d2p": (1, 0), "p2d_reverse": (1, 0), "d2p_reverse": (2, 0)}
+    assert "bleu" not in kinds["d2p"] and "bleu" not in kinds["p2d_reverse"]
+    near = character_bleu("the finder of a lost toad.", FACTS[3][1])
+    far = character_bleu("nobody", FACTS[4][1])
+    assert kinds["d2p_reverse"]["bleu"] == pytest.approx((near + far) / 2) and near > 0.8
+    answer.main([str(word) for word in argv])
+    out = capsys.readouterr().out
+    assert "who -> what, reversed    accuracy   0.00 ± 0.00 %, BLEU" in out
+    assert set(kinds) == set(DIRECTIONS)
+
+
+def test_the_reversal_test_writes_with_every_kind_of_model(checkpoints, facts, run):
+    for kind in ("mdlm", "ar"):
+        result = run("reversal", checkpoints[kind], "--data", facts, "--out", facts / kind)
+        assert result["questions"] == 5 and result["guidance"] == (0.8 if kind == "mdlm" else 0)
+
+
+def test_containment_and_bleu_are_smdms():
+    assert contains(" so it was Bob ray, ok", " Bob Ray ") and not contains("Bob", "Bob Ray")
+    assert character_bleu("", "a") == character_bleu("b", "a") == 0
+    assert character_bleu("the same text", "the same text") == pytest.approx(1)
+    bleu = pytest.importorskip("nltk.translate.bleu_score")
+    pairs = [("the maker of glass", "the maker of blue glass"), ("blue", "the maker of blue glass"),
+             ("the maker of blue glass and of red glass", "the maker of blue glass"),
+             ("xay", "a"), ("glass of blue", "blue glass")]  # fmt: skip
+    for found, reference in pairs:
+        with warnings.catch_warnings(action="ignore"):
+            want = bleu.sentence_bleu([reference], found)
+        assert character_bleu(found, reference) == pytest.approx(want, abs=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------
 # MT-Bench
 
 QUESTIONS = [
@@ -309,6 +382,29 @@ def test_both_turns_as_the_judge_reads_them(chat, run, tmp_path, capsys):
     want = {81: ["one", ""], 90: ["11", ""], 99: ["once"]}
     assert as_fastchat_reads(tmp_path / "first.jsonl") == want
     refused(capsys, lambda: run("mt_bench", model, *argv), "first.jsonl: answers of another")
+
+
+def test_several_choices_differ_and_the_first_stays(chat, run, tmp_path, capsys, monkeypatch):
+    """Choice 0 is that of a single answer; each choice has its own random numbers."""
+    model, questions = chat
+    seen, real = [], answer.complete
+
+    def note_rows(model, cfg, eos, prompts, rows, *args, **options):
+        seen.append(rows)
+        return real(model, cfg, eos, prompts, rows, *args, **options)
+
+    monkeypatch.setattr(answer, "complete", note_rows)
+    argv = ["--input", questions, "--num_choices", 3, "--batch_size", 2]
+    result = run("mt_bench", model, *argv, "--out", tmp_path / "mine.jsonl")
+    assert result["questions"] == 3 and result["empty"] == 0
+    lines = lines_of(tmp_path / "mine.jsonl")
+    assert [[choice["index"] for choice in line["choices"]] for line in lines] == [[0, 1, 2]] * 3
+    want = {81: ["one", "two, 2"], 90: ["11", "no"], 99: ["once"]}  # of this exact network
+    for line in lines:
+        assert [choice["turns"] for choice in line["choices"]] == [want[line["question_id"]]] * 3
+    numbers = [row for rows in seen for row in rows]
+    assert sorted(numbers) == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16]
+    refused(capsys, lambda: run("gsm8k", model, "--num_choices", 2), "--num_choices: not for gsm8k")
 
 
 def test_the_template_is_vicunas(chat, monkeypatch):
@@ -417,6 +513,24 @@ def test_thought_and_answer_have_different_random_numbers(checkpoints, monkeypat
     questions = {i: ["a", "b"] for i in (0, 1, 5)}
     list(converse(model, tokenizer, cfg, questions, [], None, 48, batch_size=2))
     assert seen == [[0, 2], [1, 3], [10], [11]]
+
+
+def test_each_answer_has_its_guidance(checkpoints, run, tmp_path, monkeypatch, capsys):
+    seen, real = [], answer.complete
+
+    def note_guidance(*args, guidance, **options):
+        seen.append(guidance)
+        return real(*args, guidance=guidance, **options)
+
+    monkeypatch.setattr(answer, "complete", note_guidance)
+    jsonl(tmp_path / "test.jsonl", [dict(prompt="Question: 1+1?", answer="2")])
+    argv = ["gsm8k", checkpoints["mdlm"], "--data", tmp_path, "--steps", 2]
+    run(*argv, "--out", tmp_path / "two", "--guidance", 0.1, 0.7)
+    run(*argv, "--out", tmp_path / "one", "--guidance", 0.4)
+    run(*argv, "--out", tmp_path / "none")
+    assert seen == [0.1, 0.7, 0.4, 0.4, 0.1, 0.1]
+    three = [str(word) for word in [*argv, "--guidance", 1, 2, 3]]
+    refused(capsys, lambda: answer.main(three), "--guidance 1.0 2.0 3.0", "one or two numbers")
 
 
 def test_ar_rows_of_one_length_share_the_cache_and_end_early(folders, checkpoints):
@@ -559,6 +673,7 @@ def write(checkpoints, run, tmp_path):
 
 @pytest.mark.parametrize("sampler, name", [
     (sampler, name) for sampler, f in SAMPLERS.items() for name in default_options(f)
+    if sampler != "llada"
 ])  # fmt: skip
 def test_each_samplers_option_changes_the_answers(sampler, name, write):
     argv = ("--steps", 20, "--sampler", sampler)
@@ -610,7 +725,7 @@ def test_by_default_the_answers_stand_beside_the_checkpoint(checkpoints, run, tm
     (["gsm8k", "--guidance", "-1"], ["--guidance"]),
     (["gsm8k", "--batch_size", "0"], ["--batch_size 0"]),
     (["gsm8k", "--sampler", "magic"], ["--sampler", "confidence"]),
-    (["gsm8k", "--eta", "0.1"], ["--eta 0.1", "remdm_cap", "not of confidence"]),
+    (["gsm8k", "--eta", "0.1"], ["--eta 0.1", "remdm_cap", "not of llada"]),
     (["aime"], ["gsm8k", "mt_bench"]),
 ])  # fmt: skip
 def test_bad_arguments(argv, words, checkpoints, tmp_path, capsys, monkeypatch):

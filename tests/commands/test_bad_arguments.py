@@ -14,7 +14,7 @@ from conftest import refused, save, tiny_run
 from configs import CONFIGS, as_ar
 
 COMMANDS = {  # name: (module, function, arguments in front of every case)
-    "train": ("configs", "from_cli", ""),
+    "train": ("data.command_line", "from_cli", ""),
     "sample": ("sample", "main", "CKPT"),
     "view": ("tasks.view", "main", "CKPT"),
     "evaluate": ("evaluate", "main", "CKPT"),
@@ -30,10 +30,16 @@ COMMANDS = {  # name: (module, function, arguments in front of every case)
 # fmt: off
 BAD = {
     "train": [
-        ("owt_mdln", "owt_mdln", *CONFIGS),
-        ("smdm_171", "smdm_171", "smdm_170"),
+        ("owt_mdln", "owt_mdln", "did you mean owt_mdlm?"),
+        ("smdm170", "smdm170", "did you mean smdm_170?"),
+        ("pydocs-mdlm", "did you mean pydocs_mdlm?"),
+        ("steps=3", "did you mean --steps?"),
+        ("xyz", "xyz", *(name for name in CONFIGS if "smdm_" not in name), "smdm_N", "1028"),
         ("owt_mdlm text8_mdlm", "text8_mdlm"),
-        ("--stepz=3", "--stepz=3", "steps", "seq_len"),
+        ("--stepz=3", "unknown option --stepz; did you mean --steps?"),
+        ("--n-layers=3", "unknown option --n_layers; did you mean --n_layer?"),
+        ("--xyzzy=3", "unknown option --xyzzy", "--steps", "--seq_len"),
+        ("--batch-size=0", "batch_size=0", "at least 1"),  # - is the same as _
         # types
         ("--steps=many", "--steps", "int", "many"),
         ("--steps=1.5", "--steps", "1.5"),
@@ -78,7 +84,8 @@ BAD = {
         ("--time_draw=counts --T=10", "time_draw=counts", "T=0"),
         ("--time_draw=importance --time_law=uniform", "importance", "t_min"),
         ("--time_draw=importance --t_min=0.001", "importance", "time_law=uniform"),
-        ("--flops=10", "--flops=10", "steps"),  # an option of smdm_*
+        ("--flops=10", "--flops: not an argument of pydocs_mdlm"),
+        ("--flops 0 smdm_170", "flops=0", "above 0"),  # also in front of the config
     ],
     "sample": [
         ("--steps 0", "--steps 0", "at least 1"),
@@ -101,6 +108,11 @@ BAD = {
         ("--prompt abc --length 2", "--prompt", "3 tokens", "2"),
         ("--infill 'no hole'", "--infill", "____", "[12]"),
         ("--infill a[99]", "100 tokens", "32"),
+        ("--nmu 3", "unknown option --nmu; did you mean --num?"),
+        ("--top-p 0", "--top_p 0", "above 0"),
+        ("--prompt --top-p", "expected one argument"),
+        ("--prompt '--top-p 5'", "--prompt", "'-'", "'5'"),  # a value keeps its -
+        ("--sampler ddpm_cash", "did you mean ddpm_cache?"),
         ("--infill a[99999999999999]", "--infill", "____"),
         ("--infill 'a ____' --prompt b", "--infill", "--prompt"),
         ("--guidance -1", "--guidance -1", "at least 0"),
@@ -116,6 +128,10 @@ BAD = {
         ("--noise_removal none", "--noise_removal", "sampled", "greedy"),
         ("--noise_removal greedy --sampler ar", "--noise_removal greedy", "no steps"),
         ("--noise_removal greedy --sampler threshold", "--noise_removal greedy", "no steps"),
+        ("--noise_removal greedy --sampler margin", "--noise_removal greedy", "no steps"),
+        ("--sampler llada", "--sampler llada", "luckiest", "--lucky 1"),
+        ("--per_call 2", "--per_call 2", "margin", "not of ddpm_cache"),
+        ("--per_call 1.5 --sampler margin", "--per_call", "int"),
         ("--threshold 0.5", "--threshold 0.5", "threshold, not of ddpm_cache", "--sampler"),
         ("--eta 0.5 --sampler ddpm", "remdm_cap and remdm_rescale, not of ddpm"),
         ("--eta 1.5 --sampler remdm_cap", "--eta 1.5", "from 0 to 1"),
@@ -152,8 +168,16 @@ BAD = {
         ("--split dev", "dev", "train, val, test"),
         ("--T -1", "--T -1", "at least 0"),
         ("--passes 0", "--passes 0"),
+        ("--pases 3", "did you mean --passes?"),
         ("--seed 99999999999999999999", "--seed", "2**31"),
         ("--batch_size 0", "--batch_size 0"),
+        ("--order luck", "--order", "luck", "margin"),
+        ("--order llada", "--order", "llada", "margin"),
+        ("--order margin --per_call 0", "--per_call 0", "at least 1"),
+        ("--per_call 2", "--per_call 2", "only with --order"),
+        ("--order threshold --per_call 2", "--per_call 2", "threshold chooses"),
+        ("--order margin --T 10", "--order margin", "exact", "--T"),
+        ("--order margin --passes 2", "--order margin", "exact", "--passes"),
         ("--data nowhere/at/all", "nowhere/at/all/meta.json"),
         ("--zero_shot ptb --split val", "--split", "--zero_shot"),
         ("--zero_shot ptb --data here", "--data", "--zero_shot"),
@@ -199,7 +223,9 @@ BAD = {
         ("no/such.pt out.pt", "no/such.pt", "no such file"),
     ],
     "prepare": [
-        ("text7", "text7", "text8"),
+        ("txt", "txt", "did you mean text?"),
+        ("xyz", "xyz", "text8", "openwebtext"),
+        ("text --inputs a", "did you mean --input?"),
         ("pydocs --input x", "--input", "pydocs"),
         ("text8 --wrap wide", "--wrap", "wide"),
     ],
@@ -243,6 +269,32 @@ def test_a_command_refuses_bad_arguments(command, case, refuse):
 def test_a_command_refuses_an_option_that_it_has_not(command, refuse):
     arguments = {"bench": "sample CKPT", "convert": "a.pt b.pt", "prepare": "pydocs", "judge": "AR"}
     refuse(command, f"{arguments.get(command, '')} --wat=1", "--wat")
+
+
+EXAMPLES = {  # what a script says that was called without arguments
+    "sample": "python sample.py out/pydocs_mdlm/ckpt.pt --num 4 --watch",
+    "evaluate": "python evaluate.py out/pydocs_mdlm/ckpt.pt",
+    "judge": "python -m tasks.judge out/owt_mdlm/ckpt.pt gpt2-large --steps 256",
+    "bench": "python -m tasks.bench train owt_mdlm --batch_size 8 --micro_batch 8",
+    "convert": "python -m tasks.convert kuleshov-group/mdlm-owt out/mdlm/ckpt.pt",
+    "prepare": "python data/prepare.py pydocs",
+}
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_a_command_without_arguments_shows_an_example(command, capsys):
+    module, function, _ = COMMANDS[command]
+    main = getattr(importlib.import_module(module), function)
+    refused(capsys, lambda: main([]), "required", f"for example: {EXAMPLES[command]}\n")
+
+
+def test_a_checkpoint_that_is_not_there_is_looked_for(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main = importlib.import_module("sample").main
+    refused(capsys, lambda: main(["mine"]), "no such checkpoint; train one: python train.py\n")
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    (tmp_path / "out" / "mine" / "ckpt.pt").touch()
+    refused(capsys, lambda: main(["mine/ckpt.pt"]), "did you mean out/mine/ckpt.pt?")
 
 
 @pytest.mark.parametrize("command", CHECKPOINT_FIRST)

@@ -1,6 +1,9 @@
 """The command line, and bad data, folders and checkpoints: one clear line on stderr that says what
 is allowed, exit code 2, nothing lost. test_bad_arguments.py has the table of bad arguments."""
 
+import importlib
+import io
+import itertools
 import json
 import re
 import shutil
@@ -8,19 +11,22 @@ import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_corpus, refused, tiny_run
+from conftest import ROOT, make_corpus, refused, rewrite_meta, save, tiny_run
 
 import common
 import evaluate
 import sample
 import train
-from configs import CONFIGS, Config, from_cli
+from configs import CONFIGS, Config, as_ar
 from data import runs
 from data.checkpoints import read_checkpoint
+from data.command_line import from_cli
+from model import count_parameters
 
 # --------------------------------------------------------------------------------------------------
 # Configs from the command line
@@ -49,7 +55,7 @@ def test_resume_takes_the_fields_of_the_run(tmp_path, capsys):
     assert read("--resume", "--steps=90", "--wandb") == changed
     assert read().steps != 60
     (tmp_path / "config.json").write_text("{")
-    refused(capsys, lambda: read("--resume"), "config.json", "not a config")
+    refused(capsys, lambda: read("--resume"), "config.json: damaged")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +84,23 @@ def test_baselines_differ_from_mdlm_as_in_its_paper(data, bos):
     assert sedd == replace(mdlm, loss="sedd", time_cond=True)
 
 
+@pytest.mark.parametrize("size, upstream", [
+    ("tiny", 80_061_266), ("small", 169_627_218), ("medium", 424_477_010),
+])  # fmt: skip
+def test_named_sizes_are_upstreams(size, upstream):
+    """MDLM's counts, which for small and medium are SEDD's too: they have a row and a bias more in
+    the head, for MASK. A size changes nothing but the size."""
+    for base in ("owt_mdlm", "owt_sedd"):
+        cfg = CONFIGS[f"{base}_{size}"]()
+        assert count_parameters(cfg) == upstream - cfg.n_embd - 1
+        shape = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd")}
+        assert cfg == replace(CONFIGS[base](), **shape)
+    families = [f"{data}_{loss}" for data in ("owt", "lm1b", "text8")
+                for loss in ("mdlm", "sedd", "d3pm", "ar")]  # fmt: skip
+    assert all(f"{name}_{size}" in CONFIGS for name in families)
+    assert CONFIGS["lm1b_ar_small"]() == CONFIGS["lm1b_ar"]()
+
+
 def test_lm1bs_d3pm_differs_from_mdlm_as_in_its_paper():
     d3pm = dict(loss="d3pm", T=1000, zero_masking=False, carry_over=False, time_cond=True)
     assert CONFIGS["lm1b_d3pm"]() == replace(CONFIGS["lm1b_mdlm"](), **d3pm)
@@ -92,6 +115,98 @@ def test_help_is_the_docstring(main, word, capsys):
         main(["--help"]) if main else from_cli(["--help"], doc=train.__doc__, flags=flags)
     out = capsys.readouterr().out
     assert e.value.code == 0 and word in out and re.search(r"python \w+\.py", out)
+
+
+def read_help(capsys, *argv):
+    with pytest.raises(SystemExit) as e:
+        from_cli([*argv, "--help"], doc=train.__doc__)
+    assert e.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_values_of_the_named_config(capsys):
+    mdlm, smdm = read_help(capsys, "owt_mdlm"), read_help(capsys, "smdm_170", "--flops=3")
+    assert re.search(r"--lr float +\[0.0003\]", mdlm) and "[openwebtext_wrap1024]" in mdlm
+    assert "[out/owt_mdlm]" in mdlm and "--flops" not in mdlm
+    assert "arguments of smdm_170:\n  --flops FLOPS" in smdm and "[slimpajama]" in smdm
+    for text in (mdlm, smdm, read_help(capsys)):
+        titles = re.findall(r"^(\w+):$", text, re.M)
+        assert titles == ["options", "data", "model", "diffusion", "optimisation", "run"]
+        assert text.count("smdm_N") == 2 and len(re.findall("smdm_[0-9]+_ar", text)) == 0
+        known = set(re.findall(r"^  --(\w+) ", text, re.M))
+        assert known >= {f.name for f in fields(Config)}
+
+
+def test_options_may_be_written_with_dashes():
+    cfg, _ = from_cli(["--batch-size=32", "--micro-batch", "8", "--data=my-own"])
+    assert (cfg.batch_size, cfg.micro_batch, cfg.data) == (32, 8, "my-own")
+
+
+def test_vocab_size_is_that_of_the_data(corpus, tmp_path, capsys):
+    """Unless it is on the command line, or the run that is resumed has another."""
+    data = f"--data={corpus}"
+    assert from_cli([data])[0].vocab_size == 27 and from_cli(["owt_mdlm", data])[0].vocab_size == 27
+    assert from_cli([data, "--vocab_size=30"])[0].vocab_size == 30
+    assert from_cli([])[0].vocab_size == 2048
+    saved = replace(CONFIGS["pydocs_mdlm"](), out_dir=str(tmp_path), data=str(corpus))
+    (tmp_path / "config.json").write_text(json.dumps(asdict(saved)))
+    argv = ["--resume", f"--out_dir={tmp_path}"]
+    assert from_cli(argv, flags=[("resume", "")])[0].vocab_size == 2048
+
+
+# --------------------------------------------------------------------------------------------------
+# Progress, where stderr is no terminal
+
+
+def test_progress_is_a_line_every_two_seconds(monkeypatch):
+    clock, out = SimpleNamespace(seconds=0.0), io.StringIO()
+    monkeypatch.setattr("tqdm.std.time", lambda: clock.seconds)
+
+    def work(seconds):
+        for _ in common.progress(range(100), file=out, desc="work"):
+            clock.seconds += seconds / 100
+        return out.getvalue().splitlines()
+
+    assert work(1.9) == []
+    lines = work(10)
+    assert len(lines) == 4 and all(line.startswith("work: ") for line in lines)
+    assert "\r" not in out.getvalue() and " 20%" in lines[0] and "00:02<00:0" in lines[0]
+    bar = common.progress(file=out, desc="waiting")
+    for _ in range(3):  # nothing is counted, yet it says that work goes on
+        clock.seconds += 3
+        bar.update(0)
+    assert len(out.getvalue().splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    "command, word",
+    [
+        ("sample CKPT --num 3 --batch_size 2", " tokens]"),
+        ("evaluate CKPT", "batch"),
+        ("tasks.judge CKPT AR --num 3", "judging"),
+        ("data.prepare text --input TEXT --out OUT/new", "training the tokenizer"),
+        ("data.prepare text --input TEXT --out OUT/new", "encoding train"),
+        ("data.prepare text --input TEXT --out OUT/new", "checking val"),
+        ("tasks.convert CKPT OUT/hub", "reading"),
+        ("tasks.convert CKPT OUT/hub", "writing"),
+        ("train --data=WORDS --steps=3 --n_embd=32 --out_dir=OUT/run", "loss"),
+        (
+            "train --data=WORDS --steps=3 --n_embd=32 --out_dir=OUT/run",
+            "1024/1024",
+        ),  # tokens of samples
+    ],
+)
+def test_long_work_shows_progress(command, word, corpus, checkpoint, tmp_path, capsys, monkeypatch):
+    """With a clock that runs so fast that all work is long."""
+    ticks = itertools.count(step=3.0)
+    monkeypatch.setattr("tqdm.std.time", lambda: next(ticks))
+    ar = save(tmp_path / "ar.pt", as_ar(tiny_run(corpus)))
+    (tmp_path / "text").write_text("a text that is repeated. " * 99)
+    paths = dict(CKPT=checkpoint, AR=ar, TEXT=tmp_path / "text", OUT=tmp_path, WORDS=corpus)
+    name, *argv = re.sub("|".join(paths), lambda m: str(paths[m[0]]), command).split()
+    module = importlib.import_module(name)
+    (module.command_line if name == "train" else module.main)(argv)
+    assert word in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------
@@ -109,17 +224,19 @@ def refuses(capsys, cfg, *words, **flags):
 
 
 def edit_meta(**values):
-    def edit(folder):
-        path = folder / "meta.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return edit
+    return lambda folder: rewrite_meta(folder, **values)
 
 
 def write_large_ids(folder):
     ids = np.fromfile(folder / "train.bin", np.uint16)
     ids[:] = 27
     ids.tofile(folder / "train.bin")
+    rewrite_meta(folder)
+
+
+def change_a_byte(folder):
+    whole = (folder / "val.bin").read_bytes()
+    (folder / "val.bin").write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
 
 
 def truncate(folder):
@@ -136,6 +253,7 @@ def overwrite_meta(text):
     [
         (lambda folder: (folder / "train.bin").unlink(), ["train.bin", "0 bytes"]),
         (truncate, ["val.bin", "101 bytes"]),
+        (change_a_byte, ["val.bin: damaged", "sha256", "prepare"]),
         (write_large_ids, ["train.bin", "token id 27", "vocab_size is 27"]),
         (lambda folder: (folder / "meta.json").unlink(), ["meta.json", "prepare"]),
         (overwrite_meta("{"), ["meta.json", "damaged"]),

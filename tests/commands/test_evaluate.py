@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,8 +27,10 @@ from data.checkpoints import load
 from data.corpus import read_meta, read_split
 from data.prepare import prepare
 from data.tokenizer import LLAMA
+from diffusion import mdlm
 from evaluate import bound
 from tasks import zero_shot
+from tasks.orders import row_nats
 
 GPT2 = {"kind": "gpt2"}
 
@@ -67,6 +70,35 @@ def test_the_command_reports_the_whole_split(checkpoint, corpus, capsys):
     assert re.search(r"bits per char +<= \d\.\d{4} ± 0\.\d{4}\n", text) and "test split" in text
 
 
+def test_an_order_is_exact_and_the_same_for_every_batch_size(checkpoint, corpus, capsys, tmp_path):
+    get = lambda *args: result_of(capsys, checkpoint, "--split", "val", *args)
+    model, cfg = load(checkpoint)
+    ids = torch.from_numpy(np.asarray(read_split(str(corpus), "val", cfg)[0][:800], np.int64))
+    x0 = ids[: 25 * 32].view(25, 32)
+    order = get("--order", "margin", "--per_call", 3)
+    assert get("--order", "margin", "--per_call", 3, "--batch_size", 7)["nats"] == pytest.approx(
+        order["nats"], rel=1e-5
+    )
+    assert order["T"] == 0 and order["se"] > 0
+    want, _ = row_nats(model, x0, x0 >= 0, x0 >= 0, cfg, dict(sampler="margin", per_call=3))
+    assert order["tokens"] == 800 and order["nats"] == pytest.approx(
+        want.sum().item() / 800, rel=1e-5
+    )
+    assert get("--order", "margin")["nats"] != order["nats"] != get()["nats"]
+    text = run(capsys, checkpoint, "--order", "margin", "--per_call", 3)
+    assert "bits per char   =  " in text and "exact for the order margin, per_call 3" in text
+    shutil.copy(checkpoint, tmp_path / "ckpt.pt")  # an interrupted order is no interrupted bound
+    again = lambda *args: result_of(
+        capsys, tmp_path / "ckpt.pt", "--split", "val", "--resume", *args
+    )
+    assert again("--order", "ar")["nats"] != again()["nats"] == pytest.approx(get()["nats"])
+
+
+def test_an_ar_model_needs_no_order(corpus, capsys, tmp_path):
+    path = save(tmp_path / "ar.pt", as_ar(tiny_run(corpus)))
+    refused(capsys, lambda: evaluate.main([str(path), "--order", "ar"]), "--order ar", "AR model")
+
+
 def test_every_option_reaches_the_bound(checkpoint, corpus, capsys):
     get = lambda *args: result_of(capsys, checkpoint, "--dtype", "float32", *args)
     base = get()
@@ -79,6 +111,40 @@ def test_every_option_reaches_the_bound(checkpoint, corpus, capsys):
     one, hundred = get("--T", 1, "--passes", 4), get("--T", 100, "--passes", 4)
     assert one["nats"] > hundred["nats"] > many["nats"] - 4 * many["se"]  # fewer steps cost more
     assert base["dtype"] == "float32" and base["step"] == 100 and base["T"] == 0
+
+
+def test_windows_are_a_part_of_the_split(checkpoint, corpus, capsys):
+    out = result_of(capsys, checkpoint, "--windows", 9)
+    model, cfg = load(checkpoint)
+    ids, meta = read_split(str(corpus), "test", cfg)
+    want = bound(model, ids, meta, cfg, "test", windows=9, batch_size=32)
+    assert out["forwards"] == out["windows"] == 9 and out["tokens"] < len(ids)
+    assert out["nats"] == pytest.approx(want["nats"], rel=1e-6)
+    assert result_of(capsys, checkpoint)["windows"] == 0
+    argv = [str(checkpoint), "--windows", "-1"]
+    refused(capsys, lambda: evaluate.main(argv), "--windows -1", "at least 0")
+
+
+def test_kl_and_reconstruction_apart(checkpoint, corpus, capsys):
+    """Of the bound in 4 steps, step 1 is the reconstruction: a quarter of the tokens masked, each
+    at the cost of its nats. Both parts add up to the bound."""
+    out = result_of(capsys, checkpoint, "--T", 4, "--parts", "--passes", 8)
+    whole = result_of(capsys, checkpoint, "--T", 4, "--passes", 8)
+    assert out["kl"] + out["reconstruction"] == pytest.approx(out["bits_per_token"])
+    assert abs(out["nats"] - whole["nats"]) < 4 * math.hypot(out["se"], whole["se"])
+    assert out["forwards"] == 2 * whole["forwards"]
+    model, cfg = load(checkpoint)
+    ids, _ = read_split(str(corpus), "test", cfg)
+    x0 = torch.from_numpy(ids[: len(ids) // 32 * 32].astype(np.int64)).view(-1, 32).repeat(8, 1)
+    t, every = torch.full((len(x0),), 0.25), torch.ones_like(x0, dtype=torch.bool)
+    nats = mdlm(model, x0, every, replace(cfg, T=4), t) / 4  # of its 4 steps, this one
+    found, error = nats.mean().item() / math.log(2), nats.mean(1).std().item() / len(x0) ** 0.5
+    assert abs(out["reconstruction"] - found) < 4 * (out["reconstruction_se"] + error)
+    text = run(capsys, checkpoint, "--T", 4, "--parts")
+    assert re.search(r"kl +<= \d\.\d{4} ± \d\.\d{4} bits per token\nreconstruction +<= \d\.", text)
+    for more in (["--parts"], ["--parts", "--T", "4", "--resume"]):
+        argv = [str(checkpoint), *more]
+        refused(capsys, lambda argv=argv: evaluate.main(argv), "--parts: needs --T above 0")
 
 
 KINDS = {  # name: (change of the config, the --T with a bound, {--T without one: the reason})

@@ -375,7 +375,7 @@ def test_bad_input(tmp_path, refuses):
     refuses([*gsm8k, tmp_path / "gone.jsonl"], "gone.jsonl: no such file")
     refuses(
         [*gsm8k, jsonl(tmp_path / "test.jsonl", json.loads(good.open().readline()))],
-        "needs two or more",
+        "no file of train",
     )
     refuses([*gsm8k, good, "--wrap", 2], "--wrap=2: must be at least 3")
     refuses([*gsm8k, good, "--wrap", 5], "no row of train fits into --wrap=5")

@@ -17,6 +17,7 @@ import torch
 from conftest import refused, save
 from world import (
     MASK,
+    SCORES,
     TEXTS,
     L,
     V,
@@ -25,6 +26,7 @@ from world import (
     hostile_model,
     hostile_scores,
     last,
+    law_of_choice,
     left_to_right_law,
     random_joint,
     tiny,
@@ -39,7 +41,17 @@ from model import DiT
 from sample import frames
 from samplers import OPTIONS, SAMPLERS, default_options
 from tasks import harness
-from tasks.harness import Request, batches, chain, fill, is_greedy, mc, split_text, truncate
+from tasks.harness import (
+    Request,
+    batches,
+    by_order,
+    chain,
+    fill,
+    is_greedy,
+    mc,
+    split_text,
+    truncate,
+)
 
 ROOT = Path(__file__).parents[2]
 EVERY = [  # all texts after all prefixes
@@ -121,6 +133,30 @@ def test_the_chain_rule_of_the_exact_network_is_the_truth():
     np.testing.assert_allclose(got, conditionals(joint), atol=1e-5)
 
 
+@SCHEDULED
+@pytest.mark.parametrize("per_call", [1, 2])
+@pytest.mark.parametrize("order", SCORES)
+def test_an_order_is_the_law_of_its_sampler_after_every_prefix(order, per_call, schedule):
+    model, cfg = hostile_model(), tiny(schedule=schedule)
+    got = by_order(model, cfg, EVERY, order=dict(sampler=order, per_call=per_call), batch_size=7)
+    enumerate_law = law_of_choice(SCORES[order], lambda scores, *args: per_call)
+    laws = {}
+    for request, log_p in zip(EVERY, got):
+        canvas = (*request.prefix, *[MASK] * len(request.target))
+        if canvas not in laws:
+            laws[canvas] = enumerate_law(model, torch.tensor(canvas), schedule, 1)
+        text = (TEXTS == torch.tensor(request.prefix + request.target)).all(-1)
+        assert math.exp(log_p) == pytest.approx(laws[canvas][text].item(), rel=1e-6)
+
+
+def test_from_left_to_right_an_order_is_the_chain_rule():
+    model, cfg = network()
+    requests = [Request([1, 2], [3, 0, 4]), Request([], [0, 1]), Request([3], [])]
+    for w in (0.0, 0.7):
+        one = by_order(model, cfg, requests, w, dict(sampler="ar", per_call=1))
+        np.testing.assert_allclose(one, chain(model, cfg, requests, w), atol=1e-5)
+
+
 def test_scores_are_normalised():
     scores, cfg = hostile_scores(), tiny(loss="sedd")
     normal = lambda *a: scores(*a).log_softmax(-1)
@@ -136,7 +172,7 @@ def bound(model, request, cfg, nodes=200):
     text, n, total = torch.tensor(request.prefix + request.target), len(request.target), 0.0
     for masks in itertools.product((False, True), repeat=n):
         masked = torch.tensor([False] * (L - n) + list(masks))
-        mass = 1 - alpha(cfg.schedule, t)
+        mass = 1 - alpha(cfg, t)
         weight = dt * reveal_rate(t, cfg) * mass ** sum(masks) * (1 - mass) ** (n - sum(masks))
         canvas = text.masked_fill(masked, MASK).repeat(nodes, 1)
         log_p = model(canvas, t, torch.ones_like(canvas, dtype=torch.bool)).view(nodes, L, V)
@@ -591,6 +627,11 @@ def test_options_reach_the_estimators(tasks, checkpoint, capsys):
     guided = run(capsys, *argv, "last", "--estimator", "chain", "--guidance", 0.5)
     perplexity = lambda record: record["results"]["last"]["perplexity,none"]
     assert perplexity(guided) != perplexity(chained)
+    one = run(capsys, *argv, "last", "--estimator", "ar")
+    assert perplexity(one) == pytest.approx(perplexity(chained), rel=1e-4)
+    two = run(capsys, *argv, "last", "free", "--estimator", "ar", "--per_call", 2)
+    assert two["estimator"] == "exact for the order ar, per_call 2"
+    assert perplexity(two) != pytest.approx(perplexity(one), rel=1e-3)
     harness.main([*map(str, argv), "free", "--gen_kwargs", "temperature=1,max_gen_toks=4"])
     out = capsys.readouterr().out
     assert "|free" in out and "likelihood: bound, 128 samples; guidance 0, seed 0, float32" in out
@@ -638,6 +679,7 @@ def test_temperature_and_top_p_of_free_text(write):
 
 @pytest.mark.parametrize("sampler, name", [
     (sampler, name) for sampler, f in SAMPLERS.items() for name in default_options(f)
+    if sampler != "llada"
 ])  # fmt: skip
 def test_each_samplers_option_changes_the_free_text(sampler, name, write):
     argv = ("--temperature", 1, "--steps", 20, "--sampler", sampler, f"--{name}")
@@ -658,9 +700,45 @@ def test_the_ar_twin_end_to_end(tasks, tmp_path, capsys):
     record = run(capsys, *argv, "choose", "page", "free")
     bits = record["results"]["page"]["bits_per_byte,none"]
     assert record["estimator"] == "exact" and bits == pytest.approx(math.log2(27), rel=1e-4)
-    for option in (["--guidance", "1"], ["--sampler", "ddpm"]):
+    options = ["--guidance", "1"], ["--sampler", "ddpm"], ["--estimator", "margin"]
+    for option in options:
         command = [*map(str, argv), "choose", *option]
         refused(capsys, lambda command=command: harness.main(command), option[0])
+
+
+def test_two_processes_share_the_answers(checkpoint, monkeypatch):
+    """Each of two processes computes every second answer; together they are those of one."""
+    pytest.importorskip("lm_eval", reason="the LM Evaluation Harness is not installed")
+    from lm_eval.api.instance import Instance
+
+    model, cfg = load(checkpoint)
+    tokenizer, words = load_tokenizer(model.tokenizer), WORDS.split()
+    adapter = harness.make_adapter(
+        model, cfg, tokenizer, partial(mc, samples=4), 0.0, "float32", {}, {"seed": 0}, batch_size=2
+    )
+    settings = {"max_gen_toks": 5, "temperature": 1.0, "do_sample": True}
+    kinds = {  # method: its requests
+        "loglikelihood": [(word, f" {other}") for word in words for other in words[:2]],
+        "loglikelihood_rolling": [(" ".join(words[:n]),) for n in range(1, 6)],
+        "generate_until": [(word, settings) for word in words],
+    }
+    make = lambda kind: [
+        Instance(kind, {}, request, 0, ("task", i, 1)) for i, request in enumerate(kinds[kind])
+    ]
+    for kind in kinds:
+        whole, parts = getattr(adapter, kind)(make(kind)), []
+        for rank in (0, 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(harness, "share", lambda items, rank=rank: items[rank::2])
+                patch.setattr(harness, "gather", list)
+                parts.append(getattr(adapter, kind)(make(kind)))
+        both = [None] * len(whole)
+        both[::2], both[1::2] = parts
+        assert len(parts[0]) - len(parts[1]) in (0, 1)
+        if kind == "generate_until":
+            assert both == whole and len(set(whole)) > 1
+        else:
+            assert np.allclose(both, whole, rtol=1e-5)
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -675,6 +753,7 @@ def test_the_ar_twin_end_to_end(tasks, tmp_path, capsys):
     (["--tasks", "choose", "--eta", "0.1"], "--eta 0.1: an option of remdm_cap"),
     (["--tasks", "choose", "--sampler", "threshold", "--threshold", "2"], "--threshold 2.0: must"),
     (["--estimator", "elbo", "--tasks", "choose"], "argument --estimator: invalid choice"),
+    (["--estimator", "ar", "--gamma", "1", "--tasks", "choose"], "--gamma 1.0: an option of entr"),
     ([], "the following arguments are required: --tasks"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(argv, message, tasks, checkpoint, capsys):

@@ -205,6 +205,39 @@ def test_transformers_judge_against_one_prefix_at_a_time(folder):
         assert n == len(want) and found == pytest.approx(sum(want), rel=1e-5)
 
 
+def test_windows_that_overlap_count_every_token_once(folder, checkpoints, tokenizer):
+    """A judge reads the whole text in windows of 8, start symbol included, which advance by 3: the
+    first window counts all it can predict, each later one its last 3 tokens."""
+    from transformers import AutoModelForCausalLM
+
+    path, start = folder
+    model, rng = AutoModelForCausalLM.from_pretrained(path), np.random.default_rng(0)
+    room = 8 - len(start)
+    for n in (0, 1, room, room + 1, 30):
+        words = rng.choice(WORDS, n)
+        ids = [[END, "<s>", *WORDS].index(word) for word in words]
+        want = []
+        for i in range(n):
+            first = max(-(-(i + 1 - room) // 3) * 3, 0)  # of the first window that has id number i
+            before = [*start, *ids[first:i]]
+            if before:
+                with torch.no_grad():
+                    log_p = model(torch.tensor([before])).logits[0, -1].log_softmax(-1)
+                want.append(-log_p[ids[i]].item())
+        judge = transformers_judge(str(path), "cpu", whole=True, context=8, stride=3)
+        nats, tokens = judge([" ".join(words)])
+        assert tokens[0] == len(want) and nats[0] == pytest.approx(sum(want), rel=1e-5)
+    apart = transformers_judge(str(path), "cpu", whole=True)([" ".join(rng.choice(WORDS, 40))])
+    assert apart[1][0] == (40 if start else 40 - 3)  # windows of 16, whose first ids are given
+    text, ours = "the cat saw one another and the dog", load(checkpoints[1])[0]
+    nats, _ = our_judge(checkpoints[1], "cpu", context=8, stride=3)([text])
+    ids, want = tokenizer.encode(text), 0.0
+    for i in range(len(ids)):
+        first = max(-(-(i + 1 - 8) // 3) * 3, 0)
+        want += slow_nats(ours, ids[first : i + 1])[-1]
+    assert nats[0] == pytest.approx(want, rel=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------
 # The command
 
@@ -284,6 +317,36 @@ def test_the_options_of_a_sampler_reach_it_and_are_reported(checkpoints, tokeniz
     remdm = ["--sampler", "remdm_cap", "--steps", 3, "--num", 1]
     shown = run(capsys, *checkpoints, *remdm)
     assert "; remdm_cap, eta 0.008, 3 steps, temperature 1" in shown
+
+
+def test_long_text_window_by_window(checkpoints, tokenizer, capsys):
+    """--semi_ar: the samples of sample.py with the same options, all of them read by the judge."""
+    options = ["--length", 80, "--stride", 8, "--window", 24, "--noise_removal", "greedy"]
+    out = result_of(capsys, *checkpoints, "--semi_ar", *options, "--num", 3, "--steps", 5)
+    model, cfg = load(checkpoints[0])
+    canvas, semi = torch.full((80,), cfg.mask_id), dict(window=24, stride=8, eos=None)
+    rows = generate(
+        model, tokenizer._replace(decode=list), cfg, 3, canvas, steps=5, semi=semi,
+        noise_removal="greedy",
+    )  # fmt: skip
+    assert out["tokens"] == 240 and out["length"] == 80 and out["stride"] == 8
+    assert out["entropy"] == pytest.approx(np.mean([unigram_entropy(ids) for ids in rows]))
+    nats, _ = our_judge(checkpoints[1], "cpu")(list(map(tokenizer.decode, rows)))
+    assert out["nats"] == pytest.approx(nats.sum() / 240, rel=1e-6)
+    close = result_of(
+        capsys, *checkpoints, "--semi_ar", *options, "--num", 3, "--steps", 5, "--judge_stride", 4
+    )
+    assert close["entropy"] == out["entropy"] and close["nats"] != out["nats"]
+    text = run(capsys, *checkpoints, "--semi_ar", *options, "--num", 1, "--steps", 5)
+    assert "5 steps, windows of 24 that advance by 8, greedy last step, " in text
+    argv = [str(checkpoints[0]), str(checkpoints[1])]
+    for more, *words in (
+        (["--length", "80"], "80 tokens", "--semi_ar"),
+        (["--stride", "8"], "--semi_ar"),
+        (["--judge_stride", "0"], "--judge_stride 0"),
+        (["--judge_context", "33", "--num", "1"], "--judge_context 33", "from 2 to", "32"),
+    ):
+        refused(capsys, lambda more=more: judge_task.main(argv + more), *words)
 
 
 def test_the_command_with_a_judge_of_transformers(checkpoints, folder, tokenizer, capsys):

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import io
+import os
 import re
 import runpy
 import shlex
@@ -87,7 +88,7 @@ def test_named_files_exist(page):
         made = path.startswith("data/") and not path.endswith(".py")  # a prepared corpus
         assert made or (ROOT / path).exists(), path
     for name in re.findall(r"`(\w+\.py)`", page.read_text()):
-        assert name == "one_loss.py" or any(
+        assert name in ("one_loss.py", "my_exercises.py") or any(
             (ROOT / folder / name).exists() for folder in (".", "data", "tasks")
         ), name
 
@@ -109,8 +110,22 @@ def test_the_quoted_loss_is_that_of_tiny():
         loss.body = loss.body[ast.get_docstring(loss) is not None :]
         return ast.unparse(loss)
 
-    (code,) = blocks(PAGES[0], "python")
+    _, code = blocks(PAGES[0], "python")
     assert parse_loss(code) == parse_loss((ROOT / "tiny.py").read_text())
+
+
+def test_the_lines_of_python_run_in_another_folder(checkpoint, tmp_path):
+    """With a checkpoint of characters; they print the texts and the loss."""
+    code, _ = blocks(PAGES[0], "python")
+    code = code.replace("out/pydocs_mdlm/ckpt.pt", str(checkpoint))
+    code = code.replace("The function returns a list of the names.", "abc def")
+    assert len(code.split("\n\n")[1].splitlines()) == 5
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    texts, nats = done.stdout.splitlines()
+    assert len(ast.literal_eval(texts)) == 2 and nats.startswith("tensor(")
 
 
 def test_one_loss_prints_what_the_page_says(capsys):
@@ -137,14 +152,15 @@ def commands(path):
         lines += re.findall(r"`((?:python|torchrun) [^`]*)`", CODE.sub("", text))
     for line in lines:
         for command in re.split(r" (?:&&|\|\||;) ", line):
-            words = shlex.split(command, comments=True)
+            words = shlex.split(command.removeprefix("srun "), comments=True)
             if words and words[0] in ("python", "torchrun"):
                 yield words[1:]
 
 
 def split_target(words):
     """(script or module, its arguments) of the words after python or torchrun."""
-    while re.match("--nproc|--nnodes|--rdzv", words[0]):
+    words = [word for word in words if word != "--"]
+    while re.match("--nproc|--nnodes|--rdzv|--max_restarts", words[0]):
         words = words[1:]
     return (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
 

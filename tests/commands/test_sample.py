@@ -4,16 +4,19 @@ terminal view is live."""
 import io
 import re
 import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import LETTERS
+from conftest import LETTERS, refused, save, tiny_run
 
-import common
 import sample
 from configs import Config
-from data.checkpoints import load
+from data import command_line
+from data.canvas import infill_canvas, prompt_canvas, split_holes
+from data.checkpoints import load, save_checkpoint
 from data.tokenizer import load_tokenizer, train_bpe
+from model import DiT
 
 
 def run(capsys, *args):
@@ -40,9 +43,22 @@ def test_a_seed_is_a_text(checkpoint, capsys):
     assert three() == first != three("--seed", 1)
 
 
+def lucky(sampler):
+    """The options that choose a sampler at temperature 1."""
+    return ["--sampler", sampler, *(["--lucky", 1] if sampler == "llada" else [])]
+
+
+def test_llada_is_for_temperature_0_or_insisted_on(checkpoint, capsys):
+    command = [str(checkpoint), "--sampler", "llada", "--steps", "5"]
+    refused(capsys, lambda: sample.main(command), "--sampler llada", "confidence", "--lucky 1")
+    greedy = run(capsys, *command, "--temperature", 0)
+    assert greedy == run(capsys, *command[:2], "confidence", *command[3:], "--temperature", 0)
+    assert run(capsys, *command, "--lucky", 1) != greedy
+
+
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
 def test_a_row_does_not_depend_on_its_batch(checkpoint, capsys, sampler):
-    get = lambda *args: run(capsys, checkpoint, "--sampler", sampler, "--steps", 20, *args)
+    get = lambda *args: run(capsys, checkpoint, *lucky(sampler), "--steps", 20, *args)
     texts = get("--num", 6)
     assert get("--num", 6, "--batch_size", 1) == get("--num", 6, "--batch_size", 4) == texts
     assert get("--num", 2) == texts[: 2 * len(texts) // 6]
@@ -54,6 +70,7 @@ def test_a_row_does_not_depend_on_its_batch(checkpoint, capsys, sampler):
     [
         ("threshold", "threshold", 0, 1), ("entropy_bound", "gamma", 0, 999),
         ("remdm_cap", "eta", 0, 1), ("remdm_rescale", "eta", 0, 1),
+        ("margin", "per_call", 1, 9), ("ar", "per_call", 1, 9),
     ],
 )  # fmt: skip
 def test_a_samplers_option_reaches_it(checkpoint, capsys, monkeypatch, sampler, option, low, high):
@@ -66,10 +83,12 @@ def test_a_samplers_option_reaches_it(checkpoint, capsys, monkeypatch, sampler, 
 
     command = checkpoint, "--sampler", sampler, "--steps", 20, "--num", 2
     get = lambda *args: run(capsys, *command, *args)
-    default, value = get(), common.default_options(real)[option]
+    default, value = get(), command_line.default_options(real)[option]
     assert get(f"--{option}", value) == default
     assert get(f"--{option}", low) != get(f"--{option}", high)
-    monkeypatch.setattr(common, "default_options", lambda f: {option: value})
+    defaults = command_line.default_options
+    known = lambda f: {option: value} if f is spy else defaults(f)
+    monkeypatch.setattr(command_line, "default_options", known)
     monkeypatch.setitem(sample.SAMPLERS, sampler, spy)
     get(f"--{option}", low, "--semi_ar", "--length", 40)
     assert len(seen) == 2 and all(options == {option: low} for options in seen)
@@ -83,13 +102,24 @@ def test_help_names_the_samplers_of_every_option(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "--eta ETA of the sampler remdm_cap [0.008], remdm_rescale [0.015]" in shown
     assert "--gamma GAMMA of the sampler entropy_bound [0.1]" in shown
+    users = "ar [1], confidence [0], margin [0], entropy [0], llada [0]"
+    assert f"--per_call PER_CALL of the sampler {users}" in shown
 
 
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
 def test_texts_around_holes_are_kept(checkpoint, capsys, sampler):
-    options = ["--sampler", sampler, "--steps", 9, *(["--eta", 1] if "remdm" in sampler else [])]
+    options = [*lucky(sampler), "--steps", 9, *(["--eta", 1] if "remdm" in sampler else [])]
     out = run(capsys, checkpoint, "--infill", "one ____ two [3]end", *options)
     assert re.fullmatch(r"one [a-z ]{4} two [a-z ]{3}end\n", out)
+
+
+def test_a_star_fills_the_models_length(checkpoint, capsys):
+    out = run(capsys, checkpoint, "--infill", "one [*] two [3]end")
+    assert re.fullmatch(r"one [a-z ]{17} two [a-z ]{3}end\n", out) and len(out) == 32 + 1
+    assert re.fullmatch(r"one[a-z ]{29}\n", run(capsys, checkpoint, "--infill", "one[*]"))
+    for text, words in ((f"{'a' * 32}[*]", "0 of 32 are left"), ("a[*]b[*]c", "may come once")):
+        argv = [str(checkpoint), "--infill", text]
+        refused(capsys, lambda argv=argv: sample.main(argv), "--infill: [*]", words)
 
 
 def test_prompts_are_kept(checkpoint, capsys):
@@ -113,7 +143,7 @@ def test_holes_take_the_space_before_a_subword():
     spec = train_bpe(["to be or not to be that is the question " * 40], 300)
     tokenizer = load_tokenizer(spec)
     mask, cfg = tokenizer.vocab_size, Config(vocab_size=tokenizer.vocab_size)
-    infill = lambda text: sample.infill_canvas(tokenizer, text, cfg, subword=True)
+    infill = lambda text: infill_canvas(tokenizer, text, cfg, subword=True)
     ids = infill("to be [2] not to").tolist()
     assert ids == [*tokenizer.encode("to be"), mask, mask, *tokenizer.encode(" not to")]
     assert ids.count(mask) == 2 and tokenizer.decode(ids) == "to be██ not to"
@@ -121,6 +151,37 @@ def test_holes_take_the_space_before_a_subword():
         assert (infill(f"to {hole}") == mask).sum() == size
     with pytest.raises(ValueError, match="no hole"):
         infill("a ___ b [x]")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x = data[0] + [1]", "____ and _____", r"\\server\[3]", r"\____\\[12]", "[0][00][1]", "a\\"],
+)
+def test_escaped_holes_are_text(text):
+    """A backslash makes a hole text; one in front of a hole is written twice."""
+    escape = lambda s: re.sub(r"(\\*)(_{4,}|\[\d{1,6}\])", r"\1\1\\\2", s)
+    assert split_holes(escape(text)) == ([text], [])
+    pieces = split_holes(f"{escape(text)}, [7]{escape(text)}")
+    assert pieces == ([f"{text}, ", text], [7])
+
+
+def test_a_backslash_in_front_of_a_hole_is_written_twice():
+    assert split_holes(r"a\\[3]b\n") == (["a\\", r"b\n"], [3])
+
+
+@pytest.mark.parametrize("hole", ["[0]", "[000]"])
+def test_a_hole_of_no_tokens_is_an_error(hole, checkpoint, capsys):
+    words = f"{hole} is a hole of no tokens", f"as text it is \\{hole}"
+    refused(capsys, lambda: sample.main([str(checkpoint), "--infill", f"a {hole} [3]"]), *words)
+
+
+def test_infilled_text_keeps_its_brackets(corpus, tmp_path, capsys):
+    """From the command line to the text."""
+    letters = " []_0123456789abcdefgh"
+    cfg = replace(tiny_run(corpus), vocab_size=len(letters))
+    path = save(tmp_path / "a.pt", cfg, dict(kind="char", characters=letters))
+    out = run(capsys, path, "--infill", r"a\[0] \[1]\____[2]h", "--steps", 2)
+    assert out.startswith("a[0] [1]____") and len(out.rstrip("\n")) == 15
 
 
 def test_guidance_by_the_prompt(checkpoint, capsys):
@@ -164,6 +225,38 @@ def test_a_text_ends_at_the_first_eos_that_was_written():
     assert cut([9, 1, 2, 3, 4], 9) == [9, 1, 2, 3, 4]
     assert cut([9, 1, 2, 9, 9]) == [9, 1, 2, 9, 9]
     assert cut([9, 1, 2, 9, 9], 9, bos=True) == [1, 2]  # a given first token is no text
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_prompt_gets_past_one_window_unless_rows_are_documents(ends, tmp_path, capsys):
+    """A model of packed rows that writes an end-of-text, BOS = EOS, at every third position or so:
+    with --semi_ar it fills the length. A model of documents, or --stop, ends at the first one."""
+    spec = train_bpe(["the cat saw a dog "] * 20, 260) | {"eos": True}
+    tokenizer = load_tokenizer(spec)
+    cfg = replace(tiny_run("none"), vocab_size=tokenizer.vocab_size, seq_len=16)
+    assert tokenizer.bos == tokenizer.eos == cfg.vocab_size - 1
+    model = DiT(cfg)
+    model.head.bias.data[tokenizer.eos] = 5.0
+    weights = model.state_dict()
+    save_checkpoint(
+        tmp_path / "ckpt.pt", model=weights, ema=weights, step=1, config=asdict(cfg),
+        tokenizer=spec, ends=ends,
+    )  # fmt: skip
+    get = lambda *args: run(
+        capsys, tmp_path, "--semi_ar", "--length", 60, "--prompt", "the cat", "--seed", 1, *args
+    )
+    model, cfg = load(tmp_path)
+    canvas = prompt_canvas(tokenizer, "the cat", 60, cfg)
+    semi = dict(window=16, stride=8, eos=sample.end_id(model, tokenizer))
+    ids = sample.generate(
+        model, tokenizer._replace(decode=list), cfg, 8, canvas, semi=semi, steps=64
+    )
+    assert all(tokenizer.decode(text).startswith("the cat") for text in ids)
+    if ends:
+        assert max(map(len, ids)) < 60 and get() == get("--stop")
+    else:
+        assert all(len(text) == 60 and tokenizer.eos in text[:16] for text in ids)
+        assert len(get()) > len(get("--stop"))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -185,6 +185,14 @@ def test_dropout_is_new_in_every_step(cfg, monkeypatch):
 # Fine-tuning
 
 
+def test_epochs_set_the_steps(cfg, capsys):
+    """4,000 tokens are 125 rows of 32, so 2 epochs of batches of 8 are 31 steps."""
+    argv = command(replace(cfg, eval_every=100, samples=0))[1:]
+    train.command_line([*argv, "--epochs", "2"])
+    assert read_checkpoint(cfg.out_dir)["step"] == 31
+    refused(capsys, lambda: train.command_line([*argv, "--epochs=-1"]), "--epochs -1.0")
+
+
 @pytest.fixture
 def tuned(cfg, tmp_path):
     """One step of fine-tuning, too small to see, from the checkpoint of a run."""
@@ -267,15 +275,17 @@ def test_recomputing_is_the_same_run_to_the_bit_and_may_be_switched(cfg, tmp_pat
     assert same(weights(cfg), weights(straight))
 
 
-def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_best(cfg, tmp_path, monkeypatch):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(cfg, tmp_path, monkeypatch):
+    """best.pt has no moments, and so no run resumes from it."""
     straight = replace(cfg, out_dir=str(tmp_path / "straight"))
     train.main(straight)
     train.main(replace(cfg, steps=6))
     os.remove(cfg.out_dir + "/ckpt.pt")
+    assert read_checkpoint(Path(cfg.out_dir) / "best.pt")["optimizer"] == []
     steps, batch = [], batches.batch
     monkeypatch.setattr(batches, "batch", lambda *a: (steps.append(a[3]), batch(*a))[1])
     train.main(cfg, resume=True)
-    assert steps[0] == 6 and same(weights(cfg), weights(straight))
+    assert steps[0] == 0 and same(weights(cfg), weights(straight))
 
 
 @pytest.mark.parametrize(
@@ -364,6 +374,28 @@ def test_two_processes_train_the_other_losses_like_one(cfg, tmp_path):
     torchrun(two)
     assert close(records(one, "loss"), records(two, "loss"))
     assert close(validation_nats(one), validation_nats(two))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe", [dict(muon_lr=0.01), dict(tied=True, ema=0.0), dict(recompute=True, time_cond=True)]
+)
+def test_sharded_training_is_like_one_process_and_each_resumes_the_other(cfg, tmp_path, recipe):
+    """FSDP: losses, weights and average. The 15 windows make unequal shares of validation."""
+    cfg = replace(cfg, micro_batch=2, save_every=10, eval_every=10, eval_windows=15, **recipe)
+    one, two = (replace(cfg, steps=20, out_dir=str(tmp_path / name)) for name in ("one", "two"))
+    train.main(one)
+    torchrun(replace(two, fsdp=True))
+    train.main(replace(two, steps=30), resume=True)
+    torchrun(replace(one, steps=30, fsdp=True), "--resume")
+    assert close(records(one, "loss"), records(two, "loss"))
+    assert close(validation_nats(one), validation_nats(two))
+    atol = 1e-3 if cfg.muon_lr else 1e-5  # Muon multiplies in bfloat16 where the CPU can
+    for name in ("ckpt.pt", "best.pt"):
+        a, b = weights(one, name), weights(two, name)
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=atol)
 
 
 @pytest.mark.slow
@@ -555,15 +587,16 @@ def test_the_time_left_counts_steps_and_validations_to_come(cfg, monkeypatch):
     a window of it costs a third of a row of training: 6 / 8 / 3 s."""
     clock = Clock(monkeypatch)
     bar = Bar(clock)
-    monkeypatch.setattr(train, "tqdm", bar)
+    monkeypatch.setattr(runs, "tqdm", bar)
+    monkeypatch.setattr(train, "progress", bar)
     cfg = replace(cfg, steps=20, eval_every=6, eval_windows=8)  # validates at 6, 12, 18 and 20
-    val_ids = np.zeros(25 * 32 - 5)  # 25 windows, the last of them shorter
-    run = SimpleNamespace(cfg=cfg, val_ids=val_ids, bar=bar, first=0, timed=0.0, per_window=0.0)
+    sets = {"val": (np.zeros(25 * 32 - 5),)}  # 25 windows, the last of them shorter
+    run = SimpleNamespace(cfg=cfg, val_sets=sets, bar=bar, first=0, timed=0.0, per_window=0.0)
     run.status = ""
 
     def left(step, seconds):
         run.step, clock.seconds = step, seconds
-        train.show_progress(run)
+        runs.show_progress(run)
         return bar.shown[-1][1]
 
     left(1, 100)
@@ -572,6 +605,8 @@ def test_the_time_left_counts_steps_and_validations_to_come(cfg, monkeypatch):
     assert left(7, 136) == 13 * 6 + (3 * 8 + 25) * 0.5
     run.cfg = replace(cfg, eval_windows=0)  # all windows each time, and none after the last step
     assert left(8, 142) == 12 * 6 + 3 * 25 * 0.5
+    sets["val_data"] = (np.zeros(4 * 32),)  # a second set
+    assert left(9, 148) == 11 * 6 + 3 * (25 + 4) * 0.5
 
 
 @pytest.fixture(params=[(0, 8), (0, 0), (12, 8)], ids=["new", "all windows", "resumed"])
@@ -587,6 +622,8 @@ def progress(request, cfg, monkeypatch):
     bar = Bar(clock)
     bar.write = lambda text, file: None
     monkeypatch.setattr(train, "tqdm", bar)
+    monkeypatch.setattr(runs, "tqdm", bar)
+    monkeypatch.setattr(train, "progress", bar)
 
     def step(*args):
         clock.advance(24 if started else 1000)

@@ -1,11 +1,13 @@
 """The losses against their definitions: every mask of a tiny world, exact integrals over t."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from world import (
     MASK,
     SUBSETS,
@@ -73,6 +75,34 @@ def test_schedules_run_from_one_to_zero_with_the_right_slope(schedule):
     torch.testing.assert_close(inverted, inner, rtol=0, atol=1e-9)
 
 
+def test_parameters_of_a_schedule_are_fields():
+    """sigma from sigma_min to sigma_max, stretched so that alpha runs from 1 to 0; losses and
+    samplers take them from the config."""
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    cfg = tiny(schedule="geometric", sigma_min=1e-3, sigma_max=5.0)
+    sigma = 1e-3 ** (1 - t) * 5.0**t
+    want = ((-sigma).exp() - math.exp(-5)) / (math.exp(-1e-3) - math.exp(-5))
+    torch.testing.assert_close(alpha(cfg, t), want, rtol=0, atol=1e-12)
+    same = tiny(schedule="geometric", sigma_min=1e-4, sigma_max=20.0)
+    assert torch.equal(alpha(same, t), alpha("geometric", t)) and not cfg == same
+    straight = tiny(schedule="sigma_linear", sigma_min=1e-3, sigma_max=7.0)
+    want = ((-(1e-3 + 6.999 * t)).exp() - math.exp(-7)) / (math.exp(-1e-3) - math.exp(-7))
+    torch.testing.assert_close(alpha(straight, t), want, rtol=0, atol=1e-12)
+    joint = random_joint()
+    bound = expected_loss("mdlm", exact_model(joint), TEXT, cfg)
+    assert bound == pytest.approx(-joint[tuple(TEXT)].log().item(), abs=1e-5)
+    folders = [ROOT, *(ROOT / name for name in ("tasks", "extra", "data"))]
+    for path in (path for folder in folders for path in folder.glob("*.py")):
+        assert not re.search(r"(alpha|time_at)\(cfg\.schedule", path.read_text()), path
+    for fields, words in (
+        (dict(sigma_max=5.0), "sigma_max=5.0: only for schedule=geometric or sigma_linear"),
+        (dict(schedule="geometric", sigma_max=5.0), "sigma_min=0.0: must be above 0"),
+        (dict(schedule="sigma_linear", sigma_min=5.0), "sigma_min=5.0: must be below sigma_max"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            tiny(**fields)
+
+
 # --------------------------------------------------------------------------------------------------
 # Bounds
 
@@ -106,6 +136,22 @@ def test_score_entropy_is_that_of_the_paper():
     assert_close(nats_of("sedd", model, x0, cfg, t, xt), dsigma * entropy * (xt == MASK))
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("loss", ["mdlm", "sedd"])
+def test_continuous_losses_are_a_poisson_kl_of_reverse_rates(loss, schedule):
+    """Dense: the sum over all tokens y of r^ - r + r log(r / r^), where r and r^ are the true and
+    the model's rates at which a masked position becomes y."""
+    model = hostile_scores() if loss == "sedd" else hostile_model()
+    x0, t = TEXTS, torch.linspace(0.05, 0.95, len(TEXTS), dtype=torch.float64)
+    xt = x0.masked_fill(SUBSETS[torch.arange(len(x0)) % len(SUBSETS)], MASK)
+    rate = (-dalpha(schedule, t) / (1 - alpha(schedule, t)))[:, None, None]
+    r = rate * F.one_hot(x0, V)
+    g = model(xt, t, ones(xt)).exp().view(*x0.shape, V) / (V if loss == "sedd" else 1)
+    terms = rate * g - r + torch.special.xlogy(r, r / (rate * g))
+    want = terms.sum(-1) * (xt == MASK)
+    assert_close(nats_of(loss, model, x0, tiny(schedule=schedule, loss=loss), t, xt), want)
+
+
 def test_score_entropy_costs_more_than_mdlm_unless_scores_are_normalised():
     model, cfg = hostile_scores(), tiny(loss="sedd", schedule="cosine")
     x0, t = torch.randint(0, V, (300, L)), torch.rand(300, dtype=torch.float64)
@@ -115,6 +161,17 @@ def test_score_entropy_costs_more_than_mdlm_unless_scores_are_normalised():
     assert (nats >= mdlm - 1e-5).all() and (nats > mdlm + 0.01).any()
     normalised = lambda x, t, at: model(x, t, at).log_softmax(-1) + math.log(V)
     assert_close(nats_of("sedd", normalised, x0, cfg, t, xt), mdlm)
+
+
+@pytest.mark.parametrize("loss", LOSSES.keys() - {"ar"})
+def test_every_loss_is_a_bound(loss):
+    joint, cfg = random_joint(), tiny(loss=loss, T=10 if loss == "d3pm" else 0)
+    scale = math.log(V) if loss == "sedd" else 0.0  # its scores are normalised to V
+    model = lambda x, t, at: exact_model(joint)(x, t, at) + scale
+    for text in TEXTS:
+        least = -joint[tuple(text)].log().item()
+        needs = "a loss needs to be at least -log p on average over its masks, for a perfect model"
+        assert expected_loss(loss, model, text, cfg, nodes=100) > least - 1e-4, needs
 
 
 def test_ar_is_the_chain_rule():
@@ -168,7 +225,7 @@ def dense_d3pm(model, x0, xt, t, cfg):
     absorb, eye = torch.zeros(K, K, dtype=torch.float64), torch.eye(K, dtype=torch.float64)
     absorb[:, MASK] = 1
     for b in range(len(x0)):
-        a_t, a_s = alpha(cfg.schedule, t[b]).item(), alpha(cfg.schedule, t[b] - 1 / cfg.T).item()
+        a_t, a_s = alpha(cfg, t[b]).item(), alpha(cfg, t[b] - 1 / cfg.T).item()
         qbar_s = a_s * eye + (1 - a_s) * absorb
         q_st = (a_t / a_s) * eye + (1 - a_t / a_s) * absorb
         row = xt[b : b + 1]

@@ -1,8 +1,8 @@
 """Every sampler's law against the enumerated one, with a hostile, time-dependent denoiser."""
 
-import itertools
 import math
 from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +10,12 @@ import torch.nn.functional as F
 import world
 from world import (
     MASK,
+    SCORES,
     TEXTS,
     L,
     V,
     ancestral_law,
+    by_schedule,
     chi_square_p,
     exact_model,
     hostile_model,
@@ -21,7 +23,7 @@ from world import (
     index,
     kolmogorov_p,
     last,
-    law_of,
+    law_of_choice,
     left_to_right_law,
     ones,
     pooled_p,
@@ -41,10 +43,10 @@ from diffusion import (
     denoiser,
     reveal_at,
     row_generators,
-    time_at,
     uniform,
 )
 from model import DiT
+from sample import end_id
 from samplers import (
     OPTIONS,
     SAMPLERS,
@@ -80,7 +82,9 @@ def assert_laws(texts, laws, names=tuple(CANVASES)):
     """texts (n x canvases, L) of `sample` have the law of their canvas."""
     for i, (name, law) in enumerate(zip(names, laws, strict=True)):
         p = chi_square_p(texts[i :: len(names)], law)
-        assert p > 1e-4, f"{name}: p = {p:.2g}"
+        assert p > 1e-4, (
+            f"{name}: p = {p:.2g}; a sampler whose law is not ddpm's needs its law in LAWS"
+        )
 
 
 def even_denoiser(V=5):
@@ -163,76 +167,19 @@ def masking_law(model, canvas, schedule, steps):
     return step_law(canvas, steps, row)
 
 
-def outcomes(key, p, score, count):
-    """Yield (canvas, probability) of a call that draws a token at every mask of the canvas `key`
-    from p (64, L, V) and reveals the best by score(p (V,), token): count(scores, best first)."""
-    x = torch.tensor(key)
-    holes = (x == MASK).nonzero()[:, 0].tolist()
-    q = [p[index(x), i] for i in holes]
-    for tokens in itertools.product(range(V), repeat=len(holes)):
-        scores = [score(q[j], v) for j, v in enumerate(tokens)]
-        best = sorted(range(len(holes)), key=lambda j: -scores[j])
-        y = x.clone()
-        for j in best[: count([scores[j] for j in best])]:
-            y[holes[j]] = tokens[j]
-        yield tuple(y.tolist()), math.prod(q[j][v].item() for j, v in enumerate(tokens))
-
-
-def law_of_choice(score):
-    """The law of a sampler that draws all masks and keeps the best of each step."""
-
-    def law(model, canvas, schedule, steps):
-        state, total = {tuple(canvas.tolist()): 1.0}, int((canvas == MASK).sum())
-        for n in range(steps, 0, -1):
-            left = 1 - alpha(schedule, torch.tensor((n - 1) / steps, dtype=torch.float64)).item()
-            masks_left = math.ceil(total * left - 1e-9)
-            after, p = {}, predictions(model, n / steps).exp()
-            for key, chance in state.items():
-                reveal = lambda scores: len(scores) - masks_left  # noqa: B023
-                for y, q in outcomes(key, p, score, reveal):
-                    after[y] = after.get(y, 0) + chance * q
-            state = after
-        return law_of(state)
-
-    return law
-
-
-def law_of_sureness(score, count):
-    """The law of a sampler that draws all masks and keeps count(scores, best first) of them, at
-    least one, until none is left."""
-
-    def law(model, canvas, schedule, steps):
-        state, total = {tuple(canvas.tolist()): 1.0}, int((canvas == MASK).sum())
-        at_least_one = lambda scores: max(1, count(scores))
-        for left in range(total, 0, -1):  # canvases with most masks first: a call leaves fewer
-            t = time_at(schedule, torch.tensor(left / total, dtype=torch.float64)).item()
-            p = predictions(model, t).exp()
-            for key in [key for key in state if key.count(MASK) == left]:
-                chance = state.pop(key)
-                for y, q in outcomes(key, p, score, at_least_one):
-                    state[y] = state.get(y, 0) + chance * q
-        return law_of(state)
-
-    return law
-
-
-def entropy(p):
-    return -(p * p.log()).sum().item()
-
-
 def threshold_law(threshold):
-    count = lambda scores: sum(s > threshold for s in scores)
-    return law_of_sureness(lambda p, v: p[v].item(), count)
+    count = lambda scores, *args: sum(score > threshold for score in scores)
+    return law_of_choice(SCORES["confidence"], count)
 
 
 def entropy_bound_law(gamma):
     """Keeps the largest k for which the sum of entropies minus the largest is at most gamma."""
 
-    def count(scores):
+    def count(scores, *args):
         excess = lambda first: -sum(first) - max(-s for s in first)
         return max(k for k in range(1, len(scores) + 1) if excess(scores[:k]) <= gamma)
 
-    return law_of_sureness(lambda p, v: -entropy(p), count)
+    return law_of_choice(SCORES["entropy"], count)
 
 
 def remdm_law(sigma):
@@ -265,9 +212,8 @@ def limit_laws(schedule):
 LAWS = {  # a sampler that is not here has the ancestral law
     "first_hitting": lambda model, canvas, schedule, steps: limit_laws(schedule)[*canvas.tolist()],
     "euler": lambda model, *args: euler_law(lambda x, t, at: model(x, t, at) + math.log(V), *args),
-    "confidence": law_of_choice(lambda p, v: p[v]),
-    "margin": law_of_choice(lambda p, v: p.topk(2).values.diff().neg().item()),
-    "entropy": law_of_choice(lambda p, v: -entropy(p)),
+    **{name: law_of_choice(score, by_schedule) for name, score in SCORES.items()},
+    "llada": law_of_choice(lambda p, v: p[v], by_schedule),  # the only one to see the token
     "ar": left_to_right_law,
     **{name: law(*default_options(SAMPLERS[name]).values()) for name, law in OPTION_LAWS.items()},
 }
@@ -289,6 +235,25 @@ def laws_of(sampler, model, schedule, steps):
 def test_law_equals_the_enumerated_one(sampler, schedule, steps):
     texts = sample(sampler, hostile_model(), ALL, steps, tiny(schedule=schedule))
     assert_laws(texts, laws_of(sampler, hostile_model(), schedule, steps))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("per_call", [1, 2, 3])
+@pytest.mark.parametrize("sampler", SCORES)
+def test_orders_reveal_so_many_per_call(sampler, per_call, schedule):
+    texts = sample(sampler, hostile_model(), ALL, 5, tiny(schedule=schedule), per_call=per_call)
+    law = law_of_choice(SCORES[sampler], lambda scores, *args: per_call)
+    assert_laws(texts, [law(hostile_model(), canvas, schedule, 5) for canvas in ALL])
+
+
+def test_llada_is_confidence_at_temperature_0_only():
+    """Draw for draw; at temperature 1 it has another law."""
+    x, denoise = torch.full((500, L), MASK), denoiser(hostile_model(), tiny())
+    greedy = with_temperature(denoise, 0)
+    a, b = (list(SAMPLERS[s](greedy, x, 3, tiny())) for s in ("confidence", "llada"))
+    assert len(a) == len(b) and all((p == q).all() for p, q in zip(a, b))
+    texts = sample("llada", hostile_model(), ALL[:1], 3, tiny())
+    assert chi_square_p(texts, LAWS["confidence"](hostile_model(), ALL[0], "linear", 3)) < 1e-6
 
 
 @pytest.mark.parametrize("schedule", ["linear", "geometric"])
@@ -567,7 +532,7 @@ def test_remdm_leaves_earlier_windows_as_they_are():
 
 
 # --------------------------------------------------------------------------------------------------
-# Samplers that choose positions by confidence
+# Orders: tests/theory/test_orders.py has their likelihoods
 
 
 @pytest.mark.parametrize(
@@ -610,14 +575,17 @@ def test_every_option_of_a_sampler_has_a_range():
 ROWS = torch.tensor(
     [[0.50, 0.46, 0.04], [0.45, 0.28, 0.27], [0.40, 0.59, 0.01], [0.62, 0.19, 0.19]]
 )
-ORDER = {"confidence": [3, 2, 0, 1], "margin": [3, 2, 1, 0], "entropy": [2, 0, 3, 1]}
+ORDER = {
+    "ar": [0, 1, 2, 3], "confidence": [3, 2, 0, 1], "margin": [3, 2, 1, 0], "entropy": [2, 0, 3, 1],
+    "llada": [3, 2, 0, 1],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1, 1), (0, 1), (1, 0.3)])
 @pytest.mark.parametrize("sampler", ORDER)
 def test_the_surest_token_comes_first_by_each_score(sampler, temperature, top_p):
     """By the network's own probabilities, also where temperature 0 or a small top_p makes every
-    token certain. Only `confidence` ranks by the token that was drawn."""
+    token certain. Only `llada` ranks by the token that was drawn."""
     denoise = lambda x, t, at: ROWS.log().repeat(len(x), 1, 1)[at]
     denoise = with_top_p(with_temperature(denoise, temperature), top_p)
     frames = list(SAMPLERS[sampler](denoise, torch.full((200, 4), MASK), 4, tiny()))
@@ -625,7 +593,7 @@ def test_the_surest_token_comes_first_by_each_score(sampler, temperature, top_p)
     assert (shown.sum(-1) == torch.arange(1, 5)[:, None]).all()  # one in each step
     order = shown.int().argmax(0).argsort(-1)  # (200, 4) positions
     random = (temperature, top_p) == (1, 1)
-    if sampler == "confidence" and random:
+    if sampler == "llada" and random:
         assert len(order.unique(dim=0)) > 4
     else:
         assert (order == torch.tensor(ORDER[sampler])).all()
@@ -690,6 +658,51 @@ def test_semi_ar_has_the_law_of_its_windows(sampler, window, stride, starts):
         expected[(torch.tensor(text) * weights).sum()] = p * N
     assert counts[expected == 0].sum() == 0 and expected.sum().item() == pytest.approx(N)
     assert pooled_p(counts, expected) > 1e-4
+
+
+# Of each text of five tokens, in the order of base 3, how many of 20,000 sample_subs_guidance of
+# kuleshov-group/mdlm at c112c52 wrote: stride 2, one stride, dt 1/4, and for its backbone the table
+# of PACKED, the perfect network of rows [2] ... [2].
+UPSTREAM_SEMI_AR = [
+    0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 26, 0, 0, 1, 1, 0, 5,
+    1, 0, 4, 0, 1, 2, 1, 0, 1, 0, 0, 1, 0, 0, 1, 1, 0, 2, 0, 0, 14, 3, 0, 0, 0, 0, 1, 0, 0, 1,
+    0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 12, 0, 0, 1, 0, 1, 7, 4, 0, 9, 1, 1, 4,
+    0, 0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 38, 9, 1, 567, 10, 4, 27, 1, 0, 1, 1, 0, 1, 0, 0, 1, 0, 1,
+    1, 0, 0, 1, 0, 0, 0, 1, 1, 12, 4, 1, 401, 3, 1, 20, 0, 0, 2, 0, 0, 0, 0, 0, 2, 0, 0, 2, 0,
+    0, 0, 0, 0, 0, 0, 1, 15, 0, 0, 187, 4, 1, 8, 1, 1, 32, 17, 3, 23, 6, 2, 18, 1, 1, 16, 0, 0,
+    7, 0, 0, 11, 7, 1, 67, 15, 6, 1080, 15, 9, 58, 3, 3, 60, 47, 7, 47, 9, 3, 43, 1, 0, 35, 0,
+    0, 10, 1, 0, 10, 96, 31, 964, 203, 36, 13615, 161, 91, 598, 9, 6, 70, 37, 4, 46, 7, 1, 39,
+    4, 1, 66, 1, 0, 28, 1, 0, 16, 3, 0, 52, 6, 1, 652, 11, 4, 20,
+]  # fmt: skip
+TILT = torch.tensor([1.0, 1, 30], dtype=torch.float64)
+PACKED = random_joint() * TILT[:, None, None] * TILT
+PACKED /= PACKED.sum()
+
+
+def test_semi_ar_of_packed_rows_writes_on_behind_separators():
+    """Rows [2] ... [2] packed from documents, BOS = EOS = 2: `end_id` gives no end, every window is
+    filled, and the law is that of the windows. With 2 as an end, the law would be another. MDLM's
+    own sampler has the same law."""
+    cfg, model = tiny(), exact_model(PACKED)
+    packed, tokenizer = SimpleNamespace(ends=False), SimpleNamespace(bos=2, eos=2)
+    canvas, weights = torch.tensor([MASK] * 5), (V + 1) ** torch.arange(4, -1, -1)
+    law = window_law(lambda part: ancestral_law(model, part, "linear", 4), canvas, (0, 2), 3)
+    expected = torch.zeros(4**5, dtype=torch.float64)
+    for text, p in law.items():
+        expected[(torch.tensor(text) * weights).sum()] = p * N
+
+    def p_value(stop):
+        eos = end_id(packed, tokenizer, stop)
+        x = canvas.repeat(N, 1)
+        texts = last(semi_ar(denoiser(model, cfg), x, 4, cfg, None, window=3, stride=2, eos=eos))
+        counts = torch.bincount((texts * weights).sum(-1), minlength=4**5)
+        return pooled_p(counts, expected)
+
+    assert p_value(stop=False) > 1e-4 > p_value(stop=True)
+    places = (torch.cartesian_prod(*[torch.arange(3)] * 5) * weights).sum(-1)
+    upstream = torch.zeros(4**5, dtype=torch.float64)
+    upstream[places] = torch.tensor(UPSTREAM_SEMI_AR, dtype=torch.float64)
+    assert upstream.sum() == N and pooled_p(upstream, expected) > 1e-4
 
 
 def test_semi_ar_stops_rows_that_have_ended():
