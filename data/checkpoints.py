@@ -86,9 +86,8 @@ def check_archive(path):
                 fail(f"{path}: compressed, or with overlapping members: not what torch.save writes")
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error) as e:
-        fail(
-            f"{path}: damaged, or not a checkpoint: not a zip file of torch.save ({type(e).__name__})"
-        )
+        reason = f"not a zip file of torch.save ({type(e).__name__})"
+        fail(f"{path}: damaged, or not a checkpoint: {reason}")
     if damaged:
         fail(f"{path}: damaged: wrong checksum in {damaged}")
 
