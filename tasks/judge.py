@@ -273,7 +273,7 @@ def parse_arguments(argv):
     p.set_defaults(prompt="", infill=None, guidance=0.0, fps=None)  # sample.py's own options
     args = p.parse_args(argv)
     check_arguments(args)
-    check_range(args, judge_stride=1)
+    check_range(args, judge_stride=1, batch_size=1)
     return args
 
 

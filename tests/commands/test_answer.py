@@ -275,7 +275,7 @@ def facts(checkpoints, tmp_path):
 
 
 def test_smdms_reversal_test(checkpoints, facts, run, capsys, monkeypatch):
-    """Greedy, 32 steps, guidance 0.8, rows of 52 tokens or the model's 48; accuracy by containment
+    """The surest first, greedy, 32 steps, guidance 0.8, rows of 52 tokens or the model's 48; accuracy by containment
     of each kind, BLEU of descriptions."""
     model, _ = load(checkpoints["mdlm"])
     tokenizer, seen = load_tokenizer(model.tokenizer), []
@@ -286,7 +286,7 @@ def test_smdms_reversal_test(checkpoints, facts, run, capsys, monkeypatch):
 
     def write(model, cfg, eos, prompts, rows, new, length, **options):
         seen.append((length, options["steps"], options["temperature"], options["guidance"]))
-        assert options["sampler"] == "confidence"
+        assert options["sampler"] == "llada"
         names = [tokenizer.decode(prompt[1:]).split()[0] for prompt in prompts]
         return [tokenizer.encode(texts.get(name, " nobody"), inside=True) for name in names]
 

@@ -344,6 +344,7 @@ def test_long_text_window_by_window(checkpoints, tokenizer, capsys):
         (["--length", "80"], "80 tokens", "--semi_ar"),
         (["--stride", "8"], "--semi_ar"),
         (["--judge_stride", "0"], "--judge_stride 0"),
+        (["--batch_size", "0"], "--batch_size 0"),
         (["--judge_context", "33", "--num", "1"], "--judge_context 33", "from 2 to", "32"),
     ):
         refused(capsys, lambda more=more: judge_task.main(argv + more), *words)
