@@ -159,7 +159,7 @@ def commands(path):
 
 def split_target(words):
     """(script or module, its arguments) of the words after python or torchrun."""
-    while re.match("--nproc|--nnodes|--rdzv|--max_restarts", words[0]):
+    while re.match("--nproc|--nnodes|--rdzv", words[0]):
         words = words[1:]
     return (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
 
