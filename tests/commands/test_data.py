@@ -235,7 +235,8 @@ def test_text8_from_a_zip_and_from_the_raw_file(small_text8, tmp_path, capsys):
     )
     (tmp_path / "text8").write_text(small_text8)
     check_text8(small_text8, *make("text8", "--input", tmp_path / "text8", "--out", tmp_path / "b"))
-    assert f"python train.py text8_mdlm --data={tmp_path}/b\n" in capsys.readouterr().out
+    command = f"python train.py text8_mdlm --data={tmp_path}/b --out_dir=out/b\n"
+    assert command in capsys.readouterr().out
 
 
 def test_text8_download(small_text8, tmp_path, serve, monkeypatch, refuses):
