@@ -150,8 +150,9 @@ def bound_nats(model, cfg, x0, maskable, counted, starts, args):
     total = 0
     for p in range(args.passes):
         v = torch.from_numpy(window_noise(0, starts, p, cfg.seq_len)).to(x0.device)
-        u = (p + v[:, 0]) / args.passes  # of this window alone: v[:, 0] also places a mask
-        total = total + batch_nats(model, x0, maskable, counted, cfg, 0, u, v.roll(1, -1))
+        u = torch.from_numpy(window_noise(1, starts, p, 1)[:, 0]).to(x0.device)
+        u = (p + u) / args.passes
+        total = total + batch_nats(model, x0, maskable, counted, cfg, 0, u, v)
     return total / args.passes, args.passes
 
 

@@ -1,11 +1,13 @@
 """The exact likelihood of an order, against enumeration and against samples."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from world import (
     MASK,
     SCORES,
@@ -24,8 +26,12 @@ from world import (
     tiny,
 )
 
+import evaluate
+from data.checkpoints import load
+from data.corpus import read_split
 from diffusion import denoiser, exact_count_bound, nll
 from samplers import ORDERS, SAMPLERS, with_temperature
+from tasks import orders
 from tasks.orders import average, list_settings, make_rows, order_nats, row_nats
 
 OPTIONS = {"threshold": [0.0, 0.4, 0.6, 1.0], "entropy_bound": [0.0, 0.4, 0.8, 9.0]}
@@ -184,3 +190,34 @@ def test_differences_are_paired_by_window_and_averaged_over_checkpoints():
     assert two["minus_one"] == pytest.approx(2 * (0.5 + 0.2))
     rows = [dict(order="ar", option="", calls=4, bits=bits) for bits in (1.0, 2.0)]
     assert average(rows) == [dict(order="ar", option="", calls=4.0, bits="1.500 ± 0.500")]
+
+
+def test_the_command_agrees_with_evaluate_and_pairs_windows(checkpoint, corpus, capsys):
+    """On the same windows: an order's bits, and the bound within its error."""
+    argv = [str(checkpoint), "--windows", "9", "--passes", "40", "--json", "--device", "cpu"]
+    orders.main([*argv, "--orders", "ar", "entropy_bound", "--per_call", "1", "4"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    bound, one, four, by_entropy = rows
+    names = [(row["order"], row["option"]) for row in rows]
+    assert names[:3] == [("bound", ""), ("ar", "per_call=1"), ("ar", "per_call=4")]
+    assert (bound["calls"], one["calls"], four["calls"]) == (40, 32, 8)
+    assert one["minus_bound"] == pytest.approx(one["bits"] - bound["bits"])
+    assert four["minus_one"] == pytest.approx(four["bits"] - one["bits"]) and "minus_one" not in one
+    model, cfg = load(checkpoint)
+    ids, meta = read_split(str(corpus), "val", cfg)
+    fair = evaluate.bound(model, ids, meta, cfg, "val", passes=40, windows=9)
+    factor = fair["split_tokens"] / meta["splits"]["val"]["characters"] / math.log(2)
+    assert bound["bits"] == pytest.approx(fair["nats"] * factor, abs=5 * bound["bits_se"])
+    exact = evaluate.bound(
+        model, ids, meta, cfg, "val", windows=9, order=dict(sampler="ar", per_call=4)
+    )
+    if len(ids) % cfg.seq_len == 0:  # else evaluate also counts the shorter last window
+        assert four["bits"] == pytest.approx(exact["nats"] * factor, rel=1e-5)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--orders", "llada"], ["llada", "margin"]), (["--per_call", "0"], ["--per_call 0"]),
+    (["--passes", "0"], ["--passes 0", "at least 1"]), (["--windows", "-1"], ["--windows -1"]),
+])  # fmt: skip
+def test_bad_arguments(argv, words, checkpoint, capsys):
+    refused(capsys, lambda: orders.main([str(checkpoint), *argv]), *words)
