@@ -141,7 +141,7 @@ def explain(p, message):
     if wrong := re.match(r"unrecognized arguments: (--\w+)", message):
         message = f"unknown option {wrong[1]}; {suggest(wrong[1], p._option_string_actions)}"
     elif wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
-        message += " " + suggest(wrong[1], re.findall("'(.*?)'", wrong[2]), "")
+        message += "; " + suggest(wrong[1], re.findall("'(.*?)'", wrong[2]), "see --help")
     elif "are required" in message:
         message += f"; for example: {re.search(EXAMPLE, p.description, re.M)[1]}"
     fail(message)

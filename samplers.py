@@ -227,7 +227,7 @@ def reveal_in_order(denoise, x, cfg, gen, order, count):
     while (masked := x == cfg.mask_id).any():
         t = time_at(cfg, masked.sum(-1).double() / total)
         log_p = shaped.plain(x, t, masked)
-        rank = in_parts(lambda part: order(F.log_softmax(part.double(), -1)), log_p)
+        rank = in_parts(lambda part: order(F.log_softmax(part, -1)), log_p)
         now = choose(rank, masked, count)
         x = x.masked_scatter(now, categorical(shaped.reshape(log_p[now[masked]], t, now), u[now]))
         yield x
@@ -282,7 +282,7 @@ def llada(denoise, x, steps, cfg, gen=None, per_call=0, lucky=0):
         t = time_at(cfg, masked.sum(-1).double() / total)
         log_p = shaped.plain(x, t, masked)
         token = categorical(shaped.reshape(log_p, t, masked), uniform(masked, gen)[masked])
-        of_draw = lambda part, token: F.log_softmax(part.double(), -1).gather(-1, token)[:, 0]
+        of_draw = lambda part, token: F.log_softmax(part, -1).gather(-1, token)[:, 0]
         rank = in_parts(of_draw, log_p, token[:, None])
         x = torch.where(choose(rank, masked, count), x.masked_scatter(masked, token), x)
         yield x

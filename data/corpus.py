@@ -187,8 +187,8 @@ def read_meta(name):
         fail(f"{path}: damaged: {(wrong or ['dtype'])[0]}{again}")
     for split, sizes in meta["splits"].items():
         check_fields(sizes, SIZES, f"{path}: {split}", again)
-        if sizes["tokens"] < 0 or sizes["characters"] < 1:
-            fail(f"{path}: damaged: {split} has no text{again}")
+        if sizes["tokens"] < 0 or sizes["characters"] < 0:
+            fail(f"{path}: damaged: {split} has fewer than 0 tokens or characters{again}")
     return meta
 
 

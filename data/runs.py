@@ -182,7 +182,8 @@ def open_folder(cfg, step):
     log.seek(0)
     end = 0
     for record in read_log(log) if step else ():
-        if record.get("step", 0) > step or "final" in record:
+        again = "final" in record and record.get("step") == cfg.steps  # killed at its very end
+        if record.get("step", 0) > step or again:
             break
         end = log.tell()
     log.truncate(end)

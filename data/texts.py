@@ -229,7 +229,9 @@ def read_file(path, column):
             with open_bytes(path) as f:
                 text = f.read().decode().removeprefix("\ufeff")
         else:
-            documents = (d for batch in read_documents(path, column, notes=notes) for d in batch)
+            batches = read_documents(path, column, notes=notes)
+            batches = progress(batches, desc=f"reading {path}", unit=" thousand documents")
+            documents = (d for batch in batches for d in batch)
             text = "".join(d.rstrip("\n") + "\n\n" for d in documents if d.strip())
     except UnicodeDecodeError as e:
         fail(f"{path}: not UTF-8: byte {e.object[e.start]:#04x} at offset {e.start}")

@@ -18,15 +18,16 @@ by name, as is a tensor that is unknown, missing or of another shape. The result
 state: it is for sampling, evaluation and as a start.
 """
 
+import contextlib
 import json
 import re
-import sys
+import threading
 import warnings
 from pathlib import Path
 
 import torch
 
-from common import command, fail, one_line, parser
+from common import command, fail, one_line, parser, progress
 from configs import from_dict
 from data.checkpoints import KIND, check_archive, read_checkpoint, save_checkpoint
 from diffusion import LOSSES
@@ -193,16 +194,35 @@ def write(out, state, cfg, args):
         fail(one_line(e))
 
 
+@contextlib.contextmanager
+def show_time(stage):
+    """Show that a stage without countable steps goes on, and for how long it has."""
+    ended, bar = threading.Event(), progress(desc=stage, bar_format="{desc}: {elapsed}")
+
+    def tick():
+        while not ended.wait(0.2):
+            bar.update(0)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        bar.close()
+
+
 @command
 def main(argv=None):
     args = read_arguments(argv)
     check_arguments(args)
     tokenizer = read_tokenizer(args.tokenizer) if args.tokenizer else None
-    sys.stderr.write(f"reading {args.source}\n")
-    state, cfg = read(args.source, args.loss, tokenizer)
+    with show_time(f"reading {args.source}"):
+        state, cfg = read(args.source, args.loss, tokenizer)
     out = Path(args.out)
-    sys.stderr.write(f"writing {out}\n")
-    write(out, state, cfg, args)
+    with show_time(f"writing {out}"):
+        write(out, state, cfg, args)
     if args.push:
         push(out, args.push)
     kind, ema = state["tokenizer"]["kind"], "" if state["model"] is state["ema"] else ", with EMA"

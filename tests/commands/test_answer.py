@@ -275,8 +275,8 @@ def facts(checkpoints, tmp_path):
 
 
 def test_smdms_reversal_test(checkpoints, facts, run, capsys, monkeypatch):
-    """Surest first, 32 steps, guidance 0.8, rows of 52 tokens or the model's 48; accuracy of each
-    kind by containment, BLEU of descriptions."""
+    """The surest first, greedy, 32 steps, guidance 0.8, rows of 52 tokens or the model's 48;
+    accuracy by containment of each kind, BLEU of descriptions."""
     model, _ = load(checkpoints["mdlm"])
     tokenizer, seen = load_tokenizer(model.tokenizer), []
     texts = {

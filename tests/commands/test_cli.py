@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from data import runs
 from data.checkpoints import read_checkpoint
 from data.command_line import from_cli
 from model import count_parameters
+from tasks import convert
 
 # --------------------------------------------------------------------------------------------------
 # Configs from the command line
@@ -178,6 +180,20 @@ def test_progress_is_a_line_every_two_seconds(monkeypatch):
     assert len(out.getvalue().splitlines()) == 7
 
 
+def test_a_stage_of_convert_shows_its_time(monkeypatch, capsys):
+    """Also when it fails; what takes no time shows nothing."""
+    ticks = itertools.count(step=3.0)
+    with convert.show_time("reading a"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("tqdm.std.time", lambda: next(ticks))
+    with pytest.raises(ValueError), convert.show_time("reading b"):
+        time.sleep(0.5)
+        raise ValueError
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2 and all(re.fullmatch(r"reading b: 00:\d\d", line) for line in lines)
+
+
 @pytest.mark.parametrize(
     "command, word",
     [
@@ -187,8 +203,6 @@ def test_progress_is_a_line_every_two_seconds(monkeypatch):
         ("data.prepare text --input TEXT --out OUT/new", "training the tokenizer"),
         ("data.prepare text --input TEXT --out OUT/new", "encoding train"),
         ("data.prepare text --input TEXT --out OUT/new", "checking val"),
-        ("tasks.convert CKPT OUT/hub", "reading"),
-        ("tasks.convert CKPT OUT/hub", "writing"),
         ("train --data=WORDS --steps=3 --n_embd=32 --out_dir=OUT/run", "loss"),
         (
             "train --data=WORDS --steps=3 --n_embd=32 --out_dir=OUT/run",

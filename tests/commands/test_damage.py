@@ -24,8 +24,9 @@ import train
 from common import (
     UserError,
 )
-from configs import from_cli, from_dict
+from configs import from_dict
 from data.checkpoints import load, read_checkpoint, read_record, write_record
+from data.command_line import from_cli
 from data.corpus import read_meta, read_split
 from data.json_files import check_fields, read_json
 from data.runs import is_finished, read_log

@@ -235,7 +235,8 @@ def test_text8_from_a_zip_and_from_the_raw_file(small_text8, tmp_path, capsys):
     )
     (tmp_path / "text8").write_text(small_text8)
     check_text8(small_text8, *make("text8", "--input", tmp_path / "text8", "--out", tmp_path / "b"))
-    assert f"python train.py text8_mdlm --data={tmp_path}/b\n" in capsys.readouterr().out
+    command = f"python train.py text8_mdlm --data={tmp_path}/b --out_dir=out/b\n"
+    assert command in capsys.readouterr().out
 
 
 def test_text8_download(small_text8, tmp_path, serve, monkeypatch, refuses):
@@ -650,7 +651,7 @@ def test_names_that_a_windows_pipe_cannot_show(tmp_path):
         [sys.executable, ROOT / "data" / "prepare.py", *argv],
         env=dict(os.environ, PYTHONIOENCODING="cp1252"), capture_output=True, check=True,
     )  # fmt: skip
-    assert b"--data=%s/? " % os.fsencode(tmp_path) in result.stdout and result.stderr == b""
+    assert b"--data='%s/?' " % os.fsencode(tmp_path) in result.stdout and result.stderr == b""
     assert read_meta(f"{tmp_path}/日")["source"] == "本.csv"
 
 
@@ -698,9 +699,8 @@ def test_text_bad_input(tmp_path, refuses):
 
 
 def test_options_and_names(tmp_path, refuses):
-    refuses(
-        ["wikitext"], "'wikitext'", "pydocs, text8, openwebtext, lm1b, ptb", "wikitext2", "text"
-    )
+    refuses(["wikitext"], "'wikitext'", "did you mean wikitext2?")
+    refuses(["c4"], "'c4'", "pydocs, text8, openwebtext, lm1b, ptb", "wikitext2", "text")
     refuses(["pydocs", "--input", "x"], "--input does not apply to pydocs")
     refuses(["lm1b", "--column", "x"], "--column does not apply to lm1b")
     refuses(["text8", "--wrap", "8"], "--wrap does not apply to text8", "--input")

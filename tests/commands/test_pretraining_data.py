@@ -179,7 +179,7 @@ def test_slimpajama(tmp_path, vocab, capsys):
     assert meta["dtype"] == "uint16" and meta["wrap"] == 0 and meta["pad"] is None
     kept = [text for text, about in zip(DOCS[:9], metas(DOCS[:9])) if about is not GITHUB]
     assert meta["splits"]["val"]["characters"] == sum(map(len, kept))
-    command = f"python train.py smdm_170 --data={tmp_path}/a --vocab_size={OURS.vocab_size}\n"
+    command = f"python train.py smdm_170 --data={tmp_path}/a --out_dir=out/a\n"
     assert command in capsys.readouterr().out
 
 

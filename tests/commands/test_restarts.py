@@ -75,7 +75,7 @@ def test_a_restarted_run_resumes_its_own_and_no_other(job, corpus, tmp_path, mon
     log = tmp_path / "run" / "log.jsonl"
     lines = log.read_text()
     assert '"step": 12' in lines  # those of the first start are still there
-    assert lines.count("final") == 1 and json.loads(lines.splitlines()[-1])["step"] == 20
+    assert lines.count("final") == 2 and json.loads(lines.splitlines()[-1])["step"] == 20
     train.main(replace(cfg, steps=20), overwrite=True)  # killed after its last line
     assert log.read_text() == lines
 

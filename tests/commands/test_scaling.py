@@ -353,7 +353,7 @@ def test_another_recipe_is_refused_and_other_sizes_join(base, swept, capsys):
     (["--budgets", "x"], "--budgets: invalid float value: 'x'"),
     (["--seeds", "0"], "--seeds 0: must be at least 1"),
     (["--fit", "nowhere.jsonl"], "--fit nowhere.jsonl: no such file"),
-    (["--learning_rate=3"], "unknown argument --learning_rate=3"),
+    (["--learning_rate=3"], "unknown option --learning_rate"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(args, words, capsys):
     refused(capsys, lambda: scaling.parse_arguments(args), words)
