@@ -317,30 +317,6 @@ def smdm(size, ar=False, flops=10.0, batch_size=256, short_rows=0.0):
     return replace(as_ar(cfg), bos=True) if ar else cfg
 
 
-def with_part(part, config):
-    """An experiment with an optional part of the network, as extra/<part>.py configures it."""
-    return import_module(f"extra.{part}").configure(config())
-
-
-CONFIGS = {
-    f.__name__: f
-    for f in (
-        pydocs_mdlm, reversal_mdlm, text8_mdlm, text8_d3pm, text8_sedd, text8_ar,
-        lm1b_mdlm, lm1b_d3pm, lm1b_sedd, lm1b_ar,
-        owt_mdlm, owt_d3pm, owt_sedd, owt_ar,
-    )
-}  # fmt: skip
-CONFIGS |= {
-    f"{config.__name__}_{part}": partial(with_part, part, config)
-    for part in ("mamba", "latent")
-    for config in (text8_mdlm, owt_mdlm)
-}
-CONFIGS |= {
-    f"smdm_{size}{'_ar' * ar}": partial(smdm, size, ar)
-    for size in SMDM_SIZES
-    for ar in (False, True)
-}
-
 SIZES = {  # MDLM's and SEDD's; a config without a size in its name is small
     "tiny": dict(n_layer=8, n_head=8, n_embd=512),
     "small": dict(n_layer=12, n_head=12, n_embd=768),
@@ -353,12 +329,35 @@ def with_size(config, size):
     return replace(config(), **SIZES[size])
 
 
+def with_part(part, config):
+    """An experiment with an optional part of the network, as extra/<part>.py configures it."""
+    return import_module(f"extra.{part}").configure(config())
+
+
+CONFIGS = {
+    f.__name__: f
+    for f in (
+        text8_mdlm, text8_d3pm, text8_sedd, text8_ar,
+        lm1b_mdlm, lm1b_d3pm, lm1b_sedd, lm1b_ar,
+        owt_mdlm, owt_d3pm, owt_sedd, owt_ar,
+    )
+}  # fmt: skip
 CONFIGS |= {
     f"{name}_{size}": partial(with_size, config, size)
-    for name, config in [*CONFIGS.items()]
-    if config().n_embd == SIZES["small"]["n_embd"] and not name.startswith("smdm")
+    for name, config in CONFIGS.items()
     for size in SIZES
 }
+CONFIGS |= {
+    f"{config.__name__}_{part}": partial(with_part, part, config)
+    for part in ("mamba", "latent")
+    for config in (text8_mdlm, owt_mdlm)
+}
+CONFIGS |= {
+    f"smdm_{size}{'_ar' * ar}": partial(smdm, size, ar)
+    for size in SMDM_SIZES
+    for ar in (False, True)
+}
+CONFIGS = {f.__name__: f for f in (pydocs_mdlm, reversal_mdlm)} | CONFIGS
 
 
 # --------------------------------------------------------------------------------------------------
