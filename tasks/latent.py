@@ -29,7 +29,7 @@ from data.checkpoints import load
 from data.corpus import finish, partial_of, read_split
 from diffusion import denoiser, mask_exactly, nll, row_generators
 from evaluate import bound
-from extra.latent import kl, mmd
+from extra.latent import draw, kl, mmd
 from extra.with_latent import Given, from_another, from_prior, from_text, slerp
 from samplers import SAMPLERS
 from tasks.report import format_mean, to_markdown, train_if_missing
@@ -178,15 +178,17 @@ def measure_probes(model, cfg, x0, factors):
 
 @torch.no_grad()
 def measure_codes(model, cfg, x0):
-    """Of all codes together: MMD^2 to the prior, length of the mean, distance of the covariance
-    from the identity per dimension, and KL of the Gaussian with these moments to the prior."""
-    mean, log_var = model.latent.encode(x0)
-    z = mean if log_var is None else mean + (log_var / 2).exp() * torch.randn_like(mean)
+    """Of all codes together: 1,000 MMD^2 to the prior; length of the mean; per dimension, the
+    distance of the covariance from the identity; the number of dimensions in use, 1 if all codes
+    lie on a line; KL of the Gaussian with these moments to the prior."""
+    z = draw(*model.latent.encode(x0))
     dim, cov = z.shape[1], z.T.cov()
-    gauss = 0.5 * (cov.trace() + z.mean(0).square().sum() - dim - torch.logdet(cov))
+    values = torch.linalg.eigvalsh(cov).clamp(min=1e-6)
+    gauss = 0.5 * (values - 1 - values.log()).sum() + 0.5 * z.mean(0).square().sum()
     error = (cov - torch.eye(dim)).norm() / dim**0.5
-    figures = dict(MMD=1e3 * mmd(z), mean=z.mean(0).norm(), covariance=error, KL_gauss=gauss)
-    return {name: value.item() for name, value in figures.items()}
+    used = values.sum() ** 2 / values.square().sum()
+    figures = dict(MMD=1e3 * mmd(z), mean=z.mean(0).norm(), covariance=error, dimensions=used)
+    return {name: value.item() for name, value in (figures | dict(KL_gauss=gauss)).items()}
 
 
 @torch.no_grad()
@@ -212,9 +214,10 @@ def measure_samples(model, cfg, x0, n=300):
     figures, sources = {}, {"no z": None}
     if model.latent is not None:
         mean = model.latent.encode(x0)[0].detach()
-        normal = torch.distributions.MultivariateNormal(mean.mean(0), mean.T.cov())
+        values, axes = torch.linalg.eigh(mean.T.cov())
+        normal = torch.randn(n, cfg.latent_dim) * values.clamp(min=0).sqrt() @ axes.T
         sources["z of the prior"] = torch.randn(n, cfg.latent_dim)
-        sources["z of a Gaussian fitted to the codes"] = normal.sample((n,))
+        sources["z of a Gaussian fitted to the codes"] = normal + mean.mean(0)
         sources["z of a text"] = mean[:n]
     for name, z in sources.items():
         for steps in (1, 4, 100):

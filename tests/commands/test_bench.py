@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -258,3 +259,20 @@ def test_rows_are_aligned_and_every_key_has_a_column():
     assert head == "name  calls  seconds  loss"
     assert first == "a     1,234   0.1235      " and second == f"{'long':25}2"
     assert [json.loads(line) for line in report.format_rows(rows, True).splitlines()] == rows
+
+
+def test_cpu_time_is_measured_with_the_processors_clock(monkeypatch):
+    """The option selects the clock, and the clock that is given measures the steps."""
+    seen = []
+    note = lambda cases, repeats, profile, clock: seen.append(clock) or []
+    monkeypatch.setattr(bench, "bench_train", note)
+    for argv in ([], ["--cpu_time"]):
+        bench.main(["train", *argv])
+    assert seen == [time.perf_counter, time.process_time]
+    asked, answers = iter([2, 0]), []
+    pipe = SimpleNamespace(recv=lambda: next(asked), send=answers.append)
+    step = lambda cfg, device, pool: lambda: 0.5
+    monkeypatch.setattr(bench, "make_step", step)
+    ticks = iter([10.0, 17.0])
+    bench.serve_training(pipe, SimpleNamespace(device="cpu"), lambda: next(ticks), 1)
+    assert answers[0][:2] == (3.5, 0.5)  # seconds per step of two
