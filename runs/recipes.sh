@@ -6,17 +6,7 @@ set -euo pipefail
 clones=$1 text=$2 vocab=$3 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
-python - "$text" "$folder" <<'PYTHON'
-import json, pathlib, re, sys
-text, folder = pathlib.Path(sys.argv[1]).read_text("utf-8"), pathlib.Path(sys.argv[2])
-letters = re.sub("[^a-z]+", " ", text.lower())  # as text8 is made
-(folder / "letters.txt").write_text(letters, "utf-8")
-documents = [json.dumps({"text": part}) for part in text.split("\n\n") if part.strip()]
-(folder / "documents.jsonl").write_text("\n".join(documents), "utf-8")
-lines = [line for line in text.splitlines() if line.strip()]
-(folder / "news.en-1").write_text("\n".join(lines[:-1000]), "utf-8")
-(folder / "news.en.heldout-1").write_text("\n".join(lines[-1000:]), "utf-8")
-PYTHON
+python -m tasks.recipes split --text "$text" --folder "$folder"
 python data/prepare.py text --input "$folder/letters.txt" --tokenizer char --out letters
 python data/prepare.py openwebtext --input "$folder/documents.jsonl" --wrap 64 --val_docs 500 \
     --out wrapped

@@ -301,7 +301,7 @@ def make_adapter(model, cfg, tokenizer, estimator, w, dtype, overrides, writing,
         def generate_until(self, requests):
             texts, mine = [""] * len(requests), set(share(range(len(requests))))
             groups = group_prompts(requests, encode, start, cfg, overrides)
-            size, bar = batching["batch_size"], partial(progress, disable=batching["quiet"])
+            size, bar = batching["batch_size"], partial(progress, disable=batching.get("quiet"))
             for (_, temperature, top_p), group in groups.items():
                 options = dict(temperature=temperature, top_p=top_p, **writing)
                 group = [item for item in group if item[0] in mine]

@@ -14,6 +14,7 @@ GPUs. SMDM's Llama vocabulary is replaced by the demo's.
 
 import json
 import multiprocessing
+import re
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 import train
-from common import check_range, command, fail, parser, progress, to_json
+from common import check_range, command, fail, one_line, parser, progress, to_json
 from configs import lm1b_mdlm, owt_mdlm, smdm, text8_d3pm, text8_mdlm
 from data.checkpoints import load, save_checkpoint
 from data.corpus import read_split, training_rows, unpack
@@ -164,7 +165,26 @@ def run(args):
 
 
 # --------------------------------------------------------------------------------------------------
-# The table and the picture
+# A text in the forms that the recipes read; the table and the picture
+
+
+def split(args):
+    """One text as text8's letters, as documents (OpenWebText) and as lines (LM1B)."""
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        fail(f"--text {args.text}: {one_line(e)}")
+    documents = [to_json(dict(text=part)) for part in text.split("\n\n") if part.strip()]
+    lines = [line for line in text.splitlines() if line.strip()]
+    files = {
+        "letters.txt": re.sub("[^a-z]+", " ", text.lower()),
+        "documents.jsonl": "\n".join(documents),
+        "news.en-1": "\n".join(lines[:-1000]),
+        "news.en.heldout-1": "\n".join(lines[-1000:]),
+    }
+    for name, content in files.items():
+        (args.folder / name).write_text(content, encoding="utf-8")
+    return f"{args.folder}: {', '.join(files)}"
 
 
 def difference(rows, key):
@@ -221,17 +241,21 @@ def draw(pyplot, runs, path):
 @command
 def main(argv=None):
     p = parser(__doc__)
-    p.add_argument("what", choices=("run", "table"))
+    p.add_argument("what", choices=[mode.__name__ for mode in (split, run, table)])
     p.add_argument("recipe", nargs="?", choices=RECIPES, help="run: which")
     p.add_argument("--clones", type=Path, default=Path(".."), help="holds mdlm, nanodd, smdm")
     p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--text", type=Path, help="split: a plain text")
+    p.add_argument("--folder", type=Path, help="split: where its forms go")
     p.add_argument("--out", default="out/recipes/runs.jsonl", help="a JSON line per run")
     p.add_argument("--svg", help="table: draw the curves, too")
     args = p.parse_args(argv)
     check_range(args, seed=0)
     if args.what == "run" and not args.recipe:
         fail(f"run: name a recipe, one of {', '.join(RECIPES)}")
-    print(run(args) if args.what == "run" else table(args))
+    if args.what == "split" and not (args.text and args.folder and args.folder.is_dir()):
+        fail("split: needs --text FILE and --folder, an existing one")
+    print({"split": split, "run": run, "table": table}[args.what](args))
 
 
 if __name__ == "__main__":
