@@ -268,7 +268,7 @@ def test_an_ar_model_judges_itself(checkpoints, tokenizer, capsys):
     assert abs(out["nats"] - entropy) < 4 * out["se"] and out["se"] < 0.05
     cold = result_of(capsys, path, path, "--num", 8, "--temperature", 0.5)
     assert cold["nats"] < out["nats"] and cold["entropy"] < out["entropy"]  # less diverse
-    assert "; ar, a token per call, " in run(capsys, path, path, "--num", 1)
+    assert "; ar, per_call 1, " in run(capsys, path, path, "--num", 1)
 
 
 def test_the_options_of_a_sampler_reach_it_and_are_reported(checkpoints, tokenizer, capsys):
