@@ -277,16 +277,6 @@ def test_checkpoints_of_other_versions(corpus, tmp_path, capsys):
     refused(capsys, lambda: train.main(longer, resume=True), "version 1", f"--init_from={path}")
 
 
-def test_errors_name_the_checkpoint_that_was_read(corpus, tmp_path, capsys):
-    cfg = replace(tiny_run(corpus), out_dir=str(tmp_path), samples=0)
-    train.main(cfg)
-    (tmp_path / "ckpt.pt").unlink()
-    state = read_checkpoint(tmp_path / "best.pt")
-    state["optimizer"][0]["state"][0]["exp_avg"] = torch.zeros(1)
-    torch.save(state, tmp_path / "best.pt")
-    refused(capsys, lambda: train.main(replace(cfg, steps=16), resume=True), "best.pt: exp_avg")
-
-
 def test_a_small_file_that_claims_large_tensors_is_refused(corpus, tmp_path, capsys):
     cfg = tiny_run(corpus)
     state = read_checkpoint(save(tmp_path / "a.pt", cfg))

@@ -251,7 +251,7 @@ def test_damaged_lines_are_named(tmp_path, capsys):
     for bad in ("{", "[1]", "3", '{"loss": "ar", "N": 1e5, "C": 1e12}', *nats, *others):
         assert bad != good
         path.write_text(f"{good}\n{bad}\n")
-        refused(capsys, lambda: scaling.read_runs(path), f"{path}, line 2: not a run: ")
+        refused(capsys, lambda: scaling.read_runs(path), f"{path}, line 2: ", "not a run")
     path.write_text(f"{good}\n{good}\n")
     assert len(scaling.read_runs(path)) == 2
     words = "line 2: a second line of ('ar', 'x', 1000000000000.0, 1)"
