@@ -1,7 +1,7 @@
 """Mamba blocks in place of transformer blocks: mixer=mamba. Bidirectional and with adaLN they are
 those of MDLM's DiMamba (models/dimamba.py of kuleshov-group/mdlm, after Caduceus, 2403.03234).
 
-One block has about half the parameters of a transformer block of the same width, and no MLP.
+One block has about two thirds of the parameters of a transformer block of its width, and no MLP.
 """
 
 from dataclasses import replace

@@ -172,6 +172,7 @@ def test_a_probe_finds_what_is_there_and_nothing_else():
     assert latent.fit_probe(*split(x)) < 0.45
 
 
+@pytest.mark.slow
 def test_the_task_writes_its_tables(tmp_path):
     results = latent.main(["--steps", "2", "--seeds", "1", "--out_dir", str(tmp_path / "out")])
     text = (tmp_path / "out" / "tables.md").read_text()
