@@ -22,6 +22,7 @@ from configs import from_dict
 from data.checkpoints import load
 from data.command_line import add_model_options
 from data.corpus import read_split, take, unpack
+from data.json_files import read_json
 from evaluate import batch_nats, choose_windows, window_noise
 from tasks.report import import_pyplot
 
@@ -42,7 +43,8 @@ def read_run(folder):
     for name in ("config.json", "log.jsonl"):
         if not (folder / name).is_file():
             fail(f"{folder / name}: no such file; name a run's folder, out/NAME, or a checkpoint")
-    cfg = from_dict((folder / "config.json").read_text(encoding="utf-8"), folder / "config.json")
+    config = folder / "config.json"
+    cfg = from_dict(read_json(config, {}), config)
     panels = {panel: [] for panel in PANELS}
     for number, line in enumerate((folder / "log.jsonl").open(encoding="utf-8"), start=1):
         if not line.endswith("\n"):  # the run is writing it
