@@ -267,3 +267,19 @@ def demo(tmp_path_factory):
     assert done.returncode == 0, (done.returncode, done.stderr[-300:])
     bits = re.search(r"validation: ([\d.]+) ± ([\d.]+) bits per character", done.stdout)
     return SimpleNamespace(folder=folder, output=done.stdout, bits=tuple(map(float, bits.groups())))
+
+
+@pytest.fixture(scope="module")
+def transformers(tmp_path_factory):
+    """transformers without a network, its cache of code in a folder that goes away: one for all
+    tests of a process, because Python looks for the package of that code only once."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    import transformers
+    from transformers.utils import hub
+
+    modules = str(tmp_path_factory.getbasetemp() / "modules")
+    patch.setattr(hub, "HF_MODULES_CACHE", modules)
+    patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    yield transformers
+    patch.undo()

@@ -194,6 +194,7 @@ def test_no_ema_measures_the_raw_weights(checkpoint, capsys):
     assert averaged == again and averaged["bits_per_char"] != raw["bits_per_char"]
 
 
+@pytest.mark.slow
 def test_semi_ar_counts_the_calls_of_its_windows(checkpoint, capsys):
     args = "--samplers", "first_hitting", "--repeats", 1
     batch, alone, *strides = rows(capsys, "semi_ar", checkpoint, *args)
@@ -212,6 +213,7 @@ def test_one_by_one_the_texts_are_those_of_the_batch(checkpoint, capsys, monkeyp
     assert batch == list(range(16)) and alone == [[i] for i in range(16)]
 
 
+@pytest.mark.slow
 def test_ar_models_are_measured_with_their_own_sampler(corpus, tmp_path, capsys):
     cfg = replace(as_ar(tiny_run(corpus)), bos=True, samples=0, out_dir=str(tmp_path / "ar"))
     train.main(cfg)

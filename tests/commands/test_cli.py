@@ -34,6 +34,7 @@ from tasks import convert
 # Configs from the command line
 
 
+@pytest.mark.slow
 def test_every_field_has_a_flag_and_every_config_is_valid():
     for name, make in CONFIGS.items():
         cfg, _ = from_cli([name])

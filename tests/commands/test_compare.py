@@ -59,6 +59,7 @@ def test_plot_and_samples_exist(base, results):
     assert first.split() == ["ar", "mdlm", "sedd", "d3pm"] and rows
 
 
+@pytest.mark.slow
 def test_finished_runs_are_kept_and_others_resumed(base, results, capsys):
     path = Path(base.out_dir) / "mdlm_2" / "ckpt.pt"
     before = {p: p.stat().st_mtime_ns for p in Path(base.out_dir).glob("*/ckpt.pt")}

@@ -1195,21 +1195,6 @@ EXPORTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def transformers(tmp_path_factory):
-    """transformers without a network, its cache of code in a folder that goes away."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("HF_HUB_OFFLINE", "1")
-    import transformers
-    from transformers.utils import hub
-
-    modules = str(tmp_path_factory.mktemp("modules"))
-    patch.setattr(hub, "HF_MODULES_CACHE", modules)
-    patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
-    yield transformers
-    patch.undo()
-
-
 ELSEWHERE = """
 import importlib.util, sys, torch
 from pathlib import Path

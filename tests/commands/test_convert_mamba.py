@@ -169,9 +169,8 @@ def test_other_kinds_of_dimamba_are_refused(field, value, tmp_path, capsys):
     assert f"model.{field}={value}: must be" in refused(capsys, source, tmp_path / "out.pt")
 
 
-def test_a_converted_dimamba_exports_to_the_hubs_folder_and_back(tmp_path):
+def test_a_converted_dimamba_exports_to_the_hubs_folder_and_back(tmp_path, transformers):
     """transformers loads the folder's own code: the same logits, also of padded rows."""
-    transformers = pytest.importorskip("transformers")
     run(dimamba(tmp_path / "source.ckpt", 35), tmp_path / "ckpt.pt")
     run(tmp_path / "ckpt.pt", tmp_path / "hub")
     run(tmp_path / "hub", tmp_path / "back.pt")

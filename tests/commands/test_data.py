@@ -149,6 +149,7 @@ def test_an_error_in_the_texts_ends_the_training():
         train_bpe(break_off(), 300)
 
 
+@pytest.mark.slow
 def test_long_training_shows_progress_and_ends_with_ctrl_c(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"{i} {i * i}\n" for i in range(10**6)))
     code = "import data.prepare as p; p.main()"
@@ -643,6 +644,7 @@ def test_a_csv_field_may_be_long(tmp_path):
     assert sum(split["tokens"] for split in meta["splits"].values()) == 200_002
 
 
+@pytest.mark.slow
 def test_names_that_a_windows_pipe_cannot_show(tmp_path):
     """cp1252 has no Japanese letters; the output shows ? for them."""
     (tmp_path / "本.csv").write_text('text\n"a row of text,\nand more"\n', encoding="utf-8")

@@ -201,6 +201,7 @@ def test_the_command_line_finds_them(extended, tmp_path, capsys):
     assert all(re.search(rf"^{name} ", table, re.M) for name in samplers.SAMPLERS if name != "ar")
 
 
+@pytest.mark.slow
 def test_compare_finds_the_loss(extended, corpus, tmp_path, capsys):
     cfg = replace(tiny_run(corpus), cond_dim=0, steps=2, out_dir=str(tmp_path))
     results = compare.main(cfg, seeds=1, passes=1)

@@ -118,8 +118,7 @@ def test_what_does_not_fit_is_refused(run, checkpoint, capsys):
     refused(capsys, sampling(run.out_dir, *both), "exclude each other")
 
 
-def test_the_export_loads_in_transformers(run, tmp_path):
-    transformers = pytest.importorskip("transformers")
+def test_the_export_loads_in_transformers(run, tmp_path, transformers):
     convert.main([f"{run.out_dir}/ckpt.pt", str(tmp_path / "hub")])
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(
         str(tmp_path / "hub"), trust_remote_code=True

@@ -100,6 +100,7 @@ def test_our_modules_are_hidden_from_upstream(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_learning_ends_after_its_seconds_and_is_measured_by_our_bound(clones, corpus):
     args = "--data", corpus, "--seconds", 1, "--lr", 0.1, "--dtype", "float32"
     (row,) = rows(clones, "learn", *args)
@@ -158,6 +159,7 @@ print([options["dtype"] for options in peers.MODES.values()])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("native, dtypes", [
     (True, [["float32", "bfloat16"], ["float32", "bfloat16"], ["bfloat16"]]),
     (False, [["float32"], ["float32"], ["float32"]]),

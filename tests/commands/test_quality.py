@@ -34,6 +34,7 @@ def json_rows(capsys, checkpoints, *more):
     return [json.loads(line) for line in run(capsys, checkpoints, "--json", *more).splitlines()]
 
 
+@pytest.mark.slow
 def test_every_sampler_and_setting_gets_the_figures_of_judge(checkpoints, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     png = tmp_path / "quality.png"

@@ -168,6 +168,7 @@ def test_a_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch, 
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_training_outlives_its_terminal(cfg, tmp_path):
     """stdout and stderr closed, full, or a pipe that nobody reads: the run ends as always."""
     fields = {f: v for f, v in vars(cfg).items() if f != "out_dir"}

@@ -257,6 +257,7 @@ def test_penalty_is_invisible_forward():
     torch.testing.assert_close(z.grad, 2 + 10 * z.detach())
 
 
+@pytest.mark.slow
 def test_a_latent_can_carry_a_text():
     """16 texts, learnt by heart: from masks alone, z of a text brings back its tokens, and z of
     another text that one's. The given first token tells where a position is: without it, rotary

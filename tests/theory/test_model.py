@@ -89,6 +89,7 @@ def test_parameter_counts_are_upstreams(config, parameters):
     assert count_parameters(CONFIGS[config]()) == parameters
 
 
+@pytest.mark.slow
 def test_smdms_thirty_sizes_have_its_parameter_counts():
     """SMDM's table of parameters without embedding and head, in millions, and 64,001 rows of those.
     Its AR twin has one row less; ours keeps the row of MASK, which it never reads."""
