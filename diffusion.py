@@ -151,7 +151,7 @@ def mask_exactly(x0, count, maskable, mask_id, u=None):
 
 
 # How training draws its noise: from uniforms u (B,) and v (B, L) to t (B,), xt (B, L) and weights
-# (B,) that make a loss's expectation that of t by the time law on [t_min, 1).
+# (B,). The weights correct for how t was drawn: a loss's mean is as if t followed the time law.
 
 
 def draw_uniform(x0, maskable, cfg, u, v):
@@ -204,7 +204,7 @@ def corrupt(x0, maskable, cfg, t, xt):
 #   keeps MASK with 1 - r too. The MASK terms cancel: KL = r log(r / (r p(x0))) = -r log p(x0).
 #
 # So nothing of size (B, L, V) is needed, and only masked positions need the head. Drawing one
-# random step instead of summing over all costs a factor T. As T grows, T r becomes
+# random step instead of summing over all T multiplies its term by T. As T grows, T r becomes
 # -alpha' / (1 - alpha), and D3PM becomes MDLM.
 
 
@@ -312,10 +312,11 @@ def posterior_kl(model, x0, maskable, cfg, t, xt):
     return torch.where(masked, cfg.T * (a_t + r * nats - stay), 0).float()
 
 
-# SEDD learns ratios ("concrete scores"): c(y) = p_t(x with y at a masked position) / p_t(x). That
-# is rho p(y | xt) with rho = alpha / (1 - alpha), which is known. So the outputs of its network are
-# read as log c(y) = logit(y) + log(rho / V), and g = c / rho estimates p(. | xt) but sums to some Z
-# instead of 1. Score entropy, Eq. 5 of SEDD, times sigma' = -alpha' / alpha, is then
+# SEDD learns ratios ("concrete scores"): how likely the text is with y at a masked position, over
+# how likely it is with MASK there. The true ratio is rho P(y | xt); rho = alpha / (1 - alpha) is
+# known. So its network's outputs are read as log score(y) = logit(y) + log(rho / V), and
+# g = score / rho estimates P, but sums to some Z instead of 1. Score entropy, Eq. 5 of SEDD, times
+# sigma' = -alpha' / alpha, is then
 #   w(t) (Z - 1 - log g(x0)),  with w the weight of `mdlm`.  With p = g / Z that is
 #   w(t) (-log p(x0) + Z - 1 - log Z):  MDLM's loss, plus the price of not being normalised, which
 # is never negative. docs/theory.md goes through all of this more slowly.

@@ -133,9 +133,9 @@ def cached_denoiser(model, cfg):
 
 
 def analytic(denoise, x, steps, cfg, gen=None):
-    """SEDD's analytic sampler (Tweedie tau-leaping, section 4 of SEDD). For a masked position of
-    the absorbing graph, its staggered score times its transposed transition row is r g(y) for each
-    y and 1 - r mass for MASK. With normalised scores it is `ddpm`."""
+    """SEDD's analytic sampler (Tweedie tau-leaping, section 4 of SEDD). By its formula a masked
+    position becomes y with probability r g(y), and stays MASK with 1 - r mass; `mass` is the sum of
+    g. With normalised scores it is `ddpm`."""
     chance = lambda t, s, log_p: reveal_chance(t, s, cfg) * mass(log_p)
     yield from step_by_step(denoise, x, steps, cfg, gen, chance)
 
@@ -275,7 +275,7 @@ def entropy_bound(denoise, x, steps, cfg, gen=None, gamma=0.1):
 def llada(denoise, x, steps, cfg, gen=None, per_call=0, lucky=0):
     """MaskGIT's and LLaDA's rule (arXiv 2202.04200, 2502.09992): draw a token at every mask, keep
     the likeliest draws. At temperature 0 this is `confidence`. Above, it keeps the luckiest: no law
-    of the model, and little entropy even with a perfect network. `frames` then demands lucky=1."""
+    of the model, little entropy even with a perfect network. `sample.frames` then needs lucky=1."""
     shaped, count = Shaped(denoise), count_by_schedule(x, steps, cfg, per_call)
     total = (x == cfg.mask_id).sum(-1).clamp(min=1)
     while (masked := x == cfg.mask_id).any():

@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 
 def loss(model, x0, mask_id, t=None, xt=None):
-    """(B,) nats, mean >= -log p(x0). Back from t to t - dt, each mask goes with chance dt / t."""
+    """(B,) nats, mean >= -log p(x0). / t: a mask is revealed in the last dt with chance dt / t."""
     B, L = x0.shape
     t = (torch.arange(1, B + 1) - torch.rand(B)) / B if t is None else t  # one per 1/B of (0, 1]
     xt = torch.where(torch.rand(B, L) < t[:, None], mask_id, x0) if xt is None else xt

@@ -7,5 +7,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-torchrun --nnodes="${NODES:-1}" --nproc_per_node=gpu --rdzv_backend=c10d --rdzv_id=nanomdlm \
-    --rdzv_endpoint="${HOST:-localhost}:29500" train.py "$@" --resume
+torchrun --nnodes="${NODES:-1}" --nproc_per_node=gpu --max_restarts=3 --rdzv_backend=c10d \
+    --rdzv_id=nanomdlm --rdzv_endpoint="${HOST:-localhost}:29500" train.py "$@" --resume
