@@ -101,8 +101,8 @@ class Lines:
 
 
 def progress(items=None, file=None, **options):
-    """tqdm's bar on stderr. Where that is no terminal: a line every two seconds, none for less. A
-    bar.update(0) also shows a change of bar.n, or that work goes on."""
+    """tqdm's bar on stderr. Where that is no terminal: a line every two seconds, none for less.
+    bar.update(0) redraws the bar, also after bar.n was set."""
     file = file or sys.stderr
     options = dict(miniters=0, leave=False, dynamic_ncols=True) | options
     if not getattr(file, "isatty", bool)():

@@ -162,6 +162,9 @@ class Config:
             (self.latent_dim and (not self.cond_dim or self.loss not in ("mdlm", "sedd")
              or self.init == "smdm" or self.short_rows), "latent_dim",
              "needs cond_dim > 0, loss=mdlm or sedd, init=zero and short_rows=0"),
+            (self.latent_dim and self.mmd_weight and self.micro_batch < 2, "micro_batch",
+             "the MMD of a latent needs 2 rows"),
+            (self.kl_weight and not self.latent_dim, "kl_weight", "needs latent_dim > 0"),
             (is_d3pm and not self.T, "loss", "needs T, the number of steps, e.g. --T=1000"),
             (self.aux_ce and not (self.zero_masking and self.carry_over), "aux_ce",
              "needs zero_masking=True and carry_over=True"),

@@ -149,17 +149,16 @@ def bound(
     for turn in progress(turns, disable=quiet or rank > 0, unit="batch"):
         p, b = jobs[turn % len(jobs)]
         if before := read_record(saved, 2 * 8 * (b.stop - b.start)):
-            row = torch.frombuffer(bytearray(before), dtype=torch.float64)
-            nats[p, b], tokens[p, b] = row.view(2, -1)
-            continue
-        stored = take(ids, starts[b], int(lengths[b.start]), cfg, where)
-        x0, maskable, counted = (a.to(device) for a in unpack(stored, meta, cfg))
-        v = window_noise(seed, starts[b], p, cfg.seq_len)[:, : x0.shape[1]]
-        noise = (torch.from_numpy(a).to(device) for a in (u[p, b], v))
-        tokens[p, b] = counted.sum(-1).double()
-        with autocast(device, dtype):
-            nats[p, b] = batch_nats(model, x0, maskable, counted, cfg, T, *noise, order)
-        write_record(saved, torch.stack((nats[p, b], tokens[p, b])).cpu().numpy().tobytes())
+            nats[p, b], tokens[p, b] = torch.frombuffer(before, dtype=torch.float64).view(2, -1)
+        else:
+            stored = take(ids, starts[b], int(lengths[b.start]), cfg, where)
+            x0, maskable, counted = (a.to(device) for a in unpack(stored, meta, cfg))
+            v = window_noise(seed, starts[b], p, cfg.seq_len)[:, : x0.shape[1]]
+            noise = (torch.from_numpy(a).to(device) for a in (u[p, b], v))
+            tokens[p, b] = counted.sum(-1).double()
+            with autocast(device, dtype):
+                nats[p, b] = batch_nats(model, x0, maskable, counted, cfg, T, *noise, order)
+            write_record(saved, torch.stack((nats[p, b], tokens[p, b])).cpu().numpy().tobytes())
         if turn >= len(jobs):  # another process's batch
             nats[p, b], tokens[p, b] = 0.0, 0.0
     saved.close()
@@ -212,6 +211,8 @@ def settle_T(args, cfg):
     """Set args.T, by default the model's; returns the sign before a figure
     and the figure's kind."""
     if args.order:
+        if args.parts:
+            fail("--parts: not with --order, which has no steps")
         from tasks.orders import settle_order
 
         return "=", settle_order(args, cfg)
@@ -267,9 +268,8 @@ def evaluate_one(model, cfg, args):
     lines = [f"{name.replace('_', ' '):15} {sign:2} {figure(result, name, 4)}" for name in names]
     lines += [f"{part:15} {sign:2} {figure(result, part, 4)} bits per token"
               for part in ("kl", "reconstruction") if part in result]  # fmt: skip
-    lines += [
-        f"{name.replace('_', ' '):28} {v:.4f}" for name, v in result.get("latent", {}).items()
-    ]
+    latent = result.get("latent", {}).items()
+    lines += [f"{name.replace('_', ' '):28} {value:.4f}" for name, value in latent]
     about = f"{result['tokens']:,} tokens, {kind}, {result['forwards']:,} forwards"
     lines.append(f"{result['split']} split of {result['data']}, {about}")
     return result, "\n".join(lines)

@@ -144,8 +144,6 @@ def add_options(p):
     p.add_argument(
         "--guidance", type=float, default=0.0, help="w of classifier-free guidance by the prompt"
     )
-    p.add_argument("--latent_of", metavar="TEXT", help="a latent model: texts with z of this one")
-    p.add_argument("--interpolate", nargs=2, metavar="TEXT", help="num texts, z between these two")
     p.add_argument("--stop", action="store_true", help="end a text at its first end-of-text")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--fps", type=float, help="of the live view; default: 4 seconds or more a text")
@@ -156,6 +154,8 @@ def parse_arguments(argv):
     p = parser(__doc__)
     p.add_argument("ckpt")
     add_options(p)
+    p.add_argument("--latent_of", metavar="TEXT", help="a latent model: texts with z of this one")
+    p.add_argument("--interpolate", nargs=2, metavar="TEXT", help="num texts, z between these two")
     p.add_argument(
         "--batch_size", type=int, default=16, help="changes memory and speed, not the text"
     )
@@ -167,6 +167,8 @@ def parse_arguments(argv):
     )
     args = p.parse_args(argv)
     check_range(args, batch_size=1)
+    if (args.watch or args.serve) and (args.latent_of is not None or args.interpolate):
+        fail("--latent_of and --interpolate: not with --watch or --serve")
     return args
 
 
@@ -202,18 +204,18 @@ def sampling_options(args, cfg, eos):
 
 
 def make_canvas(args, cfg, tokenizer, subword):
-    """The canvas (L,) of --prompt or --infill."""
+    """The canvas (L,) of --prompt or --infill; its length is checked before so many ids exist."""
+    length, canvas = args.length or cfg.seq_len, None
     try:
         if args.infill is not None:
             canvas = infill_canvas(tokenizer, args.infill, cfg, subword)
-        else:
-            canvas = prompt_canvas(tokenizer, args.prompt, args.length or cfg.seq_len, cfg)
+            length = len(canvas)
+        if length > cfg.seq_len and not args.semi_ar:
+            fail(f"the text would have {length} tokens, but the model has {cfg.seq_len};"
+                 " --semi_ar writes longer texts window by window")  # fmt: skip
+        return prompt_canvas(tokenizer, args.prompt, length, cfg) if canvas is None else canvas
     except ValueError as e:
         fail(f"--{'prompt' if args.infill is None else 'infill'}: {e}")
-    if len(canvas) > cfg.seq_len and not args.semi_ar:
-        fail(f"the text would have {len(canvas)} tokens, but the model has {cfg.seq_len};"
-             " --semi_ar writes longer texts window by window")  # fmt: skip
-    return canvas
 
 
 def read_arguments(args, model, cfg, tokenizer):
@@ -242,7 +244,7 @@ def main(argv=None):
         model, cfg = load(args.ckpt, not args.no_ema, local_device(args), args.dtype)
         tokenizer = tokenizer_of(model.tokenizer, cfg.vocab_size)
         canvas, options, eos = read_arguments(args, model, cfg, tokenizer)
-        if args.latent_of or args.interpolate:
+        if args.latent_of is not None or args.interpolate:
             from extra.with_latent import sample_given_z
 
             texts = sample_given_z(model, tokenizer, cfg, canvas, eos, options, args)

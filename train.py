@@ -225,7 +225,7 @@ def prepare_run(cfg, resume, overwrite, closing):
         cfg=cfg, rank=rank, world=world, device=device, micro=micro, meta=meta, val_sets=val_sets,
         tokenizer=tokenizer, canvas=canvas, model=model, ema=ema, net=net, optimizers=optimizers,
         pool=pool, load_step=load_step, upcoming=upcoming, step=step, best=best, seconds=seconds,
-        losses=losses, val=None, split_tokens={}, first=step, status="", per_window=0.0,
+        losses=losses, results={}, split_tokens={}, first=step, status="", per_window=0.0,
         write_texts=None, log=lambda record: None, say=lambda text: None, stderr=sys.stderr,
     )  # fmt: skip
     check_validation(run)
@@ -247,6 +247,7 @@ def check_validation(run, windows=8):
 
         run.write_texts = make_monitor(cfg, run.tokenizer, run.canvas, run.device, run.micro)
         run.write_texts(run.ema, 2, steps=2)
+        run.model.train()  # with ema=0 the average is the model
 
 
 def loop(run):
@@ -322,7 +323,7 @@ def log_steps(run, loss, norm):
 def validate_and_keep_best(run):
     """Log the validation bounds, and texts; save best.pt if the bound is the lowest."""
     start = time.time()
-    results = validate(run, run.cfg.eval_windows)
+    results = run.results = validate(run, run.cfg.eval_windows)
     run.val = results["val"]
     run.per_window = (time.time() - start) / sum(r["forwards"] for r in results.values())
     run.log(dict(step=run.step) | results)
@@ -353,9 +354,7 @@ def validate(run, windows):
 def finish(run):
     """Validate on all windows, print samples and what to run next; returns the report."""
     cfg, out, texts = run.cfg, run.cfg.out_dir, []
-    results = {"val": run.val}
-    if cfg.eval_windows or not run.val:
-        results = validate(run, 0)
+    results = validate(run, 0) if cfg.eval_windows or not run.results else run.results
     val = results.pop("val")
     run.log(dict(step=run.step, final=val) | results)
     if cfg.samples:

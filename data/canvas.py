@@ -8,7 +8,7 @@ from common import fail
 from data.tokenizer import tokenizer_of
 
 # ____: a token per underscore; [12]: 12 tokens; [*]: as many as fill the model's length
-HOLE = re.compile(r"(\\*)(_{4,}|\[\d{1,6}\]|\[\*\])")
+HOLE = re.compile(r"(?<!\\)(\\*)(_{4,}|\[\d{1,6}\]|\[\*\])")
 
 
 def start_ids(tokenizer, cfg):
@@ -28,8 +28,8 @@ def prompt_canvas(tokenizer, prompt, length, cfg):
 
 def split_holes(text):
     """(pieces, holes) of a text: pieces[i] comes before the hole of holes[i] tokens, or None for
-    [*], and the last one ends the text. Before a hole two backslashes are one, and one that is left
-    makes it text."""
+    [*], and the last one ends the text. Before a hole, two backslashes stand for one; a single one
+    makes the hole text."""
     pieces, holes, end = [""], [], 0
     for found in HOLE.finditer(text):
         slashes, hole = found.groups()

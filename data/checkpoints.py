@@ -110,9 +110,9 @@ def write_record(file, data):
 
 
 def read_record(file, size):
-    """The next record, of `size` bytes. If it is missing or damaged, None, and what follows is cut
-    off: this record and all after it are made again."""
-    place, data, found = file.tell(), file.read(size), file.read(4)
+    """The next record, of `size` bytes. If it is missing or damaged: None, and the file is cut off
+    here; later records are computed again."""
+    place, data, found = file.tell(), bytearray(file.read(size)), file.read(4)
     if len(data) == size and found == checksum(data, place):
         return data
     file.seek(place)

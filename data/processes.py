@@ -50,7 +50,7 @@ def process_group(cfg):
 def meet():
     """(store, rank, number of processes): a store for these processes only. torchrun's own keeps
     what earlier ones wrote, also the addresses of dead processes, and whoever dials one hangs. So
-    rank 0 draws a new name, and tells it to every process that has greeted it with a new word."""
+    rank 0 draws a new name and sends it to each process that has stored a fresh word."""
     global job
     job, rank, world = next(dist.rendezvous("env://"))
     name, word = uuid.uuid4().hex, uuid.uuid4().hex
@@ -85,8 +85,8 @@ def give_up_after(seconds):
 
 
 def die_with_parent():
-    """On Linux: a killed torchrun takes its processes along. They would go on and hold the run's
-    folder, and nobody would start them again."""
+    """On Linux: a killed torchrun takes its processes along. Otherwise they keep running and
+    lock the run's folder."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

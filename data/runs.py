@@ -111,13 +111,13 @@ def copy_weights(model, path, meta):
 
 def restore(state, model, ema, optimizers, cfg, rank, world):
     """Copy a checkpoint's weights and moments; returns the losses that it had not logged yet."""
-    where, share = f"{cfg.out_dir}/ckpt.pt", lambda tensor, like: tensor
+    where, shard_like = f"{cfg.out_dir}/ckpt.pt", lambda tensor, like: tensor
     if cfg.fsdp:
-        from extra.fsdp import share
+        from extra.fsdp import shard_like
     for network, name in ((model, "model"), (ema, "ema")):
         check_weights(state[name], cfg, where)
-        own = network.state_dict()
-        network.load_state_dict({n: share(tensor, own[n]) for n, tensor in state[name].items()})
+        like = network.state_dict()
+        network.load_state_dict({n: shard_like(t, like[n]) for n, t in state[name].items()})
     if len(state["optimizer"]) != len(optimizers):
         fail(f"{where} has {len(state['optimizer'])} optimizers, must have {len(optimizers)}")
     for optimizer, saved in zip(optimizers, state["optimizer"]):
@@ -128,7 +128,7 @@ def restore(state, model, ema, optimizers, cfg, rank, world):
                     shape = () if name == "step" else params[i].shape
                     if moment.shape != shape or moment.dtype != torch.float32:
                         fail(f"{where}: {name} of tensor {i} must be float32 {tuple(shape)}")
-                    moments[name] = share(moment, params[i])
+                    moments[name] = shard_like(moment, params[i])
             groups = optimizer.state_dict()["param_groups"]  # rates are those of cfg
             optimizer.load_state_dict(dict(state=saved["state"], param_groups=groups))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:

@@ -20,21 +20,26 @@ def shard(model, device, compiled=False):
         if compiled:
             block.compile()
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # the root, too: `update_ema` may follow a validation, which has no backward pass
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(model, "next_logits")
     return model
 
 
 def whole(state):
-    """A state dict with every shared tensor put together. All processes must call it."""
+    """A state dict with every shared tensor put together on the CPU of rank 0, one at a time; None
+    on the others. All processes must call it."""
     if isinstance(state, dict):
         return {name: whole(value) for name, value in state.items()}
     if isinstance(state, list):
         return [whole(value) for value in state]
-    return state.full_tensor() if isinstance(state, DTensor) else state
+    if not isinstance(state, DTensor):
+        return state
+    tensor = state.full_tensor()
+    return tensor.cpu() if dist.get_rank() == 0 else None
 
 
-def share(tensor, like):
+def shard_like(tensor, like):
     """A whole tensor, the same on all processes, shared out as `like` is. No communication."""
     if not isinstance(like, DTensor) or not tensor.ndim:
         return tensor

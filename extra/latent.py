@@ -75,7 +75,9 @@ class Latent(nn.Module):
         super().__init__()
         from model import Block, norm  # model.py imports this file
 
-        inner = replace(cfg, cond_dim=0, time_cond=False, latent_dim=0, mixer="attention")
+        inner = replace(
+            cfg, cond_dim=0, time_cond=False, latent_dim=0, kl_weight=0.0, mixer="attention"
+        )
         self.cfg, self.noisy = cfg, cfg.kl_weight > 0
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         nn.init.uniform_(self.embed.weight, -(cfg.n_embd**-0.5), cfg.n_embd**-0.5)

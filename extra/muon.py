@@ -39,9 +39,9 @@ class Muon(torch.optim.Muon):
                 nesterov = p.grad.lerp(momentum, group["momentum"])
                 dtype = getattr(torch, compute_dtype(p.device, "auto"))
                 if hasattr(p, "full_tensor"):  # every process orthogonalises the whole matrix
-                    from extra.fsdp import share
+                    from extra.fsdp import shard_like
 
-                    update = share(orthogonalize(nesterov.full_tensor(), dtype), p)
+                    update = shard_like(orthogonalize(nesterov.full_tensor(), dtype), p)
                 else:
                     update = orthogonalize(nesterov, dtype)
                 p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -6,6 +6,7 @@ backward 150 ms; by autograd through the same steps 565 ms.
 """
 
 import math
+import os
 from collections import deque
 
 import torch
@@ -83,7 +84,10 @@ class Scan(torch.autograd.Function):
 
 
 def find_kernel(x):
-    """mamba_ssm's CUDA kernel, or None. Untested: there was no GPU."""
+    """mamba_ssm's CUDA kernel, or None. It was not run, there was no GPU: NANOMDLM_KERNEL=1 turns
+    it on."""
+    if os.environ.get("NANOMDLM_KERNEL") != "1":
+        return None
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError:
@@ -102,6 +106,8 @@ def scan(dt, u, A, B, C, h=None, chunks=None):
         y, h = kernel(u, dt, A, B, C, return_last_state=True)
         return y.transpose(1, 2), h.transpose(1, 2)
     h = u.new_zeros(R, n, d) if h is None else h
+    if not L:
+        return u, h
     most = math.isqrt(L) if u.is_cuda else min(math.isqrt(L), 2**15 // h.numel())
     chunks = chunks or max(most, 1)
     dt, v, B, C = (F.pad(x, (0, 0, 0, -L % chunks)) for x in (dt, dt * u, B, C))  # dt = 0: no step

@@ -1,14 +1,17 @@
-"""What a trained latent model (extra/latent.py) is used for: its bounds given z, texts like another
+"""Evaluate and sample a trained latent model (extra/latent.py): bounds given z, texts like another
 text, and texts between two.
 """
 
 import math
+import statistics
+from itertools import chain
 
 import torch
 from torch import nn
 
-from common import fail
+from common import autocast, fail
 from data.corpus import read_split
+from data.processes import gather
 from evaluate import bound
 from extra.latent import draw, kl
 from sample import generate
@@ -55,6 +58,8 @@ def bounds_given_z(model, cfg, args, result):
     Given z of the text itself the figure is no bound on -log p(x0), because z has read x0. Adding
     KL(q(z | x0), prior) makes it one; that of a deterministic code is infinite, so it has none.
     With z drawn from the prior instead, the mean is a bound as well."""
+    if args.batch_size < 2:
+        fail(f"--batch_size {args.batch_size}: a latent model needs 2, to swap the texts' codes")
     data, kls = args.data or cfg.data, []
     ids, meta = read_split(data, result["split"], cfg)
     settings = dict(T=args.T, passes=args.passes, windows=args.windows)
@@ -63,6 +68,7 @@ def bounds_given_z(model, cfg, args, result):
     def measure(choose):
         where = f"{data}/{result['split']}.bin"
         given = Given(model, choose)
+        torch.manual_seed(args.seed)
         return bound(given, ids, meta, cfg, where, dtype=args.dtype, **settings)["nats"]
 
     figures = {
@@ -72,7 +78,8 @@ def bounds_given_z(model, cfg, args, result):
         "nats_z_from_prior_bound": measure(from_prior(model)),
     }
     if kls:
-        per_token = sum(kls) / (args.passes * result["tokens"])
+        rows = result["forwards"] / args.passes
+        per_token = statistics.fmean(chain.from_iterable(gather([kls]))) * rows / result["tokens"]
         figures |= dict(KL_per_token=per_token, nats_given_z_plus_KL_bound=given + per_token)
     return {"latent": figures}
 
@@ -81,14 +88,15 @@ def bounds_given_z(model, cfg, args, result):
 # Sampling
 
 
-def code_of(model, tokenizer, cfg, text, option):
+def code_of(model, tokenizer, cfg, text, option, dtype):
     """The mean of q(z | text), (dim,). The encoder was trained on rows of seq_len tokens; a shorter
     text is further from those the shorter it is."""
     ids = tokenizer.encode(text)[: cfg.seq_len]
     if not ids:
         fail(f"{option}: the text is empty")
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
-    return model.latent.encode(tokens)[0][0]
+    with autocast(tokens.device, dtype):
+        return model.latent.encode(tokens)[0][0]
 
 
 def slerp(a, b, share):
@@ -105,7 +113,7 @@ def sample_given_z(model, tokenizer, cfg, canvas, eos, options, args):
     two, all of these from the same noise."""
     if model.latent is None:
         fail("--latent_of and --interpolate: the model has no latent (latent_dim=0)")
-    if args.latent_of and args.interpolate:
+    if args.latent_of is not None and args.interpolate:
         fail("--latent_of and --interpolate exclude each other")
 
     def texts(z, num):
@@ -113,8 +121,8 @@ def sample_given_z(model, tokenizer, cfg, canvas, eos, options, args):
         end = -1 if eos is None else eos  # -1: no token ends a text
         return generate(given, tokenizer, cfg, num, canvas, args.batch_size, eos=end, **options)
 
-    code = lambda text, option: code_of(model, tokenizer, cfg, text, option)
-    if args.latent_of:
+    code = lambda text, option: code_of(model, tokenizer, cfg, text, option, options["dtype"])
+    if args.latent_of is not None:
         return texts(code(args.latent_of, "--latent_of"), args.num)
     a, b = (code(text, "--interpolate") for text in args.interpolate)
     shares = [i / max(args.num - 1, 1) for i in range(args.num)]

@@ -81,7 +81,9 @@ def parse_arguments(argv):
     p.add_argument("ar", help="checkpoint of an AR model")
     p.add_argument("mdm", help="checkpoint of a masked diffusion model")
     p.add_argument("--judge", required=True, help="a model of transformers or an AR checkpoint")
-    p.add_argument("--sampler", choices=[s for s in SAMPLERS if s not in STEPLESS], help="MDM's")
+    p.add_argument(
+        "--sampler", choices=[s for s in SAMPLERS if s not in (*STEPLESS, "llada")], help="MDM's"
+    )
     p.add_argument("--steps", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
     p.add_argument("--num", type=int, default=32, help="texts of each row")
     p.add_argument("--temperature", type=float, default=1.0)

@@ -58,7 +58,7 @@ def make_messages(question, answer, reference, prompts, turn):
 
 
 def request_judgment(args, messages):
-    """The judge's text: one chat completion at temperature 0; a busy server is asked again."""
+    """The judge's text: one chat completion at temperature 0; retries if the server is busy."""
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
@@ -120,11 +120,13 @@ def judge(args):
     key = lambda r: (r["question_id"], r["model"], r["choice"], r["turn"], r["judge"])
     done = set()
     if out.exists():
-        os.truncate(out, out.read_bytes().rfind(b"\n") + 1)  # a line that a kill cut short
+        whole = out.read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]  # without a line that a kill cut short
         try:
-            done = {key(record) for _, record in read_records(out)}
+            done = {key(json.loads(line)) for line in whole.decode().splitlines()}
         except (ValueError, KeyError, TypeError):
             fail(f"{out}: not ratings of this command; --out writes elsewhere")
+        os.truncate(out, len(whole))
     with open(out, "a", encoding="utf-8") as file:
         for id, model, choice, turn, prompt, messages in progress(jobs, unit="rating"):
             record = dict(

@@ -5,8 +5,8 @@ python -m tasks.oracle --world grammar --png oracle.png   # sentences whose word
 python -m tasks.oracle --samplers ddpm_cache margin --steps 8 64 --rows 2000 --json
 
 The world is a hidden Markov chain. So forward and backward messages give the exact p(token |
-visible) for every canvas, and the exact probability of every text. They play the network, and what
-is wrong with the texts is the sampler's doing. Two figures say how much, at the calls of a text:
+visible) for every canvas, and the exact probability of every text. They play the network, so every
+error in the texts comes from the sampler. Two figures say how much, at the calls of a text:
 
 tv      the total variation between the n-grams of the texts and the true ones, 0 to 1
 nats    -log p(text) per token under the truth: above the entropy, texts are unlikely; below,

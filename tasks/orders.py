@@ -119,8 +119,8 @@ def measure(path, args):
     the bound first, and the factor from nats per token to bits per character."""
     device = pick_device(args.device)
     model, cfg = load(path, not args.no_ema, device, args.dtype)
-    if cfg.causal:
-        fail(f"{path}: an AR model has one order")
+    if cfg.causal or not cfg.zero_masking:
+        fail(f"{path}: an AR model has one order, and one that may predict MASK none")
     ids, meta = read_split(args.data or cfg.data, args.split, cfg)
     starts, lengths = choose_windows(len(ids), cfg.seq_len, args.windows)
     starts = starts[lengths == cfg.seq_len]

@@ -8,7 +8,8 @@ carry the token in a header, which a form of another site cannot.
 
 What it refuses. A request's options pass the checks of the command line. One text is written at a
 time; a few requests wait, and the others are refused at once. Size, waiting, writing and reading
-each have a limit, so a client that does not read, or sends half a request, only loses its own.
+each have a limit. A client that does not read, or sends half a request, is cut off; others are not
+affected.
 """
 
 import contextlib
@@ -81,6 +82,9 @@ def read_request(request, ckpt, limit):
     if wrong := [s for s in samplers if s not in list(SAMPLERS)]:
         raise UserError(f"samplers: {wrong[0]} is none of {', '.join(SAMPLERS)}")
     holes = find_holes(text, limit)
+    length = request.get("length") or 0
+    if isinstance(length, int) and length > limit:
+        raise UserError(f"the text would have {length} tokens, but the model has {limit}")
     argv = [ckpt, f"--infill={text}" if holes else f"--prompt={text}"]
     for name in FIELDS:
         value = request.get(name)
@@ -140,7 +144,7 @@ class Playground(ThreadingHTTPServer):
 
     def lanes(self, request):
         args = read_request(request, self.args.ckpt, self.cfg.seq_len)
-        args.dtype = self.args.dtype
+        args.dtype, args.noise_removal = self.args.dtype, self.args.noise_removal
         samplers = [choose_sampler(self.cfg, name) for name in args.samplers]
         return view.make_lanes(args, {"": (self.model, self.cfg)}, samplers)
 
@@ -244,14 +248,15 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, one_line(e)) from None
         self.start(200, "application/x-ndjson")
         self.wfile.write(view.to_line(first).encode())
-        end = time.monotonic() + SECONDS
-        for message in messages:
-            self.wfile.write(view.to_line(message).encode())
-            if time.monotonic() > end:
-                late = {"error": f"stopped after {SECONDS} seconds: ask for fewer steps or tokens"}
-                self.wfile.write(view.to_line(late).encode())
-                return
-        self.wfile.write(view.to_line({"done": True}).encode())
+        end, last = time.monotonic() + SECONDS, {"done": True}
+        try:
+            for message in messages:
+                self.wfile.write(view.to_line(message).encode())
+                if time.monotonic() > end:
+                    fail(f"stopped after {SECONDS} seconds: ask for fewer steps or tokens")
+        except UserError as e:
+            last = {"error": one_line(e)}
+        self.wfile.write(view.to_line(last).encode())
 
 
 def field(name, value, samplers):

@@ -441,6 +441,23 @@ def test_whatever_changes_a_number_changes_the_partial_files_name(
     assert all(re.fullmatch(r"evaluate-[0-9a-f]{16}\.partial", name) for name in names)
 
 
+def test_another_processs_batch_counts_once_also_when_it_is_read_back(
+    checkpoint, tmp_path, monkeypatch
+):
+    """Two processes with an odd number of batches: the second repeats a batch of the first."""
+    model, cfg = load(checkpoint)
+    ids, meta = read_split(cfg.data, "val", cfg)
+    parts = []
+    monkeypatch.setattr(evaluate.dist, "all_reduce", lambda total: parts.append(total.clone()))
+    monkeypatch.setattr(evaluate, "rank_and_world", lambda: (1, 2))
+    windows = -(-len(ids) // cfg.seq_len)
+    assert windows % 2 or windows // 2 % 2  # batches of two windows: an odd number of them
+    for _ in range(2):
+        bound(model, ids, meta, cfg, "val", batch_size=2, partial=tmp_path / "partial")
+    assert torch.equal(parts[0], parts[2]) and torch.equal(parts[1], parts[3])
+    assert not parts[1][0, :2].any()  # tokens of the first process's first batch
+
+
 def test_an_unwritable_partial_file_is_refused(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "sibling", lambda ckpt, name: tmp_path / "gone" / name)
     argv = [str(checkpoint), "--resume"]

@@ -57,7 +57,8 @@ def test_a_second_validation_set(cfg, tmp_path, capsys):
     other = make_corpus(tmp_path / "other", n=2000)
     train.main(replace(cfg, val_data=str(other), eval_windows=0))
     found = [line for line in lines(cfg) if "val_data" in line]
-    assert [line["step"] for line in found] == [6, 12] and all("val" in line for line in found)
+    assert [line["step"] for line in found] == [6, 12, 12] and "final" in found.pop()
+    assert all("val" in line for line in found)
     model, saved = load(cfg.out_dir)
     ids, meta = read_split(str(other), "val", saved)
     want = bound(model, ids, meta, saved, "other", batch_size=8)["nats"]
@@ -183,3 +184,12 @@ def test_tensorboard_that_is_missing_is_refused(cfg, capsys, monkeypatch):
     words = "tensorboard=True", "pip install tensorboard"
     refused(capsys, lambda: train.main(replace(cfg, tensorboard=True)), *words)
     assert not Path(cfg.out_dir).exists()
+
+
+def test_the_check_leaves_a_network_without_average_in_training(cfg, monkeypatch):
+    modes, step = [], train.train_step
+    monkeypatch.setattr(
+        train, "train_step", lambda net, *a: (modes.append(net.training), step(net, *a))[1]
+    )
+    train.main(replace(cfg, ema=0.0, val_samples=1))
+    assert modes == [True] * cfg.steps

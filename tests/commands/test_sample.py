@@ -113,6 +113,11 @@ def test_texts_around_holes_are_kept(checkpoint, capsys, sampler):
     assert re.fullmatch(r"one [a-z ]{4} two [a-z ]{3}end\n", out)
 
 
+def test_too_great_a_length_is_refused_before_its_ids_exist(checkpoint, capsys):
+    argv = [str(checkpoint), "--length", str(2**31 - 1)]
+    refused(capsys, lambda: sample.main(argv), "the text would have 2147483647 tokens")
+
+
 def test_a_star_fills_the_models_length(checkpoint, capsys):
     out = run(capsys, checkpoint, "--infill", "one [*] two [3]end")
     assert re.fullmatch(r"one [a-z ]{17} two [a-z ]{3}end\n", out) and len(out) == 32 + 1

@@ -382,7 +382,7 @@ def test_two_processes_train_the_other_losses_like_one(cfg, tmp_path):
 )
 def test_sharded_training_is_like_one_process_and_each_resumes_the_other(cfg, tmp_path, recipe):
     """FSDP: losses, weights and average. The 15 windows make unequal shares of validation."""
-    cfg = replace(cfg, micro_batch=2, save_every=10, eval_every=10, eval_windows=15, **recipe)
+    cfg = replace(cfg, micro_batch=2, save_every=20, eval_every=10, eval_windows=15, **recipe)
     one, two = (replace(cfg, steps=20, out_dir=str(tmp_path / name)) for name in ("one", "two"))
     train.main(one)
     torchrun(replace(two, fsdp=True))

@@ -73,6 +73,12 @@ def test_the_scan_is_the_recurrence(R, L, chunks, large, monkeypatch):
                 assert relative(a.grad, b.grad) < 1e-5
 
 
+def test_the_scan_of_no_tokens_is_the_state_before():
+    before = torch.randn(2, 4, 6)
+    y, h = scan(*scan_inputs(2, 0), before)
+    assert y.shape == (2, 0, 6) and torch.equal(h, before)
+
+
 def test_the_scan_survives_strong_decay():
     """exp(dt A) of 1e-300 underflows to zero, as it should; no ratio of decays is formed."""
     dt, u, A, B, C = scan_inputs(2, 33)
