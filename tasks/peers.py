@@ -54,7 +54,7 @@ def serve_steps(pipe, project, clone, cfg, threads):
     """Does a step for each message: (seconds, loss, peak MB). Ours is `bench.serve_training`, whose
     second number is the fraction of tokens that pass the head."""
     if project == "ours":
-        return serve_training(pipe, cfg, threads)
+        return serve_training(pipe, cfg, time.perf_counter, threads)
     torch.set_num_threads(threads)
     sys.stdout = sys.stderr  # some projects print their size
     enter_clone(clone)

@@ -67,7 +67,9 @@ def sampling(name):
     """(frames, waits) of two texts by a sampler."""
     cfg = RECIPES["ar" if name == "ar" else "mdlm"]
     canvas = torch.full((cfg.seq_len,), cfg.mask_id)
-    return waits_of(lambda: len([*frames(build(cfg), cfg, canvas, range(2), 200, name)]) - 1)
+    given = dict(lucky=1) if name == "llada" else {}
+    sampling = frames(build(cfg), cfg, canvas, range(2), 200, name, sampler_options=given)
+    return waits_of(lambda: len([*sampling]) - 1)
 
 
 def main():

@@ -270,7 +270,7 @@ def test_a_latent_can_carry_a_text():
     x0[:, 0] = 0
     maskable = x0 > 0
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(300):
+    for _ in range(600):
         optimizer.zero_grad()
         LOSSES["mdlm"](model, x0, maskable, cfg).mean().backward()
         optimizer.step()
