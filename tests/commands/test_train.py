@@ -390,12 +390,14 @@ def test_sharded_training_is_like_one_process_and_each_resumes_the_other(cfg, tm
     torchrun(replace(one, steps=30, fsdp=True), "--resume")
     assert close(records(one, "loss"), records(two, "loss"))
     assert close(validation_nats(one), validation_nats(two))
-    atol = 1e-3 if cfg.muon_lr else 1e-5  # Muon multiplies in bfloat16 where the CPU can
     for name in ("ckpt.pt", "best.pt"):
         a, b = weights(one, name), weights(two, name)
         assert a.keys() == b.keys()
         for key in a:
-            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=atol)
+            if cfg.muon_lr:  # it amplifies the rounding of a gradient's smallest singular values
+                assert (a[key] - b[key]).norm() <= 0.05 * a[key].norm(), key
+            else:
+                torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
