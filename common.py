@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -76,12 +77,14 @@ def one_line(e):
 
 
 def to_json(record):
-    """One line of strict JSON: an unknown error is null, not NaN."""
+    """One line of strict JSON: what is unknown or infinite is null."""
 
     def strict(value):
         if isinstance(value, dict):
             return {k: strict(v) for k, v in value.items()}
-        return None if value != value else value
+        if isinstance(value, list | tuple):
+            return [strict(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(strict(record))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 
-from common import DTYPES, fail
+from common import DTYPES, fail, one_line
 from diffusion import LOSSES, SCHEDULES, SIGMAS, TIME_DRAWS, TIME_LAWS
 from extra.smdm import SMDM_SIZES, fields_of
 
@@ -371,4 +371,4 @@ def from_dict(values, where):
     try:
         return Config(**values)
     except (TypeError, ValueError) as e:
-        fail(f"{where}: not a config of this version ({e})")
+        fail(f"{where}: not a config of this version ({one_line(e)})")

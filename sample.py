@@ -156,12 +156,8 @@ def parse_arguments(argv):
     add_options(p)
     p.add_argument("--latent_of", metavar="TEXT", help="a latent model: texts with z of this one")
     p.add_argument("--interpolate", nargs=2, metavar="TEXT", help="num texts, z between these two")
-    p.add_argument(
-        "--batch_size", type=int, default=16, help="changes memory and speed, not the text"
-    )
-    p.add_argument(
-        "--watch", action="store_true", help="see the text appear; plain output when piped"
-    )
+    p.add_argument("--batch_size", type=int, default=16, help="changes speed, not the text")
+    p.add_argument("--watch", action="store_true", help="see the text appear; plain when piped")
     p.add_argument(
         "--serve", nargs="?", const="8000", metavar="PORT", help="a page to type in [port 8000]"
     )
