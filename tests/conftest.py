@@ -273,11 +273,13 @@ def demo(tmp_path_factory):
 def transformers(tmp_path_factory):
     """transformers without a network, its cache of code in a folder that goes away: one for all
     tests of a process, because Python looks for the package of that code only once."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("HF_HUB_OFFLINE", "1")
     import transformers
+    from huggingface_hub import constants
     from transformers.utils import hub
 
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_HUB_OFFLINE", "1")  # for child processes
+    patch.setattr(constants, "HF_HUB_OFFLINE", True)  # read once, at the import
     modules = str(tmp_path_factory.getbasetemp() / "modules")
     patch.setattr(hub, "HF_MODULES_CACHE", modules)
     patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
