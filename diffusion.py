@@ -82,7 +82,7 @@ def curves(schedule):
 
 def alpha(schedule, t):
     """P(visible) at t, float64: in float32, 1 - alpha rounds to 0 near t = 0, and 0 / 0 follows.
-    schedule: a cfg or, for a schedule without parameters of its own, a name."""
+    schedule: a cfg, or the name of a schedule with its default parameters."""
     return curves(schedule)[0](t.double())
 
 

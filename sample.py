@@ -14,14 +14,7 @@ python sample.py out/pydocs_mdlm/ckpt.pt --serve                                
 import sys
 from functools import partial
 
-from common import (
-    autocast,
-    check_range,
-    command,
-    fail,
-    parser,
-    progress,
-)
+from common import autocast, check_range, command, fail, parser, progress
 from data.canvas import infill_canvas, prompt_canvas
 from data.checkpoints import load
 from data.command_line import (

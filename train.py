@@ -40,13 +40,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import (
-    autocast,
-    check_range,
-    command,
-    fail,
-    progress,
-)
+from common import autocast, check_range, command, fail, progress
 from data.batches import micro_batches, split_batch, steps_of
 from data.canvas import sampling_inputs
 from data.command_line import from_cli

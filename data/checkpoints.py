@@ -17,6 +17,7 @@ import torch
 import head
 from common import compute_dtype, fail, one_line, suggest
 from configs import from_dict
+from data.json_files import check_fields
 from model import DiT
 
 KIND = "nanoMDLM checkpoint"
@@ -69,10 +70,8 @@ def read_checkpoint(path, mmap=False):
         fail(f"{path}: not a checkpoint of this project")
     if (version := ckpt.setdefault("version", 1)) not in (1, VERSION):
         fail(f"{path}: of version {version}, but this program reads versions 1 to {VERSION}")
-    for name, kind in FIELDS.items():
-        value = ckpt.get(name, None if name in NEEDED else kind())
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            fail(f"{path}: damaged: {name} is {type(value).__name__}")
+    optional = {name: kind() for name, kind in FIELDS.items() if name not in NEEDED}
+    check_fields(optional | ckpt, FIELDS, path)
     for name in ("model", "ema"):
         for key, value in ckpt[name].items():
             if not isinstance(key, str) or not isinstance(value, torch.Tensor):

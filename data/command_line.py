@@ -7,13 +7,7 @@ import re
 from dataclasses import fields, replace
 from pathlib import Path
 
-from common import (
-    DTYPES,
-    boolean,
-    fail,
-    parser,
-    suggest,
-)
+from common import DTYPES, boolean, fail, parser, suggest
 from configs import CONFIGS, SMDM_SIZES, Config, from_dict
 from data.corpus import folder_of, read_meta
 from data.json_files import read_json

@@ -10,7 +10,7 @@ or counted. Marked tokens after a row's last unmarked one are padding; `given` c
 writes. Elsewhere an end of text is only a separator.
 
 Damage is found: whoever reads a split compares the file's sha256 with meta.json's (see `HASHED`),
-and meta.json holds a checksum of its own.
+and meta.json holds its own checksum.
 """
 
 import functools
@@ -27,10 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (
-    fail,
-    progress,
-)
+from common import fail, progress
 from data.json_files import check_fields, read_json
 from diffusion import philox
 

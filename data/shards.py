@@ -21,11 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import (
-    fail,
-    one_line,
-    progress,
-)
+from common import fail, one_line, progress
 from data.corpus import dtype_of, finish, partial_of
 from data.detokenize import DETOKENIZERS
 from data.json_files import read_json
@@ -184,7 +180,7 @@ def tokenize(folder, shards, recipe, workers=None, **plan):
         for target in new:
             sizes.append(np.fromfile(target.with_suffix(".sizes"), np.uint32).reshape(-1, 2))
             have += int(sizes[-1][:, 0].sum(dtype=np.int64))
-    records = [read_record(target) for target in targets]
+    records = [read_shard_record(target) for target in targets]
     for shard, record in zip(shards, records):
         report(name_of(shard), record.get("notes", {}), recipe.column)
     return Documents(
@@ -261,7 +257,7 @@ def tokenize_shard(shard, target, recipe, threads):
         raise ValueError(f"{name_of(shard)}: {one_line(e)}") from None
 
 
-def read_record(target):
+def read_shard_record(target):
     fields, path = dict(input=list, sha256=str, bytes=list, notes=dict), target.with_suffix(".json")
     return read_json(path, fields, f"; remove {path}")
 
@@ -271,7 +267,7 @@ def is_complete(target, source):
     record_file, *files = (target.with_suffix(suffix) for suffix in (".json", ".bin", ".sizes"))
     if not all(path.exists() for path in (record_file, *files)):
         return False
-    record = read_record(target)
+    record = read_shard_record(target)
     sizes = [path.stat().st_size for path in files]
     return record["input"] == source and record["bytes"] == sizes
 

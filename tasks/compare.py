@@ -13,11 +13,7 @@ import textwrap
 from itertools import zip_longest
 from pathlib import Path
 
-from common import (
-    check_range,
-    command,
-    fail,
-)
+from common import check_range, command, fail
 from data.checkpoints import load
 from data.command_line import from_cli
 from data.processes import local_device, process_group, rank_and_world

@@ -29,16 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (
-    autocast,
-    check_range,
-    command,
-    compute_dtype,
-    fail,
-    parser,
-    progress,
-    to_json,
-)
+from common import autocast, check_range, command, compute_dtype, fail, parser, progress, to_json
 from data.canvas import start_ids
 from data.checkpoints import load
 from data.command_line import (

@@ -17,7 +17,6 @@ The first row has exact samples: the noise floor of both. Errors are over texts.
 
 import math
 from collections import deque
-from pathlib import Path
 
 import torch
 
@@ -26,7 +25,7 @@ from configs import Config
 from diffusion import row_generators
 from samplers import SAMPLERS, STEPLESS, default_options
 from tasks.quality import VALUES
-from tasks.report import format_rows, import_pyplot
+from tasks.report import check_picture, format_rows, import_pyplot
 
 EXACT = "exact samples"
 
@@ -235,8 +234,7 @@ def parse_arguments(argv):
     check_range(args, steps=1, rows=2, length=2, n=1, seed=0)
     if args.n > min(args.length, 5):
         fail(f"--n {args.n}: must be at most 5 and at most --length {args.length}")
-    if args.png and not Path(args.png).absolute().parent.is_dir():
-        fail(f"--png {args.png}: no such folder")
+    check_picture("--png", args.png)
     return args
 
 

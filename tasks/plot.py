@@ -24,7 +24,7 @@ from data.command_line import add_model_options
 from data.corpus import read_split, take, unpack
 from data.json_files import read_json
 from evaluate import batch_nats, choose_windows, window_noise
-from tasks.report import import_pyplot
+from tasks.report import check_picture, import_pyplot
 
 FORMATS = (".svg", ".png", ".pdf")
 PANELS = {  # key of a log's record: what its panel shows
@@ -164,8 +164,8 @@ def parse_arguments(argv):
     args.out = Path(args.out or default)
     if args.out.suffix not in FORMATS:
         fail(f"--out {args.out}: must end in {', '.join(FORMATS)}")
-    if args.out.parent != folder and not args.out.absolute().parent.is_dir():
-        fail(f"--out {args.out}: no such folder")
+    if args.out.parent != folder:
+        check_picture("--out", args.out)
     return args
 
 

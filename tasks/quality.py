@@ -20,7 +20,6 @@ without parameters or sense, `paste_fragments`: it pleases the judge at the entr
 
 import math
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
@@ -32,7 +31,7 @@ from data.tokenizer import tokenizer_of
 from sample import generate
 from samplers import SAMPLERS, STEPLESS, default_options
 from tasks.judge import judge_rows, load_judge
-from tasks.report import format_rows, import_pyplot
+from tasks.report import check_picture, format_rows, import_pyplot
 
 VALUES = {  # options by which samplers without steps trade quality for calls
     "threshold": (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99),
@@ -202,8 +201,7 @@ def parse_arguments(argv):
     args = p.parse_args(argv)
     check_range(args, steps=1, num=2, n=1, batch_size=1, temperature=0, seed=0)
     check_top_p(args)
-    if args.png and not Path(args.png).absolute().parent.is_dir():
-        fail(f"--png {args.png}: no such folder")
+    check_picture("--png", args.png)
     return args
 
 

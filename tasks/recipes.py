@@ -29,7 +29,7 @@ from data.checkpoints import load, save_checkpoint
 from data.corpus import read_split, training_rows, unpack
 from evaluate import bound, report
 from tasks.convert_upstream import make_state, strip_prefixes, translate, translate_smdm
-from tasks.report import format_mean, import_pyplot, mean_error, to_markdown
+from tasks.report import check_picture, format_mean, import_pyplot, mean_error, to_markdown
 from tasks.upstream import PROJECTS, enter_clone
 
 SMALL = dict(
@@ -77,7 +77,7 @@ def their_weights(step, state, cfg, where):
 
 
 def train_theirs(name, clone, seed, threads, folder):
-    """In a process of its own: upstream's code on our rows. Leaves initial.pt, theirs.pt and the
+    """In a separate process: upstream's code on our rows. Leaves initial.pt, theirs.pt and the
     losses in `folder`."""
     torch.set_num_threads(threads)
     recipe = RECIPES[name]
@@ -251,6 +251,7 @@ def main(argv=None):
     p.add_argument("--svg", help="table: draw the curves, too")
     args = p.parse_args(argv)
     check_range(args, seed=0)
+    check_picture("--svg", args.svg)
     if args.what == "run" and not args.recipe:
         fail(f"run: name a recipe, one of {', '.join(RECIPES)}")
     if args.what == "split" and not (args.text and args.folder and args.folder.is_dir()):

@@ -18,12 +18,7 @@ import torch
 
 import data.runs
 import train
-from common import (
-    UserError,
-    autocast,
-    fail,
-    to_json,
-)
+from common import UserError, autocast, fail, to_json
 from configs import as_ar, as_d3pm, as_sedd
 from data.checkpoints import load
 from data.corpus import read_split
@@ -126,6 +121,12 @@ def format_rows(rows, as_json):
         aligned = [text.rjust(width) for text, width in zip(others, widths[1:])]
         lines.append("  ".join([first.ljust(widths[0]), *aligned]))
     return "\n".join(lines)
+
+
+def check_picture(option, path):
+    """The folder of a picture must exist before the work that it shows is done."""
+    if path and not Path(path).absolute().parent.is_dir():
+        fail(f"{option} {path}: no such folder")
 
 
 def import_pyplot(name):

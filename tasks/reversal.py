@@ -20,13 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (
-    autocast,
-    check_range,
-    command,
-    fail,
-    progress,
-)
+from common import autocast, check_range, command, fail, progress
 from data.checkpoints import load
 from data.command_line import from_cli
 from data.corpus import folder_of

@@ -28,13 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import (
-    check_range,
-    command,
-    fail,
-    parser,
-    to_json,
-)
+from common import check_range, command, fail, parser, to_json
 from configs import SMDM_SIZES, Config
 from data.command_line import from_cli
 from data.corpus import read_meta

@@ -6,9 +6,7 @@ import sys
 
 import torch.distributed as dist
 
-from common import (
-    fail,
-)
+from common import fail
 from data.corpus import DUMP, default_folder, folder_of
 from data.prepare import prepare
 from data.processes import rank_and_world

@@ -80,7 +80,7 @@ def digest(out):
 
 
 def in_child(call, *args):
-    """Start call(*args) in a process of its own, without output."""
+    """Start call(*args) in a separate process, without output."""
 
     def run():
         with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
@@ -215,12 +215,25 @@ def forge(data, rng):
 CODE_RUNS = "os.system subprocess.Popen os.exec os.posix_spawn os.fork os.remove socket.connect"
 
 
-def try_to_read(read, size):
-    """(what came of read() in a process of its own, its result): "refused", "read" or the name of
-    what went wrong: a traceback, code that ran, memory above twice the size + 64 MB."""
+def answer_of(work, crashed):
+    """What work(send) sends from a separate process; crashed(its exit code) if it sends nothing."""
     receive, send = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=work, args=(send,))
+    child.start()
+    send.close()
+    try:
+        answer = receive.recv()
+    except EOFError:
+        answer = None
+    child.join()
+    return crashed(child.exitcode) if answer is None else answer
 
-    def run():
+
+def try_to_read(read, size):
+    """(what came of read() in a separate process, its result): "refused", "read" or the name of
+    what went wrong: a traceback, code that ran, memory above twice the size + 64 MB."""
+
+    def run(send):
         rss = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         events, before, outcome, value = [], rss(), "read", None
         sys.addaudithook(lambda event, _: events.append(event))
@@ -236,15 +249,7 @@ def try_to_read(read, size):
             outcome = "too much memory"
         send.send((outcome, value))
 
-    child = FORK.Process(target=run)
-    child.start()
-    send.close()
-    try:
-        result = receive.recv()
-    except EOFError:
-        result = f"crash: {child.exitcode}", None
-    child.join()
-    return result
+    return answer_of(run, lambda code: (f"crash: {code}", None))
 
 
 def digest_of(model):
@@ -338,9 +343,8 @@ def random_line(module, words, options, rng):
 
 def run_line(module, function, argv, folder, seconds=5):
     """ "refused", "ran", "still running" after some seconds, or a traceback's last line."""
-    receive, send = FORK.Pipe(duplex=False)
 
-    def run():
+    def run(send):
         def refuse(*args, **kwargs):
             raise OSError("no network")
 
@@ -366,16 +370,7 @@ def run_line(module, function, argv, folder, seconds=5):
         send.send(outcome)
         os._exit(0)
 
-    child = FORK.Process(target=run)
-    child.start()
-    send.close()
-    try:
-        outcome = receive.recv()
-    except EOFError:
-        outcome = "crash"
-    child.kill()
-    child.join()
-    return outcome
+    return answer_of(run, lambda code: "crash")
 
 
 def list_options(module, function):

@@ -185,6 +185,13 @@ class Files(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def start_server(handler):
+    """A web server on this machine, in a thread."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    return server
+
+
 @pytest.fixture
 def serve(monkeypatch):
     """serve(files, cut=0) -> address of a web server on this machine."""
@@ -194,8 +201,7 @@ def serve(monkeypatch):
 
     def start(files, cut=0):
         handler = type("Handler", (Files,), dict(files=files, cut=cut))
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
-        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(start_server(handler))
         return f"http://127.0.0.1:{servers[-1].server_port}"
 
     yield start
@@ -285,3 +291,20 @@ def transformers(tmp_path_factory):
     patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     yield transformers
     patch.undo()
+
+
+def train_until(cfg, step):
+    """train.main(cfg), interrupted before the update `step`, counted from 0."""
+    import train
+
+    real = train.train_step
+
+    def interrupted(net, optimizers, batches, number, *rest):
+        if number == step:
+            raise KeyboardInterrupt
+        return real(net, optimizers, batches, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(cfg)

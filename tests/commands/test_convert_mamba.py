@@ -12,19 +12,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
-from test_convert import (
-    COND,
-    HYDRA,
-    LAYERS,
-    MASK,
-    T_UP,
-    D,
-    answers,
-    ids,
-    lightning,
-    refused,
-    run,
-)
+from test_convert import COND, HYDRA, LAYERS, MASK, T_UP, D, answers, ids, lightning, refused, run
 
 from data.checkpoints import load
 

@@ -21,9 +21,7 @@ import data.prepare as prepare
 import evaluate
 import sample
 import train
-from common import (
-    UserError,
-)
+from common import UserError
 from configs import from_dict
 from data.checkpoints import load, read_checkpoint, read_record, write_record
 from data.command_line import from_cli

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import refused, tiny_run
+from conftest import refused, tiny_run, train_until
 
 import evaluate
 import sample
@@ -43,19 +43,10 @@ def test_the_configs_are_the_plain_ones_with_a_latent():
     assert replace(cfg, latent_dim=0) == plain and cfg.latent_dim == 32
 
 
-def test_a_resumed_run_draws_the_same_dropped_and_noisy_codes(run, monkeypatch, tmp_path):
+def test_a_resumed_run_draws_the_same_dropped_and_noisy_codes(run, tmp_path):
     """Stopped after step 7 and resumed equals never stopped, to the bit."""
-    cfg, step = replace(run, out_dir=str(tmp_path / "run")), train.train_step
-
-    def stop_after_7(net, optimizers, batches, number, *args):
-        if number == 7:
-            raise KeyboardInterrupt
-        return step(net, optimizers, batches, number, *args)
-
-    monkeypatch.setattr(train, "train_step", stop_after_7)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(cfg)
-    monkeypatch.setattr(train, "train_step", step)
+    cfg = replace(run, out_dir=str(tmp_path / "run"))
+    train_until(cfg, 7)
     torch.manual_seed(99)
     train.main(cfg, resume=True)
     a, b = (read_checkpoint(c.out_dir)["model"] for c in (run, cfg))

@@ -3,10 +3,9 @@
 import http.server
 import json
 import re
-import threading
 
 import pytest
-from conftest import refused
+from conftest import refused, start_server
 
 from tasks import mt_judge
 
@@ -63,8 +62,7 @@ def server(monkeypatch):
         monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setattr(mt_judge, "PAUSE", 0.0)
     handler = type("Handler", (Judge,), dict(seen=[], requests=0))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    server = start_server(handler)
     yield handler, f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
     server.server_close()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refused, tiny_run
+from conftest import refused, tiny_run, train_until
 
 import train
 from common import UserError
@@ -134,21 +134,11 @@ def test_a_run_killed_during_its_final_validation_finishes(cfg, monkeypatch, cap
     refused(capsys, lambda: train.main(cfg, resume=True), "already at step 12 of 12")
 
 
-def test_the_log_is_exact_when_a_run_resumes_between_two_lines_of_it(cfg, monkeypatch):
+def test_the_log_is_exact_when_a_run_resumes_between_two_lines_of_it(cfg):
     """Saved at step 14, the loss logged at step 20 is the mean of steps 11 to 20."""
     cfg = replace(cfg, steps=24, save_every=7, eval_every=1000)
     train.main(replace(cfg, out_dir=cfg.out_dir + "_whole"))
-    real = train.train_step
-
-    def killed(net, optimizers, batches, step, *rest):
-        if step == 17:
-            raise KeyboardInterrupt
-        return real(net, optimizers, batches, step, *rest)
-
-    monkeypatch.setattr(train, "train_step", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(cfg)
-    monkeypatch.undo()
+    train_until(cfg, 17)
     assert read_checkpoint(cfg.out_dir)["losses"].shape == (1, 4)
     train.main(cfg, resume=True)
     assert records(cfg) == records(replace(cfg, out_dir=cfg.out_dir + "_whole"))
