@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from common import autocast, check_range, command, fail, parser, pick_device, progress
 from data.checkpoints import load
 from data.command_line import add_model_options
-from data.corpus import read_split, take, unpack
+from data.corpus import count_tokens, read_split, take, unpack
 from diffusion import denoiser, in_parts, scatter
-from evaluate import batch_nats, choose_windows, count_tokens, window_noise
+from evaluate import batch_nats, choose_windows, window_noise
 from samplers import ORDERS, SAMPLERS, Shaped, default_options
 from tasks.report import format_mean, format_rows, mean_error
 
