@@ -332,10 +332,12 @@ def run_interruptibly(train, texts):
     thread.start()
     with progress(desc="training the tokenizer", unit=" characters", unit_scale=True) as bar:
         try:
-            while thread.is_alive():
+            while True:  # at least once: a short training shows its end
                 thread.join(0.2)
                 bar.n = characters
                 bar.update(0)
+                if not thread.is_alive():
+                    break
         except KeyboardInterrupt:
             interrupted = True
             thread.join(2)  # a thread that takes the GIL while the interpreter ends could abort it

@@ -353,6 +353,7 @@ def run_line(module, function, argv, folder, seconds=5):
             os._exit(0)
 
         os.chdir(folder)
+        os.environ |= dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="disabled")
         corpus.ROOT, socket.socket.connect, socket.getaddrinfo = folder, refuse, refuse
         signal.signal(signal.SIGALRM, end)
         signal.alarm(seconds)
@@ -382,7 +383,6 @@ def list_options(module, function):
 
 def attack_lines(n, rng, folder):
     """{script: Counter of outcomes} of n random command lines."""
-    os.environ |= dict(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", WANDB_MODE="disabled")
     cfg, table = make_run(folder), {}
     in_child(train.main, replace(cfg, steps=3)).join()
     (folder / "broken.json").write_text("[" * 10_000)
